@@ -1,0 +1,301 @@
+"""The environment to a `Config`: every setting with its type, its default and its range.
+
+The only reader of `os.environ`. It checks the form of values alone: no file is opened and no service asked.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import attrs
+import environ
+
+from ccrun.errors import ConfigError
+from ccrun.task import PERMISSION_MODES, TASK_ID_PATTERN, Secret, TaskId
+
+#: `MAX_TIMEOUT_MINUTES` up to a day: agents that work for longer are better started again.
+LONGEST_TIMEOUT_MINUTES: Final = 24 * 60.0
+DEFAULT_TIMEOUT_MINUTES: Final = 60.0
+DEFAULT_REQUEST_BYTES: Final = 10 * 1024 * 1024
+#: A body is held in memory several times over while it is checked and sealed.
+LARGEST_REQUEST_BYTES: Final = 100 * 1024 * 1024
+#: Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits.
+MIN_API_TOKEN_CHARS: Final = 16
+#: So much of a wrong value is shown.
+MAX_SHOWN_CHARS: Final = 60
+
+
+class Backend(enum.StrEnum):
+    """Where objects, keys and executions live."""
+
+    LOCAL = "local"
+    GCP = "gcp"
+
+
+class LogFormat(enum.StrEnum):
+    """How a log line is spelled."""
+
+    JSON = "json"
+    CONSOLE = "console"
+
+
+# --- how values are read: each returns the value, or raises ValueError with what "must be …" needs to be said ------------
+
+
+def _text(value: str) -> str:
+    if not re.fullmatch(r"[^\x00-\x20\x7f\ud800-\udfff]+", value):
+        raise ValueError("a word without blanks")
+    return value
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        # Longer literals would only be beyond every range here, and int() is slow on them.
+        if not re.fullmatch(r"[0-9]{1,12}", value) or not low <= int(value) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(value)
+
+    return read
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def read(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", value) or not low <= float(value) <= high:
+            raise ValueError(f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return read
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return value
+
+    return read
+
+
+def _log_level(value: str) -> str:
+    return _one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")(value.upper())
+
+
+def _bucket(value: str) -> str:
+    # https://cloud.google.com/storage/docs/buckets#naming
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", value):
+        raise ValueError("the name of a bucket, without gs:// and without a path")
+    return value
+
+
+def _url(value: str) -> str:
+    try:
+        parts = urlsplit(_text(value))
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise ValueError("an http or https URL")
+    return value.rstrip("/")
+
+
+def _address(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}", value):
+        raise ValueError("host:port")
+    return value
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    hosts = tuple(host.strip().lower() for host in value.split(",") if host.strip())
+    if not all(re.fullmatch(r"[^\x00-\x20/@,]+", host) for host in hosts):
+        raise ValueError("host names separated by commas, without scheme or path")
+    return hosts
+
+
+def _tools(value: str) -> tuple[str, ...]:
+    """Split at the commas that stand outside parentheses: `Bash(git log:*, git diff:*),Read` names two tools."""
+    tools, depth = [""], 0
+    for char in value:
+        depth += (char == "(") - (char == ")")
+        if depth < 0:
+            break
+        if char == "," and depth == 0:
+            tools.append("")
+        else:
+            tools[-1] += char
+    tools = [tool.strip() for tool in tools if tool.strip()]
+    # A dash at the start would make an option of it on the command line of the CLI.
+    if depth != 0 or not all(re.fullmatch(r"(?!-)[^\x00-\x1f\x7f\ud800-\udfff]+", tool) for tool in tools):
+        raise ValueError("names of tools separated by commas, with balanced parentheses")
+    return tuple(tools)
+
+
+def _permission_mode(value: str) -> str:
+    return _one_of(*PERMISSION_MODES)(value)
+
+
+def _path(value: str) -> Path:
+    return Path(value).absolute()
+
+
+def _task_id(value: str) -> TaskId:
+    if not TASK_ID_PATTERN.fullmatch(value):
+        raise ValueError("a task ID")
+    return TaskId(value)
+
+
+def _secret(value: str) -> Secret:
+    if not re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff]+", value):
+        raise ValueError("text without control characters")
+    return Secret(value)
+
+
+def _credential(value: str) -> Secret:
+    # It becomes part of an HTTP header.
+    if not re.fullmatch(r"[\x21-\x7e]+", value):
+        raise ValueError("printable ASCII characters without blanks")
+    return Secret(value)
+
+
+def _tokens(value: str) -> tuple[Secret, ...]:
+    tokens = [token.strip() for token in value.split(",") if token.strip()]
+    if not tokens or not all(re.fullmatch(rf"[\x21-\x7e]{{{MIN_API_TOKEN_CHARS},}}", token) for token in tokens):
+        raise ValueError(
+            f"tokens of at least {MIN_API_TOKEN_CHARS} printable ASCII characters each, separated by commas"
+        )
+    return tuple(Secret(token) for token in tokens)
+
+
+#: Their values are never shown, not even wrong ones.
+_READERS_OF_SECRETS: Final = (_secret, _credential, _tokens)
+
+
+def _setting(name: str, read: Callable[[str], Any] = _text, *, default: Any = None) -> Any:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return read(value)
+        except ValueError as error:
+            # A URL can hold a password too.
+            is_secret = read in _READERS_OF_SECRETS or "@" in value
+            shown = "" if is_secret else f", not {json.dumps(value[:MAX_SHOWN_CHARS])}"
+            raise ConfigError(f"{name} must be {error}{shown}.") from None
+
+    return environ.var(name=name, default=default, converter=convert)
+
+
+# --- the settings ------------------------------------------------------------------------------------------------------
+
+
+def _usual_backend(config: Config) -> Backend:
+    on_gcp = config.k_service or config.cloud_run_job or config.gcs_logs_bucket or config.project_id
+    return Backend.GCP if on_gcp else Backend.LOCAL
+
+
+def _usual_host(config: Config) -> str:
+    return "0.0.0.0" if config.k_service else "127.0.0.1"  # noqa: S104 - Cloud Run guards the door.
+
+
+def _cores() -> int:
+    """Return how many cores this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@environ.config(prefix="", frozen=True)
+class Config:
+    """Every setting, checked. `load` makes it."""
+
+    #: Set by Cloud Run itself: for a service, for a job, for the execution of a job.
+    k_service: str | None = _setting("K_SERVICE")
+    cloud_run_job: str | None = _setting("CLOUD_RUN_JOB")
+    cloud_run_execution: str | None = _setting("CLOUD_RUN_EXECUTION")
+    #: Set by whoever launches a worker.
+    task_id: TaskId | None = _setting("TASK_ID", _task_id)
+    encrypted_payload_path: str | None = _setting("ENCRYPTED_PAYLOAD_PATH")
+
+    project_id: str | None = _setting("PROJECT_ID")
+    region: str = _setting("REGION", default="us-central1")
+    gcs_logs_bucket: str | None = _setting("GCS_LOGS_BUCKET", _bucket)
+    kms_location: str = _setting("KMS_LOCATION", default="global")
+    kms_key_ring: str = _setting("KMS_KEY_RING", default="claude-code")
+    kms_key_name: str = _setting("KMS_KEY_NAME", default="payload-encryption")
+    cloudrun_job_name: str = _setting("CLOUDRUN_JOB_NAME", default="claude-code-job")
+    storage_emulator_host: str | None = _setting("STORAGE_EMULATOR_HOST", _url)
+    kms_emulator_host: str | None = _setting("KMS_EMULATOR_HOST", _address)
+    cloud_run_emulator_host: str | None = _setting("CLOUD_RUN_EMULATOR_HOST", _address)
+
+    backend: Backend = _setting(
+        "CCRUN_BACKEND",
+        lambda value: Backend(_one_of(*Backend)(value)),
+        default=attrs.Factory(_usual_backend, takes_self=True),
+    )
+    data_dir: Path = _setting("CCRUN_DATA_DIR", _path, default=".ccrun")
+    max_concurrent_tasks: int = _setting("MAX_CONCURRENT_TASKS", _whole(1, 1000), default=attrs.Factory(_cores))
+
+    host: str = _setting("HOST", default=attrs.Factory(_usual_host, takes_self=True))
+    port: int = _setting("PORT", _whole(0, 65535), default=8080)
+    api_tokens: tuple[Secret, ...] = _setting("CCRUN_API_TOKENS", _tokens, default=())
+    max_request_bytes: int = _setting(
+        "MAX_REQUEST_BYTES", _whole(1024, LARGEST_REQUEST_BYTES), default=DEFAULT_REQUEST_BYTES
+    )
+    max_timeout_minutes: float = _setting(
+        "MAX_TIMEOUT_MINUTES", _number(1, LONGEST_TIMEOUT_MINUTES), default=DEFAULT_TIMEOUT_MINUTES
+    )
+    allowed_tools: tuple[str, ...] = _setting("ALLOWED_TOOLS", _tools, default=())
+    permission_mode: str | None = _setting("PERMISSION_MODE", _permission_mode)
+    poll_seconds: float = _setting("POLL_SECONDS", _number(0.01, 60), default=1.0)
+
+    callback_secret: Secret | None = _setting("CLOUDRUN_CALLBACK_SECRET", _secret)
+    callback_allowed_hosts: tuple[str, ...] = _setting("CALLBACK_ALLOWED_HOSTS", _hosts, default=())
+
+    claude_cli: Path | None = _setting("CLAUDE_CLI", _path)
+    anthropic_base_url: str = _setting("ANTHROPIC_BASE_URL", _url, default="https://api.anthropic.com")
+    anthropic_api_key: Secret | None = _setting("ANTHROPIC_API_KEY", _credential)
+    claude_code_oauth_token: Secret | None = _setting("CLAUDE_CODE_OAUTH_TOKEN", _credential)
+    flush_lines: int = _setting("FLUSH_LINES", _whole(1, 100_000), default=100)
+    flush_seconds: float = _setting("FLUSH_SECONDS", _number(0.01, 60), default=1.0)
+
+    log_level: str = _setting("LOG_LEVEL", _log_level, default="INFO")
+    log_format: LogFormat = _setting(
+        "LOG_FORMAT", lambda value: LogFormat(_one_of(*LogFormat)(value)), default=LogFormat.JSON
+    )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether objects, keys and executions are on this machine."""
+        return self.backend is Backend.LOCAL
+
+    @property
+    def operator_has_credential(self) -> bool:
+        """Whether a request may come without a credential for the model API."""
+        return bool(self.anthropic_api_key or self.claude_code_oauth_token)
+
+
+def load(environment: Mapping[str, str] = os.environ, *, on_terminal: bool | None = None) -> Config:
+    """Return the settings. A variable that is empty or blank counts as not set; blanks around a value are dropped.
+
+    Args:
+        on_terminal: Whether a person reads the log, on a terminal; by default, whether standard output is one.
+
+    Raises:
+        ConfigError: One line about the first wrong value: its variable, what is allowed, and the value unless it is a secret.
+    """
+    values = {name: value.strip() for name, value in environment.items() if value.strip()}
+    if on_terminal is None:
+        on_terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+    if on_terminal and not values.keys() & {"K_SERVICE", "CLOUD_RUN_JOB"}:
+        values.setdefault("LOG_FORMAT", LogFormat.CONSOLE)
+    return environ.to_config(Config, values)
+
+
+def environment() -> dict[str, str]:
+    """Return a copy of this process's environment, for the workers that it starts."""
+    return dict(os.environ)

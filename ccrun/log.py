@@ -1,0 +1,226 @@
+"""One structured line an event on standard output: JSON in the names of Cloud Logging, or plain text for a terminal.
+
+Modules log by `structlog.get_logger()`; this one decides how a line looks and where it goes. Logging neither raises into the
+program nor makes it wait: a line that cannot be written is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, MutableMapping
+from typing import Any, Final
+
+if "rich" not in sys.modules:
+    # structlog loads rich where it finds it, for tracebacks with local variables, which may hold secrets and are never
+    # printed here; that takes 60 ms of the start of every worker. None makes its import fail, as if it were not installed.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    import structlog
+
+    del sys.modules["rich"]
+else:
+    import structlog
+
+from ccrun.config import LogFormat
+from ccrun.task import TaskId
+
+#: Longer texts are cut: Cloud Logging takes 256 KiB an entry (https://cloud.google.com/logging/quotas), nobody reads as much.
+MAX_FIELD_CHARS: Final = 16 * 1024
+#: So many lines wait for a reader that is slow; a burst of events is a few hundred.
+MAX_WAITING_LINES: Final = 4096
+#: How long the exit of the program may wait for such a reader.
+FLUSH_SECONDS: Final = 1.0
+
+_STDOUT: Final = 1
+#: https://cloud.google.com/logging/docs/reference/v2/rest/v2/LogEntry#logseverity
+_SEVERITIES: Final = frozenset({"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"})
+_TRACE: Final = "logging.googleapis.com/trace"
+
+_CONTROL_CHARACTER: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+_Event = MutableMapping[str, Any]
+
+
+def configure(log_format: LogFormat, level: str, *, fd: int = _STDOUT) -> None:
+    """Log from now on in this format, structlog's events and the standard library's records alike.
+
+    Args:
+        level: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`; what is below is dropped.
+        fd: The file descriptor that lines go to.
+    """
+    output = _Output(fd)
+    chain: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.ExceptionRenderer(_stack_trace),
+    ]
+    match log_format:
+        case LogFormat.JSON:
+            chain += [structlog.processors.TimeStamper("iso", key="time"), _json_line]
+        case LogFormat.CONSOLE:
+            chain += [
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper("%H:%M:%S", utc=False),
+                _plain,
+                structlog.dev.ConsoleRenderer(colors=os.isatty(fd), exception_formatter=structlog.dev.plain_traceback),
+            ]
+    structlog.configure(
+        processors=chain,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: output,
+        cache_logger_on_first_use=False,
+    )
+    records = _Records(output)
+    records.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *chain],
+        )
+    )
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Records)]:
+        root.removeHandler(handler)
+        handler.close()
+    root.addHandler(records)
+    root.setLevel(level)
+
+
+@contextlib.contextmanager
+def bound(*, task_id: TaskId | None = None, trace: str | None = None) -> Iterator[None]:
+    """Name the task and the trace in each line that is logged inside, also by tasks that are started there.
+
+    Args:
+        trace: As `trace_name` returns it.
+    """
+    fields = {"taskId": task_id, _TRACE: trace}
+    with structlog.contextvars.bound_contextvars(**{name: value for name, value in fields.items() if value}):
+        yield
+
+
+def trace_name(project_id: str | None, *headers: str | None) -> str | None:
+    """Return the name of the trace that a request belongs to, as Cloud Logging links it with the lines of that request.
+
+    Args:
+        headers: The values of `traceparent` and `X-Cloud-Trace-Context`, either may be missing; the first that is valid counts.
+    """
+    for header in headers:
+        # https://www.w3.org/TR/trace-context/#traceparent-header and https://cloud.google.com/trace/docs/trace-context
+        match = re.match(r"(?:[0-9a-f]{2}-)?([0-9a-f]{32})(?![0-9a-f])", header or "")
+        if project_id and match and int(match[1], 16):
+            return f"projects/{project_id}/traces/{match[1]}"
+    return None
+
+
+class _Output:
+    """Writes lines to a file descriptor, on a thread of its own: a reader that stops may not stop the event loop.
+
+    Not through `sys.stdout`: what that could not write stays in its buffer and makes the exit of Python fail.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lines: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+
+    def msg(self, line: str) -> None:
+        """Have a line written; it is lost when too many wait already."""
+        if self._lines.qsize() < MAX_WAITING_LINES:
+            self._lines.put(f"{line}\n".encode("utf-8", "backslashreplace"))
+
+    # structlog calls the method that is named after the level.
+    debug = info = warning = error = critical = msg
+
+    def flush(self) -> None:
+        """Wait until all lines are written, `FLUSH_SECONDS` at most."""
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(FLUSH_SECONDS)
+
+    def close(self) -> None:
+        """Let the thread end once it has written what waits."""
+        self._lines.put(None)
+
+    def _write_lines(self) -> None:
+        while (item := self._lines.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            rest = memoryview(item)
+            with contextlib.suppress(OSError):
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+
+
+class _Records(logging.Handler):
+    """Prints the records of the standard library's loggers. At the exit of Python, that library flushes and closes it."""
+
+    def __init__(self, output: _Output) -> None:
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._output.msg(self.format(record))
+        except Exception:  # As every handler of the standard library: whatever is wrong with a record stays here.
+            self.handleError(record)
+
+    def flush(self) -> None:
+        self._output.flush()
+
+    def close(self) -> None:
+        self._output.close()
+        super().close()
+
+
+def _stack_trace(exc_info: Any) -> str:
+    """Return type, sentence and frames of an exception, without local variables."""
+    return "".join(traceback.format_exception(*exc_info)).rstrip()
+
+
+def _json_line(_: Any, method: str, event: _Event) -> str:
+    severity = method.upper() if method.upper() in _SEVERITIES else "DEFAULT"
+    line = {"severity": severity, "message": _shown(event.pop("event", "")), "time": event["time"]}
+    if "exception" in event:
+        line["stack_trace"] = event.pop("exception")
+    # A field of a caller's may not take the place of one of ours.
+    line = {**line, **event, **line}
+    line = {name: _cut(value) if isinstance(value, str) else value for name, value in line.items()}
+    try:
+        return _json(line)
+    except (ValueError, RecursionError):
+        return _json({name: value if isinstance(value, int) else _shown(value) for name, value in line.items()})
+
+
+def _json(line: _Event) -> str:
+    return json.dumps(line, default=_shown, skipkeys=True, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def _shown(value: object) -> str:
+    try:
+        return _cut(value if isinstance(value, str) else repr(value))
+    except Exception:  # The repr of somebody else's class may raise anything.
+        return f"<{type(value).__name__}>"
+
+
+def _cut(text: str) -> str:
+    """Cut a long text in its middle: a stack trace begins with where it happened, and ends with what."""
+    half = MAX_FIELD_CHARS // 2
+    return text if len(text) <= MAX_FIELD_CHARS else f"{text[:half]} … {text[-half:]}"
+
+
+def _plain(_: Any, __: str, event: _Event) -> _Event:
+    """Let no text from outside move the cursor of a terminal, or pass for another line."""
+    escaped = {name: _CONTROL_CHARACTER.sub(_escape, _shown(value)) for name, value in event.items()}
+    if "exception" in escaped:
+        escaped["exception"] = escaped["exception"].replace(r"\n", "\n")
+    return escaped
+
+
+def _escape(match: re.Match[str]) -> str:
+    return repr(match[0])[1:-1]

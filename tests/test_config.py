@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccrun import config
+from ccrun.config import Backend, LogFormat
+from ccrun.errors import ConfigError
+from ccrun.task import PERMISSION_MODES, Secret
+
+
+def fault(**environment: str) -> str:
+    """Return the line that stops a start in this environment."""
+    with pytest.raises(ConfigError) as caught:
+        config.load(environment)
+    return caught.value.message
+
+
+def test_an_empty_environment_gives_the_documented_defaults() -> None:
+    """Nothing has to be set to run on one machine."""
+    settings = config.load({}, on_terminal=False)
+    expected: dict[str, Any] = {
+        "backend": Backend.LOCAL,
+        "port": 8080,
+        "host": "127.0.0.1",
+        "project_id": None,
+        "region": "us-central1",
+        "gcs_logs_bucket": None,
+        "kms_location": "global",
+        "kms_key_ring": "claude-code",
+        "kms_key_name": "payload-encryption",
+        "cloudrun_job_name": "claude-code-job",
+        "callback_secret": None,
+        "api_tokens": (),
+        "allowed_tools": (),
+        "permission_mode": None,
+        "max_timeout_minutes": 60.0,
+        "max_request_bytes": 10 * 1024 * 1024,
+        "max_concurrent_tasks": len(os.sched_getaffinity(0)),
+        "flush_lines": 100,
+        "flush_seconds": 1.0,
+        "poll_seconds": 1.0,
+        "callback_allowed_hosts": (),
+        "claude_cli": None,
+        "anthropic_base_url": "https://api.anthropic.com",
+        "data_dir": Path.cwd() / ".ccrun",
+        "log_level": "INFO",
+        "log_format": LogFormat.JSON,
+        "operator_has_credential": False,
+    }
+
+    assert expected == {name: getattr(settings, name) for name in expected}
+
+
+def test_every_setting_is_read_from_its_variable() -> None:
+    """Each documented variable changes the setting of its name."""
+    settings = config.load(
+        {
+            "PORT": "0",
+            "HOST": "::1",
+            "PROJECT_ID": "my-project",
+            "REGION": "europe-west1",
+            "GCS_LOGS_BUCKET": "my-project-claude-logs",
+            "KMS_LOCATION": "europe",
+            "KMS_KEY_RING": "ring",
+            "KMS_KEY_NAME": "key",
+            "CLOUDRUN_JOB_NAME": "job",
+            "CLOUDRUN_CALLBACK_SECRET": "made up secret\n",
+            "CCRUN_API_TOKENS": "made-up-token-one, made-up-token-two,",
+            "ALLOWED_TOOLS": "Bash(git log:*, git diff:*), Read,",
+            "PERMISSION_MODE": "acceptEdits",
+            "MAX_TIMEOUT_MINUTES": "1440",
+            "MAX_REQUEST_BYTES": "2048",
+            "MAX_CONCURRENT_TASKS": "3",
+            "FLUSH_LINES": "1",
+            "FLUSH_SECONDS": "0.05",
+            "POLL_SECONDS": "0.05",
+            "CALLBACK_ALLOWED_HOSTS": "Hooks.internal, 10.0.0.7",
+            "CLAUDE_CLI": "/opt/claude",
+            "ANTHROPIC_BASE_URL": "http://127.0.0.1:9/",
+            "ANTHROPIC_API_KEY": "made-up-key",
+            "CLAUDE_CODE_OAUTH_TOKEN": "made-up-oauth",
+            "LOG_LEVEL": "debug",
+            "LOG_FORMAT": "console",
+            "CCRUN_BACKEND": "local",
+            "CCRUN_DATA_DIR": "/var/lib/ccrun",
+            "STORAGE_EMULATOR_HOST": "http://127.0.0.1:4443",
+            "KMS_EMULATOR_HOST": "127.0.0.1:8085",
+            "CLOUD_RUN_EMULATOR_HOST": "[::1]:8086",
+            "TASK_ID": "task-1",
+            "ENCRYPTED_PAYLOAD_PATH": "sessions/task-1/encrypted-payload.bin",
+            "CLOUD_RUN_EXECUTION": "job-abc",
+        }
+    )
+    expected: dict[str, Any] = {
+        "port": 0,
+        "host": "::1",
+        "project_id": "my-project",
+        "region": "europe-west1",
+        "gcs_logs_bucket": "my-project-claude-logs",
+        "kms_location": "europe",
+        "kms_key_ring": "ring",
+        "kms_key_name": "key",
+        "cloudrun_job_name": "job",
+        "callback_secret": Secret("made up secret"),
+        "api_tokens": (Secret("made-up-token-one"), Secret("made-up-token-two")),
+        "allowed_tools": ("Bash(git log:*, git diff:*)", "Read"),
+        "permission_mode": "acceptEdits",
+        "max_timeout_minutes": 1440.0,
+        "max_request_bytes": 2048,
+        "max_concurrent_tasks": 3,
+        "flush_lines": 1,
+        "flush_seconds": 0.05,
+        "poll_seconds": 0.05,
+        "callback_allowed_hosts": ("hooks.internal", "10.0.0.7"),
+        "claude_cli": Path("/opt/claude"),
+        "anthropic_base_url": "http://127.0.0.1:9",
+        "anthropic_api_key": Secret("made-up-key"),
+        "claude_code_oauth_token": Secret("made-up-oauth"),
+        "log_level": "DEBUG",
+        "log_format": LogFormat.CONSOLE,
+        "backend": Backend.LOCAL,
+        "is_local": True,
+        "operator_has_credential": True,
+        "data_dir": Path("/var/lib/ccrun"),
+        "storage_emulator_host": "http://127.0.0.1:4443",
+        "kms_emulator_host": "127.0.0.1:8085",
+        "cloud_run_emulator_host": "[::1]:8086",
+        "task_id": "task-1",
+        "encrypted_payload_path": "sessions/task-1/encrypted-payload.bin",
+        "cloud_run_execution": "job-abc",
+    }
+
+    assert expected == {name: getattr(settings, name) for name in expected}
+
+
+@pytest.mark.parametrize("name", ["PORT", "ALLOWED_TOOLS", "CCRUN_API_TOKENS", "GCS_LOGS_BUCKET", "ANTHROPIC_API_KEY"])
+@pytest.mark.parametrize("value", ["", " \n"])
+def test_a_blank_variable_counts_as_not_set(name: str, value: str) -> None:
+    """`NAME=` in a file of settings means the default."""
+    assert config.load({}) == config.load({name: value})
+
+
+@pytest.mark.parametrize("name", ["K_SERVICE", "CLOUD_RUN_JOB", "GCS_LOGS_BUCKET", "PROJECT_ID"])
+def test_the_backend_is_google_cloud_as_soon_as_anything_names_it(name: str) -> None:
+    """Unless `CCRUN_BACKEND` says otherwise."""
+    assert Backend.GCP is config.load({name: "some-name"}).backend
+    assert Backend.LOCAL is config.load({name: "some-name", "CCRUN_BACKEND": "local"}).backend
+    assert Backend.GCP is config.load({"CCRUN_BACKEND": "gcp"}).backend
+
+
+def test_google_cloud_without_a_bucket_is_no_error_at_the_start() -> None:
+    """The API answers for the missing bucket, request by request."""
+    assert config.load({"K_SERVICE": "api"}).gcs_logs_bucket is None
+
+
+def test_a_service_on_cloud_run_listens_to_all() -> None:
+    """The platform guards the door there; elsewhere only this machine can call, unless `HOST` says otherwise."""
+    assert "0.0.0.0" == config.load({"K_SERVICE": "api"}).host
+    assert "127.0.0.1" == config.load({"CLOUD_RUN_JOB": "job"}).host
+    assert "10.1.2.3" == config.load({"K_SERVICE": "api", "HOST": "10.1.2.3"}).host
+
+
+@pytest.mark.parametrize(
+    ("environment", "on_terminal", "expected"),
+    [
+        ({}, True, LogFormat.CONSOLE),
+        ({}, False, LogFormat.JSON),
+        ({"K_SERVICE": "api"}, True, LogFormat.JSON),
+        ({"CLOUD_RUN_JOB": "job"}, True, LogFormat.JSON),
+        ({"K_SERVICE": "api", "LOG_FORMAT": "console"}, False, LogFormat.CONSOLE),
+        ({"LOG_FORMAT": "json"}, True, LogFormat.JSON),
+    ],
+)
+def test_people_read_text_and_machines_json(
+    environment: dict[str, str], on_terminal: bool, expected: LogFormat
+) -> None:
+    """A terminal gets text, Cloud Run and pipes get JSON, and `LOG_FORMAT` wins."""
+    assert expected is config.load(environment, on_terminal=on_terminal).log_format
+
+
+def test_a_terminal_is_noticed() -> None:
+    """Standard output itself decides when nobody says what it is."""
+    program = "from ccrun import config; print(config.load({}).log_format)"
+    piped = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    reader, terminal = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=terminal)
+        shown = os.read(reader, 100)
+    finally:
+        os.close(reader)
+        os.close(terminal)
+    closed = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.stdout.close(); {program.replace('print', 'str')}"], check=False
+    )
+
+    assert (b"json\n", b"console\r\n", 0) == (piped.stdout, shown, closed.returncode)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("PORT", "abc", 'PORT must be a whole number from 0 to 65535, not "abc".'),
+        ("PORT", "65536", 'PORT must be a whole number from 0 to 65535, not "65536".'),
+        ("PORT", "8_080", 'PORT must be a whole number from 0 to 65535, not "8_080".'),
+        ("PORT", "8080 9090", 'PORT must be a whole number from 0 to 65535, not "8080 9090".'),
+        ("PORT", "9" * 5000, f'PORT must be a whole number from 0 to 65535, not "{"9" * 60}".'),
+        ("MAX_TIMEOUT_MINUTES", "abc", 'MAX_TIMEOUT_MINUTES must be a number from 1 to 1440, not "abc".'),
+        ("MAX_TIMEOUT_MINUTES", "nan", 'MAX_TIMEOUT_MINUTES must be a number from 1 to 1440, not "nan".'),
+        ("MAX_TIMEOUT_MINUTES", "1441", 'MAX_TIMEOUT_MINUTES must be a number from 1 to 1440, not "1441".'),
+        ("MAX_CONCURRENT_TASKS", "0", 'MAX_CONCURRENT_TASKS must be a whole number from 1 to 1000, not "0".'),
+        ("FLUSH_SECONDS", "-1", 'FLUSH_SECONDS must be a number from 0.01 to 60, not "-1".'),
+        ("CCRUN_BACKEND", "aws", 'CCRUN_BACKEND must be one of local, gcp, not "aws".'),
+        ("LOG_FORMAT", "x\ny", 'LOG_FORMAT must be one of json, console, not "x\\ny".'),
+        ("LOG_LEVEL", "loud", 'LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not "loud".'),
+        (
+            "PERMISSION_MODE",
+            "yolo",
+            f'PERMISSION_MODE must be one of {", ".join(PERMISSION_MODES)}, not "yolo".',
+        ),
+        (
+            "GCS_LOGS_BUCKET",
+            "gs://b/x",
+            'GCS_LOGS_BUCKET must be the name of a bucket, without gs:// and without a path, not "gs://b/x".',
+        ),
+        (
+            "ALLOWED_TOOLS",
+            "Bash(git",
+            'ALLOWED_TOOLS must be names of tools separated by commas, with balanced parentheses, not "Bash(git".',
+        ),
+        (
+            "ALLOWED_TOOLS",
+            "a),(b",
+            'ALLOWED_TOOLS must be names of tools separated by commas, with balanced parentheses, not "a),(b".',
+        ),
+        (
+            "ALLOWED_TOOLS",
+            "--dangerously",
+            'ALLOWED_TOOLS must be names of tools separated by commas, with balanced parentheses, not "--dangerously".',
+        ),
+        (
+            "CALLBACK_ALLOWED_HOSTS",
+            "https://a",
+            'CALLBACK_ALLOWED_HOSTS must be host names separated by commas, without scheme or path, not "https://a".',
+        ),
+        ("ANTHROPIC_BASE_URL", "localhost", 'ANTHROPIC_BASE_URL must be an http or https URL, not "localhost".'),
+        ("ANTHROPIC_BASE_URL", "http://[", 'ANTHROPIC_BASE_URL must be an http or https URL, not "http://[".'),
+        ("KMS_EMULATOR_HOST", "http://a", 'KMS_EMULATOR_HOST must be host:port, not "http://a".'),
+        ("HOST", "a b", 'HOST must be a word without blanks, not "a b".'),
+        ("TASK_ID", "../x", 'TASK_ID must be a task ID, not "../x".'),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_variable_fault_and_rule(name: str, value: str, expected: str) -> None:
+    """Whoever reads it knows what to change."""
+    assert expected == fault(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CCRUN_API_TOKENS", "tooshort"),
+        ("CCRUN_API_TOKENS", "made-up-token-one,tooshort"),
+        ("CCRUN_API_TOKENS", ","),
+        ("CLOUDRUN_CALLBACK_SECRET", "tooshort\x00"),
+        ("ANTHROPIC_API_KEY", "tooshort key"),
+        ("CLAUDE_CODE_OAUTH_TOKEN", "tooshort\r\nX: y"),
+        ("ANTHROPIC_BASE_URL", "ftp://me:tooshort@host"),
+    ],
+)
+def test_a_wrong_secret_is_not_shown(name: str, value: str) -> None:
+    """The line names the variable and the rule alone."""
+    message = fault(**{name: value})
+
+    assert message.startswith(f"{name} must be ")
+    assert "tooshort" not in message
+    assert "\n" not in message
+
+
+def test_no_secret_shows_itself_in_the_settings() -> None:
+    """Settings can be printed."""
+    names = ["CCRUN_API_TOKENS", "CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"]
+
+    assert "made-up" not in repr(config.load(dict.fromkeys(names, "made-up-secret-value")))
+
+
+def test_settings_come_from_the_environment_of_the_process() -> None:
+    """Without a mapping, the process's own variables are read; workers inherit them by `environment`."""
+    program = "from ccrun import config; print(config.load().port, config.environment()['PORT'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, env={**os.environ, "PORT": "81"}
+    )
+
+    assert "81 81\n" == done.stdout

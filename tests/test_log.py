@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from ccrun import log
+from ccrun.config import LogFormat
+from ccrun.task import Secret, TaskId
+
+Lines = Callable[[], list[str]]
+
+
+@pytest.fixture(autouse=True)
+def _untouched_logging() -> Iterator[None]:
+    """Leave the logging of the process as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+@contextlib.contextmanager
+def logging_to(path: Path, log_format: LogFormat, level: str = "INFO") -> Iterator[Lines]:
+    """Log to a file; give what reads its lines."""
+    with path.open("w+b", buffering=0) as file:
+        log.configure(log_format, level, fd=file.fileno())
+
+        def lines() -> list[str]:
+            for handler in logging.getLogger().handlers:
+                handler.flush()
+            return path.read_text(encoding="utf-8").splitlines()
+
+        yield lines
+        lines()
+
+
+@pytest.fixture
+def json_lines(tmp_path: Path) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Log as JSON; give what reads the lines."""
+    with logging_to(tmp_path / "log", LogFormat.JSON) as lines:
+        yield lambda: [json.loads(line) for line in lines()]
+
+
+@pytest.fixture
+def text_lines(tmp_path: Path) -> Iterator[Lines]:
+    """Log as text; give what reads the lines."""
+    with logging_to(tmp_path / "log", LogFormat.CONSOLE) as lines:
+        yield lines
+
+
+def test_a_line_has_the_names_of_cloud_logging(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """Severity, message and time come first, then the fields."""
+    structlog.get_logger().warning("Storage is slow.", seconds=1.5, name="é")
+
+    (line,) = json_lines()
+    assert ["severity", "message", "time", "seconds", "name"] == list(line)
+    assert ("WARNING", "Storage is slow.", 1.5, "é") == (
+        line["severity"],
+        line["message"],
+        line["seconds"],
+        line["name"],
+    )
+    assert line["time"].endswith("Z")
+
+
+def test_what_is_below_the_level_is_dropped(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """For structlog and the standard library alike."""
+    structlog.get_logger().debug("no")
+    logging.getLogger("aiohttp.server").debug("no")
+
+    assert [] == json_lines()
+
+
+async def test_task_and_trace_are_in_each_line_of_what_was_started_inside(
+    json_lines: Callable[[], list[dict[str, Any]]],
+) -> None:
+    """Also in tasks that were started there, and in no other line."""
+
+    async def child() -> None:
+        structlog.get_logger().info("child")
+
+    trace = log.trace_name("my-project", None, f"{'a' * 32}/123;o=1")
+    with log.bound(task_id=TaskId("task-1"), trace=trace):
+        started = asyncio.create_task(child())
+        logging.getLogger("aiohttp.server").info("library")
+    await started
+    structlog.get_logger().info("outside")
+
+    name = f"projects/my-project/traces/{'a' * 32}"
+    assert [
+        ("library", "task-1", name),
+        ("child", "task-1", name),
+        ("outside", None, None),
+    ] == [
+        (line["message"], line.get("taskId"), line.get("logging.googleapis.com/trace"))
+        for line in await asyncio.to_thread(json_lines)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("project", "headers", "expected"),
+    [
+        ("p", ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", None), "4bf92f3577b34da6a3ce929d0e0e4736"),
+        ("p", (None, "105445aa7843bc8bf206b12000100000/1;o=1"), "105445aa7843bc8bf206b12000100000"),
+        ("p", ("nonsense", "105445aa7843bc8bf206b12000100000"), "105445aa7843bc8bf206b12000100000"),
+        ("p", (f"00-{'0' * 32}-00f067aa0ba902b7-01", None), None),
+        ("p", (None, "a" * 33), None),
+        ("p", ("", '"},"severity":"x'), None),
+        (None, (None, "105445aa7843bc8bf206b12000100000"), None),
+    ],
+)
+def test_a_trace_is_named_only_when_a_header_holds_one(
+    project: str | None, headers: tuple[str | None, ...], expected: str | None
+) -> None:
+    """W3C's header and Google's are read; anything else gives no trace."""
+    name = f"projects/p/traces/{expected}" if expected else None
+
+    assert name == log.trace_name(project, *headers)
+
+
+def test_a_secret_does_not_show_itself(tmp_path: Path) -> None:
+    """Neither as a field nor inside one, in neither format, nor as a local variable of a traceback."""
+    for log_format in LogFormat:
+        with logging_to(tmp_path / log_format, log_format) as lines:
+            secret = Secret("correct-horse")
+            plain = secret.reveal()
+            structlog.get_logger().info("Started.", key=secret, keys=[secret], by_name={"key": secret})
+            logging.getLogger("x").info("Started with %s", secret)
+            try:
+                fail(f"no {len(plain)}")
+            except ValueError:
+                structlog.get_logger().exception("Failed.", key=secret)
+            text = "\n".join(lines())
+        assert "Secret(***)" in text
+        assert "correct" not in text
+
+
+def test_an_exception_is_type_sentence_and_frames(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """In `stack_trace`, on the one line of its event, where Error Reporting looks for it."""
+    try:
+        fail("The sentence.")
+    except ValueError as error:
+        structlog.get_logger().exception("First.")
+        structlog.get_logger().error("Second.", exc_info=error)
+        logging.getLogger("x").exception("Third.")
+
+    traces = [line["stack_trace"].splitlines() for line in json_lines()]
+    assert [("Traceback (most recent call last):", "ValueError: The sentence.")] * 3 == [
+        (trace[0], trace[-1]) for trace in traces
+    ]
+    assert ["ERROR"] * 3 == [line["severity"] for line in json_lines()]
+
+
+def test_the_standard_library_logs_in_the_same_form(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """The lines of aiohttp and asyncio are events like ours, with the name of their logger."""
+    logging.getLogger("aiohttp.access").warning("%s took %d ms", "GET /", 5)
+
+    (line,) = json_lines()
+    assert ("WARNING", "GET / took 5 ms", "aiohttp.access") == (line["severity"], line["message"], line["logger"])
+
+
+def test_configuring_again_replaces_what_was(tmp_path: Path) -> None:
+    """Each event is one line, however often logging was set up, and no thread stays behind."""
+    with logging_to(tmp_path / "first", LogFormat.JSON):
+        replaced = [thread for thread in threading.enumerate() if thread.name == "log"]
+        with logging_to(tmp_path / "second", LogFormat.JSON) as lines:
+            structlog.get_logger().info("ours")
+            logging.getLogger("x").info("theirs")
+            assert 2 == len(lines())
+
+    for thread in replaced:
+        thread.join(5)
+    assert ("", False) == ((tmp_path / "first").read_text(), any(thread.is_alive() for thread in replaced))
+
+
+def test_a_field_cannot_take_the_place_of_another(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """Whatever a field is called, severity, message and time are those of the event."""
+    structlog.get_logger().info("Ours.", message="theirs", severity="DEBUG", time="never")
+
+    (line,) = json_lines()
+    assert ("INFO", "Ours.") == (line["severity"], line["message"])
+    assert "never" != line["time"]
+
+
+def fail(sentence: str) -> None:
+    """Raise an error with this sentence."""
+    raise ValueError(sentence)
+
+
+class _Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+_CIRCLE: list[Any] = []
+_CIRCLE.append(_CIRCLE)
+
+
+@pytest.mark.parametrize("log_format", LogFormat)
+@pytest.mark.parametrize(
+    "value",
+    [
+        _Broken(),
+        _CIRCLE,
+        {(1, 2): 3},
+        float("nan"),
+        b"\xff",
+        "\ud800",
+        "a\nb\x1b[2J",
+        "x" * 1_000_000,
+        object,
+    ],
+)
+def test_whatever_a_field_holds_is_one_line(tmp_path: Path, log_format: LogFormat, value: object) -> None:
+    """Values that JSON does not have, that break, or that would run over the terminal, are printed all the same."""
+    with logging_to(tmp_path / "log", log_format) as lines:
+        structlog.get_logger().info("Hello.", value=value, count=1)
+        (line,) = lines()
+
+    assert "\x1b[2J" not in line
+    assert len(line) < 2 * log.MAX_FIELD_CHARS
+    if log_format is LogFormat.JSON:
+        fields = json.loads(line, parse_constant=pytest.fail)
+        assert ("Hello.", 1) == (fields["message"], fields["count"])
+
+
+def test_a_message_from_outside_cannot_forge_a_line(text_lines: Lines) -> None:
+    """On a terminal, control characters of a library's message are spelled out."""
+    logging.getLogger("x").warning("bad\x1b[2J\n12:00:00 [info] forged")
+
+    (line,) = text_lines()
+    assert r"bad\x1b[2J\n12:00:00 [info] forged" in line
+
+
+def test_text_for_people_shows_frames(text_lines: Lines) -> None:
+    """An exception is followed by its traceback, line by line."""
+    try:
+        fail("The sentence.")
+    except ValueError:
+        structlog.get_logger().exception("Failed.", task="t")
+
+    lines = text_lines()
+    assert "Failed." in lines[0]
+    assert ("Traceback (most recent call last):", "ValueError: The sentence.") == (lines[1], lines[-1])
+
+
+def test_lines_of_several_threads_stay_whole(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """Each line is one event, also when threads log long lines at once."""
+    text = "x" * 10_000
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            structlog.get_logger().info("work", number=number, text=text)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert 200 == len(json_lines())
+
+
+_PROGRAM = """
+import logging, structlog
+from ccrun import log
+from ccrun.config import LogFormat
+for log_format in LogFormat:
+    log.configure(log_format, "INFO")
+    structlog.get_logger().info("Hello.")
+    logging.getLogger("x").error("Hello.")
+"""
+
+
+@pytest.mark.parametrize("redirect", ["| true", "> /dev/full", ">&-"])
+def test_a_broken_standard_output_stops_nothing(redirect: str) -> None:
+    """With a reader that is gone, a full disk or none at all, the program goes on in silence and ends with success."""
+    script = f'{{ "$0" -c "$1"; echo "ended with $?" >&2; }} {redirect}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", script, sys.executable, _PROGRAM], check=False, stderr=subprocess.PIPE, text=True
+    )
+
+    assert "ended with 0\n" == done.stderr
+
+
+def test_a_reader_that_stops_stops_nothing() -> None:
+    """A full pipe makes nobody wait; what waited too long is lost, and the lines before are whole."""
+    program = """
+import logging, os, structlog, time
+from ccrun import log
+from ccrun.config import LogFormat
+log.configure(LogFormat.JSON, "INFO")
+for number in range(20_000):
+    structlog.get_logger().info("Hello.", number=number)
+os.write(2, b"done")
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        # Nobody reads standard output until the program has ended.
+        assert process.stderr.read() == b"done"
+        lines = process.stdout.read().splitlines()
+        assert process.wait(10) == 0
+
+    numbers = [json.loads(line)["number"] for line in lines[:-1]]
+    assert list(range(len(numbers))) == numbers
+
+
+def test_lines_that_nobody_reads_take_bounded_memory() -> None:
+    """What is beyond the bound is lost; what waited is written once there is a reader."""
+    reader, writer = os.pipe()
+    log.configure(LogFormat.JSON, "INFO", fd=writer)
+    (output,) = (thread for thread in threading.enumerate() if thread.name == "log")
+    for _ in range(3 * log.MAX_WAITING_LINES):
+        structlog.get_logger().info("Hello.")
+    logging.getLogger().handlers[-1].close()
+
+    def end() -> None:
+        output.join(10)
+        os.close(writer)
+
+    with os.fdopen(reader) as lines:
+        ending = threading.Thread(target=end)
+        ending.start()
+        count = len(lines.readlines())
+        ending.join()
+
+    assert log.MAX_WAITING_LINES < count < 2 * log.MAX_WAITING_LINES
+
+
+def test_logging_does_not_load_rich() -> None:
+    """A worker starts without it, and whoever wants it later can still have it."""
+    program = "import sys; from ccrun import log; print([name for name in sys.modules if 'rich' in name]); import rich.console"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+    assert "[]\n" == done.stdout
