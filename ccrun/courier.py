@@ -1,0 +1,114 @@
+"""Carries the callback of a task that is over: takes up the debt, delivers, notes what became of it.
+
+Whoever wins the swap that takes up a debt delivers it, so any number of couriers at once deliver it once. Only the worker and the
+sweep have one; the API neither opens a callback URL nor calls a receiver.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Final
+
+import attrs
+import structlog
+
+from ccrun import task, webhook, wire
+from ccrun.errors import SealError
+from ccrun.seal import KeyWrapper, Purpose, unseal
+from ccrun.store import Store
+from ccrun.task import Secret, TaskId, TaskRecord
+
+log = structlog.get_logger()
+
+#: For so long nobody else takes up a debt. Longer than the longest delivery that `webhook.Patience` allows.
+LEASE: Final = dt.timedelta(minutes=5)
+
+
+class _NotDue(Exception):
+    """Somebody else has the debt, or there is none."""
+
+
+@attrs.frozen(kw_only=True)
+class Courier:
+    """Delivers callbacks, signed with `secret`, to where `guard` allows.
+
+    With `hands_over`, what this courier could not deliver is due again at once, for a sweep that goes on with it.
+    """
+
+    store: Store
+    wrapper: KeyWrapper
+    secret: Secret
+    guard: webhook.Guard
+    patience: webhook.Patience
+    hands_over: bool = False
+
+    async def take_up(self, task_id: TaskId) -> TaskRecord | None:
+        """Claim the callback of a task when it is due; None when it is not, or somebody else was faster."""
+
+        def claim(record: TaskRecord) -> TaskRecord:
+            now = dt.datetime.now(dt.UTC)
+            if not task.is_callback_due(record, at=now):
+                raise _NotDue
+            return task.take_up_callback(record, lease_until=now + LEASE)
+
+        try:
+            return await self.store.update(task_id, claim)
+        except _NotDue:
+            return None
+
+    async def deliver(self, record: TaskRecord, *, url: Secret | None = None) -> TaskRecord:
+        """Deliver a callback that was claimed before, and note the outcome on the record.
+
+        Args:
+            record: The final record; the body is made from it, so it is the same for every try.
+            url: The callback URL, when the caller knows it; else it is unsealed from the record.
+        """
+        try:
+            target = url or await self._callback_url(record)
+        except SealError as error:
+            delivery = webhook.Delivery(delivered=False, attempts=0, error=error.message)
+        else:
+            delivery = await webhook.deliver(
+                target,
+                wire.callback_body(record),
+                webhook_id=f"task_{record.task_id}",
+                secret=self.secret,
+                guard=self.guard,
+                patience=self.patience,
+            )
+        log.info(
+            "A callback was delivered" if delivery.delivered else "A callback was not delivered",
+            taskId=record.task_id,
+            attempts=delivery.attempts,
+            fault=delivery.error,
+        )
+        now = dt.datetime.now(dt.UTC)
+        return await self.store.update(
+            record.task_id,
+            lambda present: task.note_delivery(
+                present,
+                delivered=delivery.delivered,
+                attempts=delivery.attempts,
+                error=delivery.error,
+                at=now,
+                not_before=now + dt.timedelta(seconds=delivery.retry_after_seconds or 0),
+                pauses=not self.hands_over,
+            ),
+        )
+
+    async def hand_over(self, task_id: TaskId) -> None:
+        """Give a claimed callback back, for a sweep to deliver it at once."""
+
+        def owe(record: TaskRecord) -> TaskRecord:
+            now = dt.datetime.now(dt.UTC)
+            return task.owe_callback_again(record, at=now) if record.owes_callback else record
+
+        await self.store.update(task_id, owe)
+
+    async def _callback_url(self, record: TaskRecord) -> Secret:
+        if record.sealed_callback_url is None:
+            raise SealError("The record has no callback URL.")
+        url = await unseal(
+            self.wrapper, record.sealed_callback_url, task_id=record.task_id, purpose=Purpose.CALLBACK_URL
+        )
+        return Secret(url.decode())

@@ -1,0 +1,1 @@
+"""Shows ccrun at work on this machine, with a scripted model when there is no key."""

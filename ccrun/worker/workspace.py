@@ -1,0 +1,152 @@
+"""The rooms of a task on disk, and what is put into them before the agent comes.
+
+What ccrun itself writes stands beside the folder that the agent works in, never inside it, so nothing of it reaches a commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import attrs
+import frontmatter
+
+from ccrun.errors import CcrunError
+from ccrun.task import ConfigFile, TaskId
+
+#: Names of the workspace to try before giving up; only a leftover of the same task takes the first.
+NAME_ATTEMPTS: Final = 3
+
+
+class WorkspaceError(CcrunError):
+    """The workspace cannot be made."""
+
+
+@attrs.frozen(kw_only=True)
+class Workspace:
+    """The folders of a task. `repository` is the agent's; the others belong to the CLI that serves it."""
+
+    root: Path
+
+    @property
+    def repository(self) -> Path:
+        """Where the agent works."""
+        return self.root / "repository"
+
+    @property
+    def home(self) -> Path:
+        """The agent's HOME."""
+        return self.root / "home"
+
+    @property
+    def config(self) -> Path:
+        """The CLI's CLAUDE_CONFIG_DIR."""
+        return self.root / "config"
+
+    @property
+    def inputs(self) -> Path:
+        """What options of the CLI name."""
+        return self.root / "inputs"
+
+    @property
+    def temporary(self) -> Path:
+        """The agent's TMPDIR."""
+        return self.root / "tmp"
+
+    def start_folder(self, cwd_relative: str) -> Path:
+        """Return where the agent starts.
+
+        Raises:
+            WorkspaceError: There is no such folder inside the workspace.
+        """
+        folder = (self.repository / cwd_relative).resolve()
+        if not folder.is_relative_to(self.repository.resolve()) or not folder.is_dir():
+            raise WorkspaceError(f"cwdRelative names no folder of the workspace: {cwd_relative}")
+        return folder
+
+
+@contextlib.asynccontextmanager
+async def workspace(task_id: TaskId) -> AsyncIterator[Workspace]:
+    """Make the rooms of a task, and remove them with all that the agent left in them.
+
+    Raises:
+        WorkspaceError: They cannot be made.
+    """
+    rooms = await asyncio.to_thread(_make, task_id)
+    try:
+        yield rooms
+    finally:
+        await asyncio.shield(asyncio.to_thread(_remove, rooms.root))
+
+
+async def furnish(
+    rooms: Workspace, *, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]
+) -> dict[str, Path]:
+    """Write what the request gives the CLI: slash commands, and the files that options name; return where the latter are.
+
+    Raises:
+        WorkspaceError: It cannot be written.
+    """
+    return await asyncio.to_thread(_furnish, rooms, commands, inputs)
+
+
+def _make(task_id: TaskId) -> Workspace:
+    temporary = Path(tempfile.gettempdir())
+    # No task ID has a dot; see `ccrun.jobs`, which clears up after a worker that was killed.
+    names = [f"ws-{task_id}", *(f"ws-{task_id}.{secrets.token_hex(4)}" for _ in range(NAME_ATTEMPTS - 1))]
+    try:
+        for name in names:
+            # A folder that is already there may be somebody else's trap in a place where everybody may write.
+            with contextlib.suppress(FileExistsError):
+                root = temporary / name
+                root.mkdir(mode=0o700)
+                rooms = Workspace(root=root)
+                for room in (rooms.repository, rooms.home, rooms.config, rooms.inputs, rooms.temporary):
+                    room.mkdir(mode=0o700)
+                return rooms
+    except OSError as error:
+        raise WorkspaceError(f"The workspace cannot be made: {error.strerror}.") from error
+    raise WorkspaceError("The workspace cannot be made: its folder is there already.")
+
+
+def _furnish(rooms: Workspace, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]) -> dict[str, Path]:
+    try:
+        (rooms.config / "commands").mkdir(mode=0o700)
+        for name, file in commands.items():
+            (rooms.config / "commands" / f"{name}.md").write_text(_markdown(file), encoding="utf-8")
+        files = {option: rooms.inputs / option for option in inputs}
+        for option, path in files.items():
+            path.write_bytes(inputs[option])
+    except OSError as error:
+        raise WorkspaceError(f"The CLI's configuration cannot be written: {error.strerror}.") from error
+    return files
+
+
+def _markdown(file: ConfigFile) -> str:
+    if not file.frontmatter:
+        return file.content
+    post = frontmatter.Post(file.content)
+    post.metadata = dict(file.frontmatter)
+    return frontmatter.dumps(post, sort_keys=False)
+
+
+def _remove(root: Path) -> None:
+    def unlock(remove: Callable[[str], object], path: str, _: object) -> None:
+        """Try again after the agent took its own permissions away."""
+        with contextlib.suppress(OSError):
+            for locked in (os.path.dirname(path), path):  # noqa: PTH120 - as rmtree gives it
+                if not os.path.islink(locked):  # noqa: PTH114
+                    os.chmod(locked, stat.S_IRWXU)  # noqa: PTH101
+            remove(path)
+
+    shutil.rmtree(root, onerror=unlock)
+    # What stayed is a folder that could not be listed; now it can.
+    shutil.rmtree(root, ignore_errors=True)

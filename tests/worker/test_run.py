@@ -1,0 +1,529 @@
+"""One task from payload to outcome, run in this process; the CLI is real, or an executable that fails as the real one might."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from harness import MADE_UP_KEY, PATIENCE, until_record
+
+from ccrun import task, webhook
+from ccrun.api.dispatch import Dispatcher
+from ccrun.blobs import Blob, DirectoryBlobs
+from ccrun.courier import Courier
+from ccrun.demo.model import Fail, Say, Script, ScriptedModel, UseTool, sequence
+from ccrun.errors import StorageError
+from ccrun.jobs import ExecutionState
+from ccrun.seal import LocalKey
+from ccrun.store import Pace, Store
+from ccrun.task import ConfigFile, Reason, Secret, Status, TaskId, TaskRecord, TaskSpec, TaskType, WebhookState
+from ccrun.worker import claude
+from ccrun.worker.run import Parts, Times, run
+
+TASK = TaskId("task-1")
+RESULT = {
+    "type": "result",
+    "subtype": "success",
+    "is_error": False,
+    "num_turns": 2,
+    "total_cost_usd": 0.25,
+    "session_id": "session-1",
+    "result": "All done.",
+    "usage": {"input_tokens": 3},
+}
+#: What every fake CLI begins with.
+PRELUDE = """
+import json, os, signal, subprocess, sys, time
+def say(**line): print(json.dumps(line, separators=(",", ":")), flush=True)
+def result(**more): say(**{**json.loads(%r), **more})
+prompt = sys.stdin.read()
+""" % json.dumps(RESULT)  # noqa: UP031
+
+FakeCli = Callable[[str], Path]
+
+
+class NoJobs:
+    """A place that runs no workers: the tests run them."""
+
+    max_running: int | None = None
+
+    async def launch(self, task_id: TaskId) -> str | None:
+        return None
+
+    async def cancel(self, task_id: TaskId, execution_name: str | None) -> None: ...
+
+    async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
+        return ExecutionState.RUNNING
+
+    async def clear(self, task_id: TaskId) -> None: ...
+
+
+@attrs.frozen(kw_only=True)
+class Bench:
+    """A store with a task in it, and what runs it."""
+
+    parts: Parts
+    dispatcher: Dispatcher
+    shutdown: asyncio.Event = attrs.field(factory=asyncio.Event)
+
+    async def submit(self, **fields: Any) -> None:
+        """Make the task."""
+        defaults: dict[str, Any] = {
+            "task_id": TASK,
+            "type": TaskType.ASYNC,
+            "prompt": "Do it.",
+            "timeout_minutes": 1.0,
+            "anthropic_api_key": Secret(MADE_UP_KEY),
+        }
+        await self.dispatcher.submit(TaskSpec(**{**defaults, **fields}))
+
+    async def run(self, **changes: Any) -> TaskRecord:
+        """Run the task's worker to its end, and return the record that it leaves."""
+        async with asyncio.timeout(PATIENCE):
+            await run(attrs.evolve(self.parts, **changes), TASK, shutdown=self.shutdown)
+        return await self.parts.store.record(TASK)
+
+    async def log(self) -> list[dict[str, Any]]:
+        """Return the lines of the task's log."""
+        listing = await self.parts.store.listing(TASK, first=1)
+        contents = [await self.parts.store.read_chunk(chunk) for chunk in listing.chunks]
+        return [json.loads(line) for content in contents for line in content.splitlines()]
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> Bench:
+    """A store in a folder, and a worker whose model API nobody serves."""
+    store, wrapper = Store(DirectoryBlobs(tmp_path / "data")), LocalKey(tmp_path / "keys" / "key")
+    parts = Parts(
+        store=store,
+        wrapper=wrapper,
+        courier=None,
+        cli=lambda: claude.find_cli(None, ""),
+        upstream="http://127.0.0.1:9",
+        inherited={"PATH": os.environ["PATH"], "SERVICE_SECRET": "of-the-service"},
+        pace=Pace(flush_seconds=0.05, first_flush_seconds=0.01, patience_seconds=0.5),
+        times=Times(term_grace=0.3, cancel_poll=0.02),
+    )
+    dispatcher = Dispatcher(store=store, jobs=NoJobs(), wrapper=wrapper, callback_owed=lambda: None)
+    return Bench(parts=parts, dispatcher=dispatcher)
+
+
+@pytest.fixture
+async def serve_model() -> AsyncIterator[Callable[[Script], Any]]:
+    """Return what serves a script as the model API, for as long as the test lasts."""
+    models: list[ScriptedModel] = []
+
+    async def serve(script: Script) -> ScriptedModel:
+        models.append(await ScriptedModel(script).__aenter__())
+        return models[-1]
+
+    yield serve
+    for model in models:
+        await model.__aexit__(None, None, None)
+
+
+# --- the real CLI ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_that_the_cli_completes_is_completed(bench: Bench, serve_model: Any) -> None:
+    """The outcome carries the CLI's own figures, the log ends with its result, and nothing of the task is left on disk."""
+    model = await serve_model(sequence(UseTool("Bash", {"command": "pwd"}), Say("All done.")))
+    await bench.submit(allowed_tools=("Bash",))
+    record = await bench.run(upstream=model.url)
+    assert (Status.COMPLETED, Reason.COMPLETED, 0, None) == (
+        record.status,
+        record.reason,
+        record.exit_code,
+        record.error,
+    )
+    assert record.summary is not None
+    assert (2, 0, "All done.") == (record.summary.turns, record.summary.errors, record.summary.result)
+    lines = await bench.log()
+    assert ("init", "result") == (lines[0]["subtype"], lines[-1]["type"])
+    assert not list(Path(tempfile.gettempdir()).glob(f"ws-{TASK}*"))
+    assert {MADE_UP_KEY} == {request.headers.get("x-api-key") for request in model.requests}
+
+
+async def test_max_turns_is_a_failure_of_its_own(bench: Bench, serve_model: Any) -> None:
+    """A task that runs out of turns fails with the reason `max_turns` and the CLI's own words."""
+    model = await serve_model(sequence(UseTool("Bash", {"command": "true"})))
+    await bench.submit(allowed_tools=("Bash",), max_turns=1)
+    record = await bench.run(upstream=model.url)
+    assert (Status.FAILED, Reason.MAX_TURNS, 1) == (record.status, record.reason, record.exit_code)
+    assert "Reached maximum number of turns (1)" == record.error
+
+
+async def test_a_rejected_credential_ends_the_task_at_once(bench: Bench, serve_model: Any) -> None:
+    """The CLI's own retries take minutes; with ccrun the task ends within 15 s, and the error says what is wrong."""
+    model = await serve_model(lambda _: Fail(401, "authentication_error", "invalid x-api-key"))
+    await bench.submit()
+    began = time.monotonic()
+    record = await bench.run(upstream=model.url)
+    assert time.monotonic() - began < 15
+    assert (Status.FAILED, Reason.CREDENTIAL_REJECTED) == (record.status, record.reason)
+    assert record.error is not None
+    assert "invalid x-api-key" in record.error
+
+
+async def test_what_the_request_gives_the_cli_is_seen_by_it_and_not_by_the_workspace(
+    bench: Bench, serve_model: Any
+) -> None:
+    """Commands, subagents and MCP servers reach the CLI, and the folder that the agent works in stays empty."""
+    model = await serve_model(sequence(UseTool("Bash", {"command": "ls -A | wc -l"}), Say("Done.")))
+    await bench.submit(
+        allowed_tools=("Bash",),
+        slash_commands={"greet": ConfigFile(frontmatter={"description": "Greets"}, content="Say hello.")},
+        subagents={"critic": ConfigFile(frontmatter={"description": "Criticises"}, content="Be strict.")},
+        mcp_config={"mcpServers": {"nobody": {"command": "false"}}},
+    )
+    await bench.run(upstream=model.url)
+    lines = await bench.log()
+    assert "greet" in lines[0]["slash_commands"]
+    assert "critic" in lines[0]["agents"]
+    assert ["nobody"] == [server["name"] for server in lines[0]["mcp_servers"]]
+    [printed] = [block["content"] for line in lines if line["type"] == "user" for block in line["message"]["content"]]
+    assert "0" == printed.strip()
+
+
+# --- how a run is judged -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "reason", "exit_code", "error"),
+    [
+        ("result()", Status.COMPLETED, Reason.COMPLETED, 0, None),
+        ("sys.exit(3)", Status.FAILED, Reason.AGENT_ERROR, 3, "Claude process exited with code 3"),
+        ("result(); sys.exit(1)", Status.FAILED, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
+        ("result(is_error=True, result='No!')", Status.FAILED, Reason.AGENT_ERROR, 1, "No!"),
+        ("pass", Status.FAILED, Reason.AGENT_ERROR, 1, "The Claude CLI ended without a result."),
+        (
+            "result(); os.kill(os.getpid(), signal.SIGSEGV)",
+            Status.FAILED,
+            Reason.KILLED,
+            139,
+            "The Claude process was killed by signal 11 (SIGSEGV).",
+        ),
+    ],
+)
+async def test_the_outcome_says_how_the_cli_ended(
+    bench: Bench, fake_cli: FakeCli, script: str, status: Status, reason: Reason, exit_code: int, error: str | None
+) -> None:
+    """Only exit 0 with a result that is no error is success; a signal never is."""
+    await bench.submit()
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + script))
+    assert (status, reason, exit_code, error) == (record.status, record.reason, record.exit_code, record.error)
+
+
+async def test_a_missing_cli_fails_the_task_with_what_to_do(bench: Bench) -> None:
+    """A worker without the CLI says how to get it."""
+    await bench.submit()
+    record = await bench.run(cli=lambda: claude.find_cli("no-such-program", os.environ["PATH"]))
+    assert (Status.FAILED, Reason.PREPARE_FAILED) == (record.status, record.reason)
+    assert "CLAUDE_CLI does not name a program that can be run." == record.error
+
+
+async def test_plain_text_and_stderr_are_kept_as_json_lines(bench: Bench, fake_cli: FakeCli) -> None:
+    """Every line of the log is JSON, whatever the CLI prints, so that a reader can parse each."""
+    await bench.submit()
+    await bench.run(cli=lambda: fake_cli(PRELUDE + "print('plain'); print('oh', file=sys.stderr); result()"))
+    lines = await bench.log()
+    assert [{"type": "text", "content": "plain"}, RESULT, {"type": "stderr", "content": "oh\n"}] == lines
+
+
+# --- what ends a task from outside -----------------------------------------------------------------------------------------
+
+#: Says one thing, leaves a grandchild in a session of its own, ignores SIGTERM, never ends.
+STUBBORN = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+say(type="system", pid=os.getpid(), child=child.pid)
+time.sleep(600)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_a_task_over_its_time_ends_with_124_and_leaves_no_process(bench: Bench, fake_cli: FakeCli) -> None:
+    """The watchdog ends the whole family of the CLI, and the log is kept up to that point."""
+    await bench.submit(timeout_minutes=0.01)
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN))
+    assert (Status.FAILED, Reason.TIMEOUT, 124) == (record.status, record.reason, record.exit_code)
+    assert "The task was not done within 0.01 minutes." == record.error
+    [line] = await bench.log()
+    assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
+
+
+async def test_a_cancel_on_the_record_ends_the_task(bench: Bench, fake_cli: FakeCli) -> None:
+    """A cancel needs no signal: the worker sees it on the record, and the task ends as cancelled with 130."""
+    await bench.submit()
+    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
+    await until_record(bench.parts.store, TASK, lambda record: record.status is Status.RUNNING)
+    await bench.dispatcher.cancel(TASK)
+    record = await running
+    assert (Status.CANCELLED, Reason.CANCELLED, 130) == (record.status, record.reason, record.exit_code)
+
+
+async def test_a_worker_that_is_told_to_end_records_that(bench: Bench, fake_cli: FakeCli) -> None:
+    """SIGTERM without a cancel is the platform's: a failure with the reason `killed`, within ten seconds."""
+    await bench.submit()
+    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
+    await until_record(bench.parts.store, TASK, lambda record: record.status is Status.RUNNING)
+    began = time.monotonic()
+    bench.shutdown.set()
+    record = await running
+    assert time.monotonic() - began < 10
+    assert (Status.FAILED, Reason.KILLED, 143) == (record.status, record.reason, record.exit_code)
+
+
+async def test_a_cancel_that_was_answered_stands(bench: Bench, fake_cli: FakeCli) -> None:
+    """A task that was told to be cancelled ends as cancelled, even when the CLI had just succeeded."""
+    await bench.submit()
+    parts = attrs.evolve(bench.parts.times, cancel_poll=60.0)
+    script = PRELUDE + "say(type='system')\nwhile not os.path.exists(%r): time.sleep(0.01)\nresult()"
+    flag = Path(tempfile.mkdtemp()) / "cancelled"
+    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(script % str(flag)), times=parts))
+    await until_record(bench.parts.store, TASK, lambda record: record.status is Status.RUNNING)
+    await bench.dispatcher.cancel(TASK)
+    flag.touch()
+    record = await running
+    assert Status.CANCELLED == record.status
+    assert "result" == (await bench.log())[-1]["type"]
+
+
+async def test_a_cli_that_says_nothing_is_stalled(bench: Bench, fake_cli: FakeCli) -> None:
+    """A CLI without a first line is ended long before the task's time is up."""
+    await bench.submit()
+    times = attrs.evolve(bench.parts.times, first_line=0.3)
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "time.sleep(600)"), times=times)
+    assert (Status.FAILED, Reason.STALLED) == (record.status, record.reason)
+    assert "The Claude CLI printed nothing within 0.3 s." == record.error
+
+
+async def test_a_cli_that_does_not_exit_after_its_result_has_completed(bench: Bench, fake_cli: FakeCli) -> None:
+    """The result counts, not the process that forgot to end."""
+    await bench.submit()
+    times = attrs.evolve(bench.parts.times, after_result=0.2)
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()\ntime.sleep(600)"), times=times)
+    assert (Status.COMPLETED, 0) == (record.status, record.exit_code)
+
+
+# --- one worker a task, one payload a worker -------------------------------------------------------------------------------
+
+
+async def test_a_second_worker_finds_the_task_taken(bench: Bench, fake_cli: FakeCli) -> None:
+    """Whoever comes second does nothing, so that no agent runs twice."""
+    await bench.submit()
+    first = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"))
+    second = await bench.run(cli=lambda: pytest.fail("the CLI was started twice"))
+    assert first == second
+
+
+async def test_the_payload_is_gone_when_the_agent_begins(bench: Bench, fake_cli: FakeCli) -> None:
+    """The sealed request lives no longer than it must."""
+    await bench.submit()
+    folder = Path(bench.parts.store.logs_path(TASK).removeprefix("file://"))
+    script = f"result(result=str(os.path.exists({str(folder / 'encrypted-payload.bin')!r})))"
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + script))
+    assert record.summary is not None
+    assert "False" == record.summary.result
+
+
+async def test_a_payload_of_another_task_is_not_opened(bench: Bench, fake_cli: FakeCli) -> None:
+    """What was sealed for one task fails under another's name, with one clear sentence."""
+    other = TaskId("task-2")
+    await bench.submit(task_id=other)
+    await bench.submit()
+    folder = Path(bench.parts.store.logs_path(TASK).removeprefix("file://")).parent
+    (folder / other / "encrypted-payload.bin").replace(folder / TASK / "encrypted-payload.bin")
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"))
+    assert (Status.FAILED, Reason.PREPARE_FAILED) == (record.status, record.reason)
+    assert "The sealed payload was changed, or belongs to another task." == record.error
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_agent_gets_nothing_of_the_workers_environment(bench: Bench, fake_cli: FakeCli) -> None:
+    """Only the allow-list and the request's own secrets; of the credential, not a trace."""
+    await bench.submit(environment_secrets={"TEST_TOKEN": Secret("hush")})
+    await bench.run(cli=lambda: fake_cli(PRELUDE + "say(type='env', names=sorted(os.environ), values=str(os.environ))"))
+    [line] = await bench.log()
+    assert {
+        "ANTHROPIC_API_KEY",
+        "ANTHROPIC_BASE_URL",
+        "CCRUN_TASK_ID",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+        "CLAUDE_CONFIG_DIR",
+        "DISABLE_AUTOUPDATER",
+        "HOME",
+        "LANG",
+        "NO_PROXY",
+        "PATH",
+        "TERM",
+        "TEST_TOKEN",
+        "TMPDIR",
+        "no_proxy",
+    } == set(line["names"]) - {"IS_SANDBOX", "LC_CTYPE"}
+    assert "of-the-service" not in line["values"]
+    assert MADE_UP_KEY not in line["values"]
+
+
+async def test_secrets_are_masked_in_log_and_record(bench: Bench, fake_cli: FakeCli) -> None:
+    """A secret that the agent prints reaches neither readers nor receivers; the metadata goes back as it came."""
+    await bench.submit(environment_secrets={"A": Secret('pass"word-1')}, metadata={"note": 'pass"word-1'})
+    script = "say(type='x', text=os.environ['A']); result(result='It is ' + os.environ['A'])"
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + script))
+    assert record.summary is not None
+    assert "It is ***" == record.summary.result
+    assert ["***", "It is ***"] == [line.get("text", line.get("result")) for line in await bench.log()]
+    assert {"note": 'pass"word-1'} == record.metadata
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------------
+
+
+class LogRefused(DirectoryBlobs):
+    """A storage that takes no log chunk."""
+
+    async def create(self, name: str, content: Any) -> int:
+        if name.endswith(".jsonl"):
+            raise StorageError("The storage folder cannot be written: No space left on device.")
+        return await super().create(name, content)
+
+
+async def test_a_log_that_cannot_be_written_fails_the_task(bench: Bench, fake_cli: FakeCli, tmp_path: Path) -> None:
+    """A task whose log was lost is no success, and says why; the agent does not run on unseen."""
+    await bench.submit()
+    record = await bench.run(
+        store=Store(LogRefused(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "say(type='x')\ntime.sleep(600)")
+    )
+    assert (Status.FAILED, Reason.KILLED) == (record.status, record.reason)
+    expected = "The storage failed, so the task was ended: "
+    assert expected + "The storage folder cannot be written: No space left on device." == record.error
+
+
+class SlowRecord(DirectoryBlobs):
+    """A storage whose records cannot be changed until it is mended."""
+
+    is_broken = False
+
+    async def replace(self, name: str, content: bytes, *, generation: int) -> int:
+        if self.is_broken and b'"status":"running"' not in content:
+            SlowRecord.is_broken = False
+            raise StorageError("The storage does not answer.")
+        return await super().replace(name, content, generation=generation)
+
+    async def read(self, name: str) -> Blob:
+        return await super().read(name)
+
+
+async def test_the_outcome_is_recorded_after_a_fault_of_the_storage(
+    bench: Bench, fake_cli: FakeCli, tmp_path: Path
+) -> None:
+    """One write that fails does not lose the outcome."""
+    await bench.submit()
+    SlowRecord.is_broken = True
+    record = await bench.run(store=Store(SlowRecord(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "result()"))
+    assert Status.COMPLETED == record.status
+
+
+# --- the callback ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[tuple[str, list[bytes], list[int]]]:
+    """A receiver of callbacks: its URL, the bodies it got, and the statuses that it answers with, 200 when none is left."""
+    bodies: list[bytes] = []
+    statuses: list[int] = []
+
+    async def receive(request: web.Request) -> web.Response:
+        bodies.append(await request.read())
+        return web.Response(status=statuses.pop(0) if statuses else 200)
+
+    app = web.Application()
+    app.router.add_post("/hook", receive)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/hook?token=of-the-receiver")), bodies, statuses
+
+
+def with_courier(bench: Bench) -> Courier:
+    """Return a courier that does not wait long."""
+    return Courier(
+        store=bench.parts.store,
+        wrapper=bench.parts.wrapper,
+        secret=Secret("made-up-callback-secret"),
+        guard=webhook.Guard(everywhere=True),
+        patience=webhook.Patience(first_pause_seconds=0.01),
+    )
+
+
+async def test_the_callback_comes_once_and_is_recorded(
+    bench: Bench, fake_cli: FakeCli, receiver: tuple[str, list[bytes], list[int]]
+) -> None:
+    """The receiver gets the outcome when the record has it, and the record tells that it was delivered."""
+    url, bodies, statuses = receiver
+    statuses += [500]
+    await bench.submit(callback_url=Secret(url), metadata={"id": 1})
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), courier=with_courier(bench))
+    assert record.webhook is not None
+    assert (WebhookState.DELIVERED, 2) == (record.webhook.state, record.webhook.attempts)
+    assert bodies[0] == bodies[1]
+    body = json.loads(bodies[1])
+    assert (TASK, "completed", 0, {"id": 1}) == (body["taskId"], body["status"], body["exitCode"], body["metadata"])
+    assert "of-the-receiver" not in str(record.callback_url)
+
+
+async def test_a_callback_that_fails_is_owed(
+    bench: Bench, fake_cli: FakeCli, receiver: tuple[str, list[bytes], list[int]]
+) -> None:
+    """What cannot be delivered now stays a debt on the record, for a sweep."""
+    url, _, statuses = receiver
+    statuses += [500] * 10
+    await bench.submit(callback_url=Secret(url))
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), courier=with_courier(bench))
+    assert record.webhook is not None
+    assert (Status.COMPLETED, WebhookState.OWED) == (record.status, record.webhook.state)
+    assert "The receiver answered 500." == record.webhook.last_error
+    assert [TASK] == [mark.task_id for mark in await bench.parts.store.active()]
+
+
+async def test_at_shutdown_an_undelivered_callback_is_handed_to_the_sweep(bench: Bench, fake_cli: FakeCli) -> None:
+    """A receiver that hangs does not hold a worker that must end; the debt is due at once."""
+    hanging = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.Response:
+        hanging.set()
+        await asyncio.sleep(600)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/", hang)
+    async with TestServer(app) as server:
+        await bench.submit(callback_url=Secret(str(server.make_url("/"))))
+        times = attrs.evolve(bench.parts.times, shutdown_callback=0.1)
+        running = asyncio.create_task(
+            bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), courier=with_courier(bench), times=times)
+        )
+        await hanging.wait()
+        bench.shutdown.set()
+        record = await running
+    assert record.webhook is not None
+    assert WebhookState.OWED == record.webhook.state
+    assert task.is_callback_due(record, at=dt.datetime.now(dt.UTC))
