@@ -1,0 +1,69 @@
+"""How a server-sent event is spelled: https://html.spec.whatwg.org/multipage/server-sent-events.html. Pure.
+
+The one place that does. `aiohttp-sse` formats event by event; a chunk of a log is spelled here as a whole, once for all readers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import attrs
+
+from ccrun import ijson
+
+#: Milliseconds after which a browser connects again.
+RETRY_MS: Final = 1000
+#: Keeps proxies awake and finds readers that are gone.
+HEARTBEAT: Final = b": heartbeat\n\n"
+#: The ID of the last event. A reader that comes back with it has everything.
+LAST_ID: Final = "end"
+
+_CURSOR: Final = re.compile(r"([0-9]{1,15}):([0-9]{1,15})")
+
+
+@attrs.frozen(order=True)
+class Cursor:
+    """A place in a log: after that line of that chunk, both counted from 1. `Cursor(0, 0)` is the start."""
+
+    chunk: int = 0
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.chunk}:{self.line}"
+
+
+def parse_cursor(text: str) -> Cursor | None:
+    """Return the place that an event ID of ours names; None for anything else, so that a reader then gets everything."""
+    match = _CURSOR.fullmatch(text)
+    return Cursor(int(match[1]), int(match[2])) if match else None
+
+
+def event(name: str, data: bytes, *, event_id: str | None = None) -> bytes:
+    """Spell an event whose data is one line."""
+    identity = b"" if event_id is None else b"id: %b\n" % event_id.encode()
+    return b"%bevent: %b\ndata: %b\n\n" % (identity, name.encode(), data)
+
+
+def json_event(name: str, data: dict[str, Any]) -> bytes:
+    """Spell an event whose data is that object."""
+    return event(name, ijson.dumps(data))
+
+
+def opening() -> bytes:
+    """Spell what a stream begins with, before any event."""
+    return b"retry: %d\n\n" % RETRY_MS
+
+
+def lines(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
+    """Spell the lines of a chunk as default-type events, each with its cursor as ID."""
+    frames = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line and number > after_line:
+            frames.append(b"id: %d:%d\ndata: %b\n\n" % (chunk, number, line if b"\r" not in line else _as_text(line)))
+    return b"".join(frames)
+
+
+def _as_text(line: bytes) -> bytes:
+    """Wrap a line that would break the framing; no line that ccrun wrote does."""
+    return ijson.dumps({"type": "text", "content": line.decode(errors="replace")})

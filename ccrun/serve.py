@@ -1,0 +1,173 @@
+"""The service: the API, the place where its workers run and, on the local backend, the sweep, in one process.
+
+The composition root of the API wing: the only place that knows both it and the sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Final
+
+import attrs
+import structlog
+from aiohttp import web
+
+from ccrun import __version__, process
+from ccrun.api.app import Parts, make_app
+from ccrun.api.dispatch import Dispatcher
+from ccrun.api.feed import Feed, Pace
+from ccrun.backend import Backend, callback_secret_file, open_backend, sign_of_life
+from ccrun.config import Config, environment
+from ccrun.errors import CcrunError, ConfigError
+from ccrun.jobs import SubprocessJobs
+from ccrun.sweep import Sweeper
+from ccrun.wire import Defaults
+
+log = structlog.get_logger()
+
+#: Seconds between two looks at tasks that died; one whose worker this service started is looked at when it ends.
+SWEEP_SECONDS: Final = 5.0
+#: Seconds that answers under way have at shutdown, after the streams have ended.
+SHUTDOWN_SECONDS: Final = 1.0
+#: Seconds. A local folder can be looked at this often; `POLL_SECONDS` is the bound for when nothing happens.
+LEAST_POLL_SECONDS: Final = 0.05
+#: Connections that wait to be accepted: a burst of clients is no reason to turn them away.
+BACKLOG: Final = 1024
+
+LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        CcrunError: The service cannot start, with the reason for a person.
+    """
+    # The agents of the local backend run as the same user; they must not read the operator's key here.
+    process.harden()
+    async with serving(config, environment()) as address:
+        log.info("ccrun listens", url=address, version=__version__, backend=config.backend)
+        if config.callback_secret is None:
+            log.info("Callbacks are signed with a secret made here", file=str(callback_secret_file(config.data_dir)))
+        await _told_to_end()
+        log.info("ccrun ends")
+
+
+@contextlib.asynccontextmanager
+async def serving(config: Config, worker_environment: Mapping[str, str]) -> AsyncIterator[str]:
+    """Serve while the context lasts; gives the base URL.
+
+    Args:
+        worker_environment: The environment that `config` was made of, for the workers.
+
+    Raises:
+        CcrunError: The service cannot start.
+    """
+    # Set when there is something to settle or to deliver at once.
+    news = asyncio.Event()
+    async with open_backend(config) as backend, _jobs(config, worker_environment, news.set) as jobs:
+        app = make_app(_parts(config, backend, jobs, news))
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        await runner.setup()
+        try:
+            await _listen(runner, config)
+            port = runner.addresses[0][1]
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            yield f"http://{host}:{port}"
+        finally:
+            await runner.cleanup()
+
+
+def _jobs(config: Config, worker_environment: Mapping[str, str], worker_ended: Callable[[], None]) -> SubprocessJobs:
+    return SubprocessJobs(
+        # -P: what lies in the folder where the service was started is not imported.
+        command=(sys.executable, "-P", "-m", "ccrun.worker"),
+        environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
+        sign_of_life=functools.partial(sign_of_life, config.data_dir),
+        max_running=config.max_concurrent_tasks,
+        worker_ended=worker_ended,
+    )
+
+
+async def sweep_once(config: Config) -> None:
+    """Settle what died and deliver what is owed, once.
+
+    Raises:
+        CcrunError: The storage does not answer.
+    """
+    async with open_backend(config) as backend, _jobs(config, environment(), lambda: None) as jobs:
+        # Without a service there is nobody to keep the bound on workers at once, so none is started.
+        report = await _sweeper(backend, jobs, relaunches=False).sweep()
+    log.info("A sweep is through", **attrs.asdict(report))
+
+
+def _sweeper(backend: Backend, jobs: SubprocessJobs, *, relaunches: bool) -> Sweeper:
+    courier = backend.courier()
+    if courier is None:
+        raise ConfigError("CLOUDRUN_CALLBACK_SECRET must be set: a sweep signs callbacks.")
+    return Sweeper(store=backend.store, jobs=jobs, courier=courier, relaunches=relaunches)
+
+
+def _parts(config: Config, backend: Backend, jobs: SubprocessJobs, news: asyncio.Event) -> Parts:
+    sweeper = _sweeper(backend, jobs, relaunches=True)
+
+    @contextlib.asynccontextmanager
+    async def sweeping() -> AsyncIterator[None]:
+        sweep = asyncio.create_task(sweeper.keep_sweeping(every_seconds=SWEEP_SECONDS, sooner=news))
+        try:
+            yield
+        finally:
+            sweep.cancel()
+            await asyncio.gather(sweep, return_exceptions=True)
+
+    return Parts(
+        store=backend.store,
+        jobs=jobs,
+        wrapper=backend.wrapper,
+        dispatcher=Dispatcher(store=backend.store, jobs=jobs, wrapper=backend.wrapper, callback_owed=news.set),
+        feed=Feed(
+            backend.store,
+            Pace(least_seconds=min(LEAST_POLL_SECONDS, config.poll_seconds), most_seconds=config.poll_seconds),
+        ),
+        defaults=Defaults(
+            operator_has_credential=config.operator_has_credential,
+            allowed_tools=config.allowed_tools,
+            permission_mode=config.permission_mode,
+            max_timeout_minutes=config.max_timeout_minutes,
+            backend_is_local=config.is_local,
+        ),
+        tokens=config.api_tokens,
+        only_loopback=config.host in LOOPBACK and not config.api_tokens,
+        max_request_bytes=config.max_request_bytes,
+        backend=config.backend,
+        companions=[sweeping],
+    )
+
+
+async def _listen(runner: web.AppRunner, config: Config) -> None:
+    try:
+        await web.TCPSite(runner, config.host, config.port, backlog=BACKLOG).start()
+    except OSError as error:
+        where = f"port {config.port} on {config.host}"
+        match error.errno:
+            case errno.EADDRINUSE:
+                fault = f"{where} is in use: stop what listens there, or set PORT to a free one"
+            case errno.EACCES:
+                fault = f"{where} may not be used by this user: set PORT to one above 1023"
+            case _:
+                fault = f"{where} cannot be listened on ({error.strerror}): set HOST to an address of this machine"
+        raise CcrunError(f"ccrun cannot start: {fault}.") from None
+
+
+async def _told_to_end() -> None:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()

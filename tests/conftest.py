@@ -1,0 +1,99 @@
+"""What every test has: an event loop that may not be blocked, and an environment without this machine's settings.
+
+Also a whole service on the local backend, with real workers, the real CLI and the scripted model; see `start_service`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+from harness import Service, StartService
+
+from ccrun import config, log
+from ccrun.blobs import DirectoryBlobs
+from ccrun.config import LogFormat
+from ccrun.demo.model import Say, Script, ScriptedModel, sequence
+from ccrun.serve import serving
+from ccrun.store import Store
+
+#: What a child needs of the environment of whoever runs the tests; everything else could change what is tested.
+KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"})
+
+
+@pytest.fixture(autouse=True)
+def unblocked_loop() -> Iterator[BlockBuster]:
+    """Fail a test in which ccrun blocks the event loop."""
+    with blockbuster_ctx("ccrun") as guard:
+        yield guard
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_log() -> None:
+    """Log as the service does, but only what is wrong."""
+    log.configure(LogFormat.JSON, "WARNING")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Take away this machine's environment: its settings, its credentials, its home."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update({name: value for name, value in before.items() if name in KEPT_VARIABLES})
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> StartService:
+    """Return what starts a service on the local backend, in this process, with real worker processes."""
+
+    @contextlib.asynccontextmanager
+    async def start(
+        script: Script | None = None, *, data_dir: Path | None = None, **settings: str
+    ) -> AsyncIterator[Service]:
+        folder = data_dir or tmp_path / "data"
+        async with ScriptedModel(script or sequence(Say("Done."))) as model, aiohttp.ClientSession() as http:
+            environment = {
+                **os.environ,
+                "PORT": "0",
+                "CCRUN_DATA_DIR": str(folder),
+                "ANTHROPIC_BASE_URL": model.url,
+                "LOG_LEVEL": "WARNING",
+                "MAX_CONCURRENT_TASKS": "2",
+                **settings,
+            }
+            async with serving(config.load(environment), environment) as url:
+                yield Service(url=url, http=http, model=model, data_dir=folder, store=Store(DirectoryBlobs(folder)))
+
+    return start
+
+
+@pytest.fixture
+async def service(start_service: StartService) -> AsyncIterator[Service]:
+    """Return a service whose model says `Done.` to everything."""
+    async with start_service() as running:
+        yield running
+
+
+@pytest.fixture
+def fake_cli(tmp_path: Path) -> Callable[[str], Path]:
+    """Return what makes an executable of a Python script, to stand in for the CLI where the real one cannot be made to fail."""
+
+    def make(script: str) -> Path:
+        path = tmp_path / f"fake-cli-{time.monotonic_ns()}"
+        path.write_text(f"#!{sys.executable}\n{script}", encoding="utf-8")
+        path.chmod(0o755)
+        return path
+
+    return make
