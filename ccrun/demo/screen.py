@@ -1,0 +1,140 @@
+"""What the demo prints: what an event of the stream means to a person, and one row a happening, with the time in front.
+
+Whatever it is given comes from an agent: it is shortened and shown as text, never as markup or as orders to the terminal.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import attrs
+from rich.console import Console
+from rich.text import Text
+
+#: The longest word in front of a row.
+LABEL_CHARS: Final = len("completed")
+#: In a window that is narrower still, lines break as the terminal likes.
+LEAST_TEXT_CHARS: Final = 20
+#: Of what a tool gets or gives: enough to see what it is about.
+MAX_TOOL_LINES: Final = 6
+MAX_TOOL_CHARS: Final = 400
+#: Of what the agent says: a screen full.
+MAX_SAID_CHARS: Final = 2000
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_STYLES: Final = {
+    "agent": "bold cyan",
+    "tool": "bold yellow",
+    "output": "yellow",
+    "completed": "bold green",
+    "verified": "bold green",
+    "failed": "bold red",
+    "error": "bold red",
+}
+
+
+@attrs.frozen
+class Row:
+    """One happening: a word that says what it is, and what there is to say."""
+
+    label: str
+    text: str
+
+
+class Screen:
+    """Prints rows to standard output; wraps them at its width, which is 80 columns where there is no terminal."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Not every terminal can show what an agent says; that is no reason to stop.
+            sys.stdout.reconfigure(errors="replace")
+        self._console = Console(highlight=False, emoji=False)
+        self._began = time.monotonic()
+
+    def row(self, label: str, text: str) -> None:
+        """Print a row with the seconds since the beginning."""
+        elapsed = f"{time.monotonic() - self._began:.1f}s"
+        margin = Text.assemble((f"{elapsed:>6} ", "dim"), (f"{label:{LABEL_CHARS}} ", _STYLES.get(label, "bold")))
+        width = max(self._console.width - len(margin), LEAST_TEXT_CHARS)
+        # Wrapped here and not by a table of rich's, which fills every line up with blanks.
+        for line in Text(_CONTROL.sub("", text)).wrap(self._console, width, overflow="fold"):
+            shown = margin + line
+            shown.rstrip()
+            self._console.print(shown, soft_wrap=True)
+            margin = Text(" " * len(margin))
+
+    def heading(self, text: str) -> None:
+        """Print what comes next."""
+        self._console.print()
+        self._console.rule(Text(text, style="bold"), align="left", style="dim")
+
+    def verbatim(self, text: str) -> None:
+        """Print lines to be copied: they are not wrapped."""
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def rows(name: str, data: Any) -> Iterator[Row]:
+    """Yield what an event of a task's stream means to a person; nothing for what only programs need."""
+    match name, data:
+        case "task", {"taskId": task_id, "status": status}:
+            yield Row("task", f"{task_id} is {status}")
+        case "message", {"type": "system", "subtype": "init"}:
+            yield Row("agent", f"Claude Code {data.get('claude_code_version', '')} starts in a workspace of its own.")
+        case "message", {"type": "system", "subtype": "api_retry"}:
+            yield Row("retry", f"The model API answered {data.get('error_status')}; the CLI tries again.")
+        case "message", {"type": "assistant" | "user", "message": {"content": [*blocks]}}:
+            yield from _blocks(blocks)
+        case "message", {"type": "text" | "stderr", "content": str(text)}:
+            yield Row("output", _shortened(text))
+        case "error", {"error": str(sentence)}:
+            yield Row("error", sentence)
+        case "done", {"status": str(status)}:
+            yield Row(status, figures(data))
+
+
+def figures(payload: Mapping[str, Any]) -> str:
+    """Return the figures of a task that is over, from the payload of its callback."""
+    summary = payload.get("summary") or {}
+    parts = [
+        f"exit code {payload.get('exitCode')}",
+        f"{summary.get('turns')} turns",
+        f"{summary.get('durationMs', 0) / 1000:.1f} s",
+    ]
+    if summary.get("costUsd") is not None:
+        parts.append(f"${summary['costUsd']:.4g}")
+    return ", ".join(parts)
+
+
+def _blocks(blocks: list[Any]) -> Iterator[Row]:
+    for block in blocks:
+        match block:
+            case {"type": "text", "text": str(text)} if text.strip():
+                yield Row("agent", _cut(text.strip(), MAX_SAID_CHARS))
+            case {"type": "tool_use", "name": str(tool), "input": {"command": str(command)}}:
+                yield Row("tool", f"{tool}: {_shortened(command)}")
+            case {"type": "tool_use", "name": str(tool), "input": arguments}:
+                yield Row("tool", f"{tool}: {_shortened(json.dumps(arguments, ensure_ascii=False))}")
+            case {"type": "tool_result", "content": str(text)}:
+                yield Row("output", _shortened(text))
+            case {"type": "tool_result", "content": [*parts]}:
+                yield Row(
+                    "output",
+                    _shortened("\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))),
+                )
+
+
+def _shortened(text: str) -> str:
+    lines = text.strip().split("\n")
+    shown = _cut("\n".join(lines[:MAX_TOOL_LINES]), MAX_TOOL_CHARS)
+    left = len(lines) - MAX_TOOL_LINES
+    return shown if left <= 0 else f"{shown}\n… and {left} more lines"
+
+
+def _cut(text: str, chars: int) -> str:
+    return text if len(text) <= chars else f"{text[: chars - 2]} …"

@@ -1,0 +1,141 @@
+"""What ccrun adds to the bare CLI, stage by stage: `.venv/bin/python tests/bench/main_job.py [RUNS]`.
+
+Each run asks the scripted model once through the bare CLI and once through `POST /run` of a real service, in turn, so that a
+machine that grows slower meanwhile slows both. Times are in seconds, the median of all runs; the ratio is the median of the
+pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import aiohttp
+import attrs
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from harness import MADE_UP_KEY, PATIENCE, read_events, serve_process
+
+from ccrun.demo.model import Say, ScriptedModel, sequence
+from ccrun.process import spawn
+from ccrun.task import Secret, TaskId, TaskSpec, TaskType
+from ccrun.worker import claude
+
+DEFAULT_RUNS: Final = 7
+
+
+@attrs.frozen(kw_only=True)
+class Bare:
+    """One run of the CLI by itself: seconds until its first line and until it has ended."""
+
+    first_line: float
+    whole: float
+
+
+@attrs.frozen(kw_only=True)
+class Served:
+    """One run over `/run`: seconds since the request was sent."""
+
+    stream_opened: float
+    worker_claimed: float
+    cli_spawned: float
+    first_line: float
+    whole: float
+
+
+async def run_bare(model: ScriptedModel, folder: Path) -> Bare:
+    """Run the CLI as a worker would, with nothing around it."""
+    rooms = {name: folder / name for name in ("home", "config", "tmp", "work")}
+    for room in rooms.values():
+        room.mkdir(parents=True)
+    spec = TaskSpec(task_id=TaskId("bare"), type=TaskType.SYNC, prompt="Do it.", timeout_minutes=1.0)
+    environment = claude.environment(
+        spec,
+        inherited=os.environ,
+        home=rooms["home"],
+        config=rooms["config"],
+        temporary=rooms["tmp"],
+        base_url=model.url,
+        run_token=Secret(MADE_UP_KEY),
+        is_oauth=False,
+        is_root=os.geteuid() == 0,
+    )
+    argv = claude.argv(spec, cli=claude.find_cli(None, ""), files={})
+    began = time.monotonic()
+    first_line = 0.0
+    async with spawn(argv, env=environment, cwd=rooms["work"], stdin=spec.prompt.encode()) as child:
+        async for _ in child.lines():
+            first_line = first_line or time.monotonic() - began
+        await child.wait()
+    return Bare(first_line=first_line, whole=time.monotonic() - began)
+
+
+async def run_served(http: aiohttp.ClientSession, url: str, log: Path) -> Served:
+    """Run the same over HTTP."""
+    began, began_at = time.monotonic(), dt.datetime.now(dt.UTC)
+    first_line = 0.0
+    body = {"prompt": "Do it.", "anthropicApiKey": MADE_UP_KEY}
+    async with http.post(f"{url}/run", json=body) as response:
+        opened = time.monotonic() - began
+        async for event in read_events(response):
+            if event.name == "message":
+                first_line = first_line or time.monotonic() - began
+        whole = time.monotonic() - began
+        task_id = response.headers["X-Task-Id"]
+    said = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("taskId") == task_id:
+            said[entry["message"]] = (dt.datetime.fromisoformat(entry["time"]) - began_at).total_seconds()
+    return Served(
+        stream_opened=opened,
+        worker_claimed=said["A task began"],
+        cli_spawned=said["The agent began"],
+        first_line=first_line,
+        whole=whole,
+    )
+
+
+async def main(runs: int) -> None:
+    """Measure and print."""
+    bare: list[Bare] = []
+    served: list[Served] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name, "serve.log")
+        async with (
+            ScriptedModel(sequence(Say("Done."))) as model,
+            serve_process(folder / "data", log_file=log, ANTHROPIC_BASE_URL=model.url) as service,
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as http,
+        ):
+            for number in range(-1, runs):
+                one, other = await run_bare(model, folder / f"bare{number}"), await run_served(http, service.url, log)
+                # The first of each warms the caches of the disk.
+                if number >= 0:
+                    bare.append(one)
+                    served.append(other)
+    print(f"{runs} runs of each, medians, seconds since the request was sent (bare: since the CLI was started)\n")
+    print(f"{'stage':<34}{'bare CLI':>10}{'/run':>10}{'added':>10}{'ratio':>8}")
+    for label, field in (
+        ("stored, stream open", "stream_opened"),
+        ("worker runs, task claimed", "worker_claimed"),
+        ("CLI spawned", "cli_spawned"),
+    ):
+        print(f"{label:<34}{'':>10}{median(getattr(run, field) for run in served):>10.3f}")
+    for label, field in (("first line of the CLI", "first_line"), ("whole task", "whole")):
+        pairs = [(getattr(one, field), getattr(other, field)) for one, other in zip(bare, served, strict=True)]
+        print(
+            f"{label:<34}{median(one for one, _ in pairs):>10.3f}{median(other for _, other in pairs):>10.3f}"
+            f"{median(other - one for one, other in pairs):>+10.3f}{median(other / one for one, other in pairs):>8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_RUNS))

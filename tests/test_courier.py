@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+import structlog
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from standardwebhooks import Webhook as StandardWebhook
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
+
+from ccrun import webhook, wire
+from ccrun.blobs import DirectoryBlobs
+from ccrun.courier import LEASE, Courier
+from ccrun.errors import KeyServiceError, TaskNotFound
+from ccrun.seal import LocalKey, Purpose, new_data_key
+from ccrun.store import Store
+from ccrun.task import (
+    Outcome,
+    Reason,
+    Secret,
+    Status,
+    TaskId,
+    TaskRecord,
+    TaskType,
+    Webhook,
+    WebhookState,
+    finish,
+    start,
+)
+
+TASK = TaskId("t-1")
+#: When the tasks of these tests end. Callbacks of tasks that ended long ago are given up.
+NOW = dt.datetime.now(dt.UTC).replace(microsecond=0)
+SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0, result="done")
+SECRET = Secret("whsec_bWFkZS11cCBzZWNyZXQ=")
+ONCE = webhook.Patience(try_seconds=5, attempts=1, total_seconds=5)
+
+
+class Receiver:
+    """Takes callbacks, and answers as a test wants."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, bytes]] = []
+        self.status = 200
+        self.headers: dict[str, str] = {}
+        self.url = ""
+
+    async def take(self, request: web.Request) -> web.Response:
+        """Verify the signature with the reference library, and note the body."""
+        body = await request.read()
+        StandardWebhook(SECRET.reveal()).verify(body, dict(request.headers))
+        self.got.append((request.headers["webhook-id"], body))
+        return web.Response(status=self.status, headers=self.headers)
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """A receiver on loopback."""
+    receiver = Receiver()
+    app = web.Application()
+    app.router.add_post("/hook", receiver.take)
+    async with TestServer(app) as server:
+        receiver.url = str(server.make_url("/hook?token=made-up-token"))
+        yield receiver
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """The store of a test."""
+    return Store(DirectoryBlobs(tmp_path / "blobs"))
+
+
+@pytest.fixture
+def courier(store: Store, tmp_path: Path) -> Courier:
+    """The courier of a test, which tries once."""
+    return Courier(
+        store=store,
+        wrapper=LocalKey(tmp_path / "sealing.key"),
+        secret=SECRET,
+        guard=webhook.Guard(everywhere=True),
+        patience=ONCE,
+    )
+
+
+async def end_task(courier: Courier, url: str, *, sealed_for: TaskId = TASK) -> TaskRecord:
+    """Store a task that is over and owes a callback to that URL."""
+    key = await new_data_key(courier.wrapper)
+    sealed = await key.seal(url.encode(), task_id=sealed_for, purpose=Purpose.CALLBACK_URL)
+    record = TaskRecord(
+        task_id=TASK,
+        type=TaskType.ASYNC,
+        status=Status.PENDING,
+        created_at=NOW,
+        logs_path="file:///sessions/t-1/",
+        webhook=Webhook(),
+        sealed_callback_url=sealed,
+    )
+    record = finish(start(record, at=NOW), SUCCESS, at=NOW)
+    await courier.store.mark_active(TASK)
+    await courier.store.add(record)
+    return record
+
+
+async def taken_up(courier: Courier) -> TaskRecord:
+    """Take up a callback that is due."""
+    claimed = await courier.take_up(TASK)
+    assert claimed is not None
+    return claimed
+
+
+def told(record: TaskRecord) -> Webhook:
+    """Return what the record tells of its callback."""
+    assert record.webhook is not None
+    return record.webhook
+
+
+async def test_one_of_many_takes_a_debt_up(courier: Courier, receiver: Receiver) -> None:
+    """Of ten couriers at once one has the debt, for the length of its lease, and the others nothing."""
+    await end_task(courier, receiver.url)
+    claims = [claim for claim in await asyncio.gather(*(courier.take_up(TASK) for _ in range(10))) if claim]
+    assert len(claims) == 1
+    claim = told(claims[0])
+    assert claim.state is WebhookState.DELIVERING
+    assert claim.next_attempt_at is not None
+    assert dt.timedelta(0) <= LEASE - (claim.next_attempt_at - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=1)
+    assert claims[0] == await courier.store.record(TASK)
+
+
+async def test_lease_that_ran_out_binds_nobody(courier: Courier, receiver: Receiver) -> None:
+    """The debt of a courier that died is taken up by another when the lease is over."""
+    await end_task(courier, receiver.url)
+    await taken_up(courier)
+    assert await courier.take_up(TASK) is None
+
+    def expire(record: TaskRecord) -> TaskRecord:
+        return attrs.evolve(record, webhook=attrs.evolve(told(record), next_attempt_at=NOW))
+
+    await courier.store.update(TASK, expire)
+    assert await courier.take_up(TASK) is not None
+
+
+async def test_there_is_nothing_to_take_up_of_a_settled_task(courier: Courier, receiver: Receiver) -> None:
+    """A callback that is delivered is not taken up; a task that is unknown is told."""
+    await end_task(courier, receiver.url)
+    await courier.deliver(await taken_up(courier))
+    assert await courier.take_up(TASK) is None
+    with pytest.raises(TaskNotFound):
+        await courier.take_up(TaskId("unknown"))
+
+
+async def test_callback_is_delivered_and_noted(courier: Courier, receiver: Receiver) -> None:
+    """The receiver gets the signed body of the record under the task's own ID, and the debt is gone."""
+    record = await end_task(courier, receiver.url)
+    delivered = await courier.deliver(await taken_up(courier))
+    assert [("task_t-1", wire.callback_body(record))] == receiver.got
+    assert Webhook(state=WebhookState.DELIVERED, attempts=1) == told(delivered)
+    assert delivered == await courier.store.record(TASK)
+    assert await courier.store.active() == []
+
+
+async def test_every_delivery_has_the_same_body(courier: Courier, receiver: Receiver) -> None:
+    """What a receiver gets when a delivery is made again is what it got before, byte for byte."""
+    await end_task(courier, receiver.url)
+    receiver.status = 503
+    owed = await courier.deliver(await taken_up(courier))
+    await courier.deliver(owed)
+    assert receiver.got[0] == receiver.got[1]
+
+
+async def test_failed_delivery_stays_owed(courier: Courier, receiver: Receiver) -> None:
+    """A receiver that refuses leaves the debt, due after a pause, with what went wrong."""
+    await end_task(courier, receiver.url)
+    receiver.status = 500
+    before = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
+    noted = told(await courier.deliver(await taken_up(courier)))
+    assert (WebhookState.OWED, 1, 1, "The receiver answered 500.") == (
+        noted.state,
+        noted.attempts,
+        noted.rounds,
+        noted.last_error,
+    )
+    assert noted.next_attempt_at is not None
+    assert dt.timedelta(minutes=1) <= noted.next_attempt_at - before < dt.timedelta(minutes=2)
+    assert [TASK] == [mark.task_id for mark in await courier.store.active()]
+
+
+async def test_receiver_is_left_alone_as_long_as_it_wants(courier: Courier, receiver: Receiver) -> None:
+    """`Retry-After` of the last answer puts the next delivery off."""
+    await end_task(courier, receiver.url)
+    receiver.status, receiver.headers = 429, {"Retry-After": "3600"}
+    noted = told(await courier.deliver(await taken_up(courier)))
+    assert noted.next_attempt_at is not None
+    assert noted.next_attempt_at - dt.datetime.now(dt.UTC) > dt.timedelta(minutes=59)
+
+
+async def test_url_that_is_known_need_not_be_unsealed(courier: Courier, receiver: Receiver) -> None:
+    """The worker, which has the URL, delivers without the key service."""
+    await end_task(courier, receiver.url, sealed_for=TaskId("another"))
+    delivered = await courier.deliver(await taken_up(courier), url=Secret(receiver.url))
+    assert told(delivered).state is WebhookState.DELIVERED
+
+
+async def test_url_that_does_not_open_is_noted(courier: Courier, receiver: Receiver) -> None:
+    """A callback URL that was changed, or copied from another task, is a delivery that failed, and nobody is called."""
+    await end_task(courier, receiver.url, sealed_for=TaskId("another"))
+    noted = told(await courier.deliver(await taken_up(courier)))
+    assert (WebhookState.OWED, 0, []) == (noted.state, noted.attempts, receiver.got)
+    assert noted.last_error is not None
+    assert "belongs to another task" in noted.last_error
+
+
+async def test_silent_key_service_leaves_the_lease(courier: Courier, receiver: Receiver, tmp_path: Path) -> None:
+    """When the key service does not answer, nothing is noted: the debt is taken up again after the lease."""
+    await end_task(courier, receiver.url)
+    claimed = await taken_up(courier)
+    (tmp_path / "sealing.key").write_bytes(b"damaged")
+    with pytest.raises(KeyServiceError):
+        await courier.deliver(claimed)
+    assert claimed == await courier.store.record(TASK)
+
+
+async def test_courier_that_hands_over_leaves_the_debt_to_a_sweep(courier: Courier, receiver: Receiver) -> None:
+    """What a courier that is about to end could not deliver is due again at once, unless the receiver wants a pause."""
+    await end_task(courier, receiver.url)
+    receiver.status = 500
+    hasty = attrs.evolve(courier, hands_over=True)
+    noted = told(await hasty.deliver(await taken_up(hasty)))
+    assert (WebhookState.OWED, 1, 0) == (noted.state, noted.attempts, noted.rounds)
+    receiver.headers = {"Retry-After": "3600"}
+    await hasty.deliver(await taken_up(hasty))
+    assert await courier.take_up(TASK) is None
+
+
+async def test_claim_is_given_back(courier: Courier, receiver: Receiver) -> None:
+    """A courier that cannot deliver what it has claimed gives it back, due at once; what is settled it leaves alone."""
+    await end_task(courier, receiver.url)
+    await taken_up(courier)
+    await courier.hand_over(TASK)
+    await courier.deliver(await taken_up(courier))
+    await courier.hand_over(TASK)
+    assert told(await courier.store.record(TASK)).state is WebhookState.DELIVERED
+
+
+@pytest.fixture
+def logged() -> Iterator[list[EventDict]]:
+    """What is logged, of every level."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("DEBUG"))
+    with capture_logs() as entries:
+        yield entries
+    structlog.configure(**before)
+
+
+async def test_nothing_of_the_url_is_logged_or_noted(
+    courier: Courier, receiver: Receiver, logged: list[EventDict]
+) -> None:
+    """Neither the log nor the record shows where a callback went, or failed to go."""
+    await end_task(courier, receiver.url)
+    receiver.status = 500
+    failed = await courier.deliver(await taken_up(courier))
+    receiver.status = 200
+    await courier.deliver(failed)
+    shown = f"{logged} {wire.record_to_public(failed)}"
+    assert "A callback was delivered" in shown
+    assert "made-up-token" not in shown
+    assert "/hook" not in shown
