@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -61,11 +63,12 @@ async def open_backend(config: Config) -> AsyncIterator[Backend]:
     """Open what the config names.
 
     Raises:
-        ConfigError: This version cannot do that.
+        ConfigError: This version cannot do that, or the folder for the data cannot be made.
         KeyServiceError: A secret can be neither read nor made.
     """
     if not config.is_local:
         raise ConfigError("CCRUN_BACKEND must be local: this version of ccrun has no other backend yet.")
+    await asyncio.to_thread(_make_private, config.data_dir)
     yield Backend(
         store=Store(DirectoryBlobs(config.data_dir)),
         wrapper=LocalKey(config.data_dir / ".keys" / "sealing.key"),
@@ -82,6 +85,20 @@ def callback_secret_file(data_dir: Path) -> Path:
 def sign_of_life(data_dir: Path, task_id: TaskId) -> Path:
     """Return the file that the worker of a task keeps locked on the local backend."""
     return data_dir / ".workers" / task_id
+
+
+def marker(data_dir: Path, task_id: TaskId) -> str:
+    """Return what marks the processes of a task. Another service on this machine may have a task of the same ID."""
+    return f"{task_id}.{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]}"
+
+
+def _make_private(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"CCRUN_DATA_DIR must name a folder that is there or can be made: {error.strerror}."
+        ) from None
 
 
 def _kept_callback_secret(data_dir: Path) -> Secret:

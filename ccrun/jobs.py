@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import enum
 import os
-import shutil
 import signal
 import tempfile
 from collections import OrderedDict, deque
@@ -21,6 +20,7 @@ import structlog
 
 from ccrun import liveness, process
 from ccrun.errors import Busy, CcrunError
+from ccrun.removal import remove_tree
 from ccrun.store import payload_name
 from ccrun.task import TaskId
 
@@ -55,6 +55,10 @@ class Jobs(Protocol):
     @property
     def max_running(self) -> int | None:
         """How many workers may run at once, None when the place sets the bound."""
+        ...
+
+    def check_room(self) -> None:
+        """Raise `Busy` when it is clear already that a launch would find no room; so that no task is made in vain."""
         ...
 
     async def launch(self, task_id: TaskId) -> str | None:
@@ -92,6 +96,7 @@ class SubprocessJobs:
         command: Sequence[str],
         environment: Mapping[str, str],
         sign_of_life: Callable[[TaskId], Path],
+        marker: Callable[[TaskId], str],
         max_running: int,
         worker_ended: Callable[[], None] = lambda: None,
     ) -> None:
@@ -101,6 +106,7 @@ class SubprocessJobs:
             command: What starts a worker.
             environment: Of each worker, which gets its task's ID besides.
             sign_of_life: The file that the worker of a task keeps locked.
+            marker: What marks the processes of a task.
             max_running: How many workers run at once.
             worker_ended: Called whenever one has ended.
         """
@@ -109,6 +115,7 @@ class SubprocessJobs:
         self._command = tuple(command)
         self._environment = dict(environment)
         self._sign_of_life = sign_of_life
+        self._marker = marker
         self._queue: deque[TaskId] = deque()
         self._running: dict[TaskId, process.Detached | None] = {}
         self._ended: OrderedDict[TaskId, None] = OrderedDict()
@@ -130,9 +137,12 @@ class SubprocessJobs:
         if self._running:
             log.info("Workers go on by themselves", tasks=sorted(self._running))
 
-    async def launch(self, task_id: TaskId) -> str | None:
+    def check_room(self) -> None:
         if len(self._queue) >= MAX_QUEUED:
             raise Busy(f"{MAX_QUEUED} tasks are waiting already.", retry_after=QUEUE_RETRY_SECONDS)
+
+    async def launch(self, task_id: TaskId) -> str | None:
+        self.check_room()
         if task_id not in self._running and task_id not in self._queue:
             self._queue.append(task_id)
             self._fill_places()
@@ -158,7 +168,7 @@ class SubprocessJobs:
 
     async def clear(self, task_id: TaskId) -> None:
         self._ended.pop(task_id, None)
-        await process.kill_marked(task_id)
+        await process.kill_marked(self._marker(task_id))
         await asyncio.to_thread(_remove_workspaces, task_id)
 
     def _fill_places(self) -> None:
@@ -194,4 +204,4 @@ def _remove_workspaces(task_id: TaskId) -> None:
     # No task ID has a dot, so the second pattern matches this task's alone.
     for path in (temporary / f"ws-{task_id}", *temporary.glob(f"ws-{task_id}.*")):
         if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -34,22 +35,37 @@ def held(path: Path) -> Iterator[None]:
         OSError: The file cannot be made.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    give_up_at = time.monotonic() + HOLD_SECONDS
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "r+b", buffering=0) as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up_at:
-                    raise AlreadyHeld from None
-                time.sleep(PAUSE_SECONDS)
+    with _locked(path) as file:
         file.truncate()
         file.write(str(os.getpid()).encode())
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> io.FileIO:
+    give_up_at = time.monotonic() + HOLD_SECONDS
+    file = _opened(path)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up_at:
+                file.close()
+                raise AlreadyHeld from None
+            time.sleep(PAUSE_SECONDS)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            # The holder before us has removed this file as it ended: nobody would see a lock on it.
+            file.close()
+            file = _opened(path)
+
+
+def _opened(path: Path) -> io.FileIO:
+    return io.FileIO(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "r+")
 
 
 def holder(path: Path) -> int | None:

@@ -45,7 +45,7 @@ POLL_SECONDS: Final = 0.02
 DETACHED_POLL_SECONDS: Final = 0.05
 
 #: The variable that marks a task's processes, so that they are found even when all that tied them to us is gone.
-MARKER: Final = "CCRUN_TASK_ID"
+MARKER: Final = "CCRUN_MARK"
 
 # <linux/prctl.h>
 _PR_SET_DUMPABLE: Final = 4
@@ -234,7 +234,7 @@ async def spawn(
     """Run a program in a session and process group of its own, and end all of it on the way out.
 
     On the way out, for whatever reason, the group gets SIGTERM; what is left of it after the grace, and whatever else the
-    child has started, gets SIGKILL. A cancellation meanwhile ends the grace at once. A `CCRUN_TASK_ID` in `env` marks the
+    child has started, gets SIGKILL. A cancellation meanwhile ends the grace at once. A `CCRUN_MARK` in `env` marks the
     child and its descendants, which then are found even when nothing else ties them to the child.
 
     Args:
@@ -399,8 +399,8 @@ def _prctl(option: int, argument: object) -> bool:
 # --- finding and ending what is left ---------------------------------------------------------------------------------
 
 
-async def kill_marked(task_id: str, *, seconds: float = KILL_SECONDS) -> bool:
-    """Kill every process that carries the marker of this task, and all that descends from one; for after a worker's death.
+async def kill_marked(marker: str, *, seconds: float = KILL_SECONDS) -> bool:
+    """Kill every process that carries this marker, and all that descends from one; for after a worker's death.
 
     Args:
         seconds: How long to try.
@@ -408,7 +408,7 @@ async def kill_marked(task_id: str, *, seconds: float = KILL_SECONDS) -> bool:
     Returns:
         Whether none is left. Always true where there is no /proc to look in.
     """
-    return await asyncio.to_thread(_Family(None, task_id).kill, seconds)
+    return await asyncio.to_thread(_Family(None, marker).kill, seconds)
 
 
 @attrs.frozen

@@ -22,7 +22,7 @@ from ccrun import __version__, process
 from ccrun.api.app import Parts, make_app
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, Pace
-from ccrun.backend import Backend, callback_secret_file, open_backend, sign_of_life
+from ccrun.backend import Backend, callback_secret_file, marker, open_backend, sign_of_life
 from ccrun.config import Config, environment
 from ccrun.errors import CcrunError, ConfigError
 from ccrun.jobs import SubprocessJobs
@@ -90,6 +90,7 @@ def _jobs(config: Config, worker_environment: Mapping[str, str], worker_ended: C
         command=(sys.executable, "-P", "-m", "ccrun.worker"),
         environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
         sign_of_life=functools.partial(sign_of_life, config.data_dir),
+        marker=functools.partial(marker, config.data_dir),
         max_running=config.max_concurrent_tasks,
         worker_ended=worker_ended,
     )

@@ -3,9 +3,13 @@
 #   scripts/demo.sh
 #   scripts/demo.sh --prompt "What is in this folder?"    (with ANTHROPIC_API_KEY set)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/lib.sh
-. scripts/lib.sh
+. "$root/scripts/lib.sh"
 
-prepare
-exec "$VENV/bin/ccrun" demo "$@"
+(
+  cd "$root"
+  prepare
+)
+# From where the user is: the commands that it ends with can be typed there.
+exec "$root/.venv/bin/ccrun" demo "$@"

@@ -70,6 +70,8 @@ class NotingJobs(Breakable):
         self.cancelled: list[TaskId] = []
         self.states: dict[TaskId, ExecutionState] = {}
 
+    def check_room(self) -> None: ...
+
     async def launch(self, task_id: TaskId) -> str | None:
         await self._pass()
         self.launched.append(task_id)

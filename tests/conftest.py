@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -92,7 +93,9 @@ def fake_cli(tmp_path: Path) -> Callable[[str], Path]:
 
     def make(script: str) -> Path:
         path = tmp_path / f"fake-cli-{time.monotonic_ns()}"
-        path.write_text(f"#!{sys.executable}\n{script}", encoding="utf-8")
+        # A shebang takes no path with a blank; what sh runs here is a string to Python.
+        header = f"#!/bin/sh\n'''exec' {shlex.quote(sys.executable)} \"$0\" \"$@\"\n' '''\n"
+        path.write_text(header + script, encoding="utf-8")
         path.chmod(0o755)
         return path
 

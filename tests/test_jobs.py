@@ -29,7 +29,7 @@ room = pathlib.Path(sys.argv[1])
 task = os.environ["TASK_ID"]
 with liveness.held(room / "signs" / task):
     (room / task).write_text(os.environ["ENCRYPTED_PAYLOAD_PATH"])
-    while (room / task).exists():
+    while (room / task).exists() and not (room / "over").exists():
         time.sleep(0.01)
 """
 
@@ -38,19 +38,20 @@ MakeJobs = Callable[..., SubprocessJobs]
 
 @pytest.fixture
 async def make_jobs(tmp_path: Path) -> AsyncIterator[MakeJobs]:
-    """Return what makes a place for workers; those that still run at the end are let go."""
+    """Return what makes a place for workers; those that still run at the end are told to end."""
 
     def make(max_running: int = 2, command: tuple[str, ...] | None = None) -> SubprocessJobs:
         return SubprocessJobs(
             command=command or (sys.executable, "-c", WORKER, str(tmp_path)),
             environment=dict(os.environ),
             sign_of_life=lambda task_id: tmp_path / "signs" / task_id,
+            marker=lambda task_id: f"{tmp_path}/{task_id}",
             max_running=max_running,
         )
 
     yield make
-    for task_id in (A, B, C):
-        (tmp_path / task_id).unlink(missing_ok=True)
+    # Also for one that is only about to begin.
+    (tmp_path / "over").touch()
 
 
 async def until_state(jobs: SubprocessJobs, task_id: TaskId, *states: ExecutionState) -> ExecutionState:
@@ -147,6 +148,7 @@ async def test_every_end_is_told(tmp_path: Path) -> None:
         command=(sys.executable, "-c", ""),
         environment=dict(os.environ),
         sign_of_life=lambda task_id: tmp_path / task_id,
+        marker=lambda task_id: f"{tmp_path}/{task_id}",
         max_running=1,
         worker_ended=told.set,
     ) as jobs:
@@ -166,14 +168,14 @@ async def test_the_queue_has_a_bound(make_jobs: MakeJobs, monkeypatch: pytest.Mo
         await jobs.cancel(B, None)
 
 
-async def test_clearing_up_removes_processes_and_files_of_that_task_alone(make_jobs: MakeJobs) -> None:
+async def test_clearing_up_removes_processes_and_files_of_that_task_alone(make_jobs: MakeJobs, tmp_path: Path) -> None:
     """What a worker that died left behind goes; what another task of a similar name has stays."""
     temporary = Path(tempfile.gettempdir())
     mine, second, others = (temporary / name for name in (f"ws-{A}", f"ws-{A}.0f", f"ws-{A}-2"))
     for folder in (mine, second, others):
         folder.mkdir()
     try:
-        with subprocess.Popen(["sleep", "600"], env={**os.environ, process.MARKER: A}) as left:
+        with subprocess.Popen(["sleep", "600"], env={**os.environ, process.MARKER: f"{tmp_path}/{A}"}) as left:
             async with make_jobs() as jobs:
                 await jobs.clear(A)
             assert -9 == left.wait(PATIENCE)

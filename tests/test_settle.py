@@ -44,6 +44,8 @@ class KnownJobs:
         self.cleared: list[TaskId] = []
         self.while_looking: Callable[[], Awaitable[object]] | None = None
 
+    def check_room(self) -> None: ...
+
     async def launch(self, task_id: TaskId) -> str | None:
         raise AssertionError
 

@@ -51,6 +51,8 @@ class KnownJobs:
         self.launched: list[TaskId] = []
         self.launch_fault: Exception | None = None
 
+    def check_room(self) -> None: ...
+
     async def launch(self, task_id: TaskId) -> str | None:
         if self.launch_fault is not None:
             raise self.launch_fault
@@ -132,13 +134,13 @@ def sweeper(make_sweeper: Callable[[], Sweeper]) -> Sweeper:
     return make_sweeper()
 
 
-async def born(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created_at: dt.datetime = NOW) -> TaskRecord:
-    """Store a pending task with all that belongs to it, and a callback to that URL if there is one."""
+async def pending(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created_at: dt.datetime = NOW) -> TaskRecord:
+    """Return the record of a task that has just been asked for, with a callback to that URL if there is one."""
     sealed_url = None
     if url:
         key = await new_data_key(sweeper.courier.wrapper)
         sealed_url = await key.seal(url.encode(), task_id=TaskId(task_id), purpose=Purpose.CALLBACK_URL)
-    record = TaskRecord(
+    return TaskRecord(
         task_id=TaskId(task_id),
         type=TaskType.ASYNC,
         status=Status.PENDING,
@@ -147,27 +149,33 @@ async def born(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created_at
         webhook=Webhook() if url else None,
         sealed_callback_url=sealed_url,
     )
-    await sweeper.store.mark_active(record.task_id)
-    await sweeper.store.add_payload(record.task_id, Sealed(b""))
+
+
+async def stored(sweeper: Sweeper, record: TaskRecord) -> TaskRecord:
+    """Store a task in one act, since a sweep may be looking; only one that has not begun has its payload yet."""
+    if record.status is Status.PENDING:
+        await sweeper.store.add_payload(record.task_id, Sealed(b""))
     await sweeper.store.add(record)
+    await sweeper.store.mark_active(record.task_id)
     return record
+
+
+async def born(sweeper: Sweeper, task_id: str = "t-1", created_at: dt.datetime = NOW) -> TaskRecord:
+    """Store a pending task."""
+    return await stored(sweeper, await pending(sweeper, task_id, created_at=created_at))
 
 
 async def began(sweeper: Sweeper, task_id: str = "t-1", url: str = "") -> TaskRecord:
     """Store a task that a worker has taken up."""
-    record = await born(sweeper, task_id, url)
-    await sweeper.store.delete_payload(record.task_id)
-    return await sweeper.store.update(record.task_id, lambda present: start(present, at=NOW))
+    return await stored(sweeper, start(await pending(sweeper, task_id, url), at=NOW))
 
 
 async def ended(
     sweeper: Sweeper, task_id: str = "t-1", url: str = "", *, lease_until: dt.datetime | None = None
 ) -> TaskRecord:
     """Store a task that is over; its callback is owed, or under a lease."""
-    record = await began(sweeper, task_id, url)
-    return await sweeper.store.update(
-        record.task_id, lambda present: finish(present, SUCCESS, at=NOW, lease_until=lease_until)
-    )
+    running = start(await pending(sweeper, task_id, url), at=NOW)
+    return await stored(sweeper, finish(running, SUCCESS, at=NOW, lease_until=lease_until))
 
 
 async def objects(sweeper: Sweeper) -> set[str]:
@@ -387,6 +395,16 @@ async def test_sweep_comes_sooner_when_it_is_asked_for(sweeper: Sweeper, receive
             await ended(sweeper, f"t-{number}", receiver.url)
             sooner.set()
             await until(lambda number=number: f"t-{number}" in receiver.got)  # type: ignore[misc]
+
+
+async def test_one_wish_is_one_sweep(sweeper: Sweeper, receiver: Receiver) -> None:
+    """A wish that was followed is used up: the sweep does not run on and on."""
+    await ended(sweeper, "t-0", receiver.url)
+    receiver.status = 500
+    async with sweeping(sweeper) as sooner:
+        await until(lambda: "t-0" in receiver.got)
+        sooner.set()
+        await until(lambda: not sooner.is_set())
 
 
 async def test_receiver_that_hangs_holds_up_nobody(sweeper: Sweeper, receiver: Receiver) -> None:

@@ -97,6 +97,7 @@ class Dispatcher:
         """
         if faults := [Fault(name, f"{name} is not available in this version") for name in _not_available(spec)]:
             raise InvalidRequest(faults)
+        self.jobs.check_room()
         record = self._first_record(spec, idempotency_digest)
         data_key = await new_data_key(self.wrapper)
         if spec.callback_url is not None:

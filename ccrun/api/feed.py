@@ -239,6 +239,9 @@ class _Tail:
                 self._tell()
             except CcrunError as error:
                 log.warning("A poll failed", taskId=self._task_id, fault=error.message)
+            except Exception:
+                # Readers would wait for ever for a tail that had ended.
+                log.exception("A poll broke", taskId=self._task_id)
 
     async def _look(self) -> bool:
         """Look at the task once; return whether something was new.

@@ -165,17 +165,17 @@ async def _show_callback(
     screen.row("callback", f"{payload['taskId']} is {payload['status']}: {figures(payload)}")
     age = verify(callback, secret=secret, now=time.time())
     screen.row("verified", f"X-Webhook-Signature fits the body, byte by byte, and is {age:.0f} s old.")
-    _show_forgery(screen, callback, secret)
+    _show_forgery(screen, callback, secret, task_id)
     screen.row("record", f"GET /tasks/{task_id}: {record['status']}, callback delivered.")
     _check_completed(payload)
 
 
-def _show_forgery(screen: Screen, callback: Callback, secret: Secret) -> None:
-    forged = attrs.evolve(callback, body=callback.body.replace(b"completed", b"cancelled", 1))
+def _show_forgery(screen: Screen, callback: Callback, secret: Secret, task_id: str) -> None:
+    forged = attrs.evolve(callback, body=callback.body.replace(task_id.encode(), b"another-task"))
     try:
         verify(forged, secret=secret, now=time.time())
     except NotGenuine as fault:
-        screen.row("refused", f"The same callback with one word of it changed: {fault}.")
+        screen.row("refused", f"The same callback in the name of another task: {fault}.")
     else:
         raise DemoFailed("A callback that was changed on its way passed for genuine.")
 

@@ -15,7 +15,7 @@ from ccrun import log  # isort: skip
 import structlog
 
 from ccrun import config, liveness, process
-from ccrun.backend import open_backend, sign_of_life
+from ccrun.backend import marker, open_backend, sign_of_life
 from ccrun.config import Config
 from ccrun.errors import CcrunError, ConfigError
 from ccrun.liveness import AlreadyHeld
@@ -76,6 +76,7 @@ async def _work(settings: Config, task_id: TaskId) -> None:
             api_key=settings.anthropic_api_key,
             oauth_token=settings.claude_code_oauth_token,
             inherited=inherited,
+            marker=marker(settings.data_dir, task_id),
             pace=Pace(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),
             execution_name=settings.cloud_run_execution,
         )

@@ -84,6 +84,7 @@ def environment(
     run_token: Secret,
     is_oauth: bool,
     is_root: bool,
+    marker: str,
 ) -> dict[str, str]:
     """Return all of the agent's environment: nothing of the worker's but PATH, locale and time zone.
 
@@ -96,6 +97,7 @@ def environment(
         run_token: What opens the proxy.
         is_oauth: Whether the real credential is an OAuth token; the CLI asks differently with one.
         is_root: Whether the agent runs as root; the CLI then refuses `bypassPermissions` unless told that it is contained.
+        marker: By which all processes of the task are found.
     """
     secrets = {
         name: secret.reveal() for name, secret in spec.environment_secrets.items() if not is_reserved_variable(name)
@@ -119,7 +121,7 @@ def environment(
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_AUTOUPDATER": "1",
         **({"IS_SANDBOX": "1"} if is_root else {}),
-        MARKER: spec.task_id,
+        MARKER: marker,
     }
 
 

@@ -22,19 +22,21 @@ class Redactor:
     """Knows the secrets of one task."""
 
     def __init__(self, secrets: Iterable[Secret]) -> None:
-        spellings = sorted(
-            {spelling for secret in secrets for spelling in _spellings(secret.reveal())}, key=len, reverse=True
-        )
+        parts = {part for secret in secrets for part in _parts(secret.reveal())}
+        once = {spelling for part in parts for spelling in _json_spellings(part)}
+        twice = {spelling for part in once for spelling in _json_spellings(part)}
         # The longest first, so that of a secret that contains another nothing is left over.
+        spellings = sorted(parts | once | twice, key=len, reverse=True)
         self._text = re.compile("|".join(map(re.escape, spellings))) if spellings else None
-        self._bytes = [spelling.encode() for spelling in spellings]
+        # A line is JSON: what stands there as it is and is no spelling of JSON is something else, and to mask it would break it.
+        self._bytes = [spelling.encode() for spelling in spellings if spelling in once | twice]
 
     def text(self, text: str) -> str:
         """Return the text with every secret masked."""
         return self._text.sub(MASK, text) if self._text else text
 
     def line(self, line: bytes | bytearray) -> bytes | bytearray:
-        """Return the line with every secret masked; the very same object when there is none in it."""
+        """Return the line of JSON with every secret masked; the very same object when there is none in it."""
         for spelling in self._bytes:
             if spelling in line:
                 line = line.replace(spelling, MASK.encode())
@@ -52,12 +54,10 @@ class Redactor:
         return value
 
 
-def _spellings(secret: str) -> set[str]:
+def _parts(secret: str) -> set[str]:
     # A key file is printed line by line, by tools that add margins or other line ends.
     parts = {secret, secret.strip(), *secret.splitlines()} if "\n" in secret else {secret}
-    once = {spelling for part in parts for spelling in (part, *_json_spellings(part))}
-    twice = {spelling for part in once for spelling in _json_spellings(part)}
-    return {spelling for spelling in once | twice if len(spelling) >= MIN_SECRET_CHARS}
+    return {part for part in parts if len(part) >= MIN_SECRET_CHARS}
 
 
 def _json_spellings(text: str) -> tuple[str, str]:

@@ -67,6 +67,7 @@ class Parts:
         api_key: The operator's own credential, for requests that bring none.
         oauth_token: The same in its other form; the key is taken when both are there.
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
+        marker: By which the processes of this task, and of no other on this machine, are found.
         execution_name: What the platform calls this execution.
     """
 
@@ -78,6 +79,7 @@ class Parts:
     api_key: Secret | None = None
     oauth_token: Secret | None = None
     inherited: Mapping[str, str]
+    marker: str
     pace: Pace = attrs.field(factory=Pace)
     times: Times = attrs.field(factory=Times)
     execution_name: str | None = None
@@ -225,6 +227,7 @@ async def _perform(parts: Parts, spec: TaskSpec, rooms: Workspace, ending: Endin
             run_token=proxy.run_token,
             is_oauth=kind is CredentialKind.OAUTH,
             is_root=os.geteuid() == 0,
+            marker=parts.marker,
         )
         files = await furnish(rooms, commands=spec.slash_commands, inputs=claude.inputs(spec, environment))
         cli, start_folder = await asyncio.to_thread(lambda: (parts.cli(), rooms.start_folder(spec.cwd_relative)))

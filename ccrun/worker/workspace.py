@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
-import shutil
-import stat
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +17,7 @@ import attrs
 import frontmatter
 
 from ccrun.errors import CcrunError
+from ccrun.removal import remove_tree
 from ccrun.task import ConfigFile, TaskId
 
 #: Names of the workspace to try before giving up; only a leftover of the same task takes the first.
@@ -67,10 +65,14 @@ class Workspace:
         Raises:
             WorkspaceError: There is no such folder inside the workspace.
         """
-        folder = (self.repository / cwd_relative).resolve()
-        if not folder.is_relative_to(self.repository.resolve()) or not folder.is_dir():
-            raise WorkspaceError(f"cwdRelative names no folder of the workspace: {cwd_relative}")
-        return folder
+        try:
+            folder = (self.repository / cwd_relative).resolve()
+            if folder.is_relative_to(self.repository.resolve()) and folder.is_dir():
+                return folder
+        except (OSError, RuntimeError, ValueError):
+            # Too long, a link that leads to itself, a NUL: no folder either.
+            pass
+        raise WorkspaceError(f"cwdRelative names no folder of the workspace: {cwd_relative}")
 
 
 @contextlib.asynccontextmanager
@@ -84,7 +86,7 @@ async def workspace(task_id: TaskId) -> AsyncIterator[Workspace]:
     try:
         yield rooms
     finally:
-        await asyncio.shield(asyncio.to_thread(_remove, rooms.root))
+        await asyncio.shield(asyncio.to_thread(remove_tree, rooms.root))
 
 
 async def furnish(
@@ -136,17 +138,3 @@ def _markdown(file: ConfigFile) -> str:
     post = frontmatter.Post(file.content)
     post.metadata = dict(file.frontmatter)
     return frontmatter.dumps(post, sort_keys=False)
-
-
-def _remove(root: Path) -> None:
-    def unlock(remove: Callable[[str], object], path: str, _: object) -> None:
-        """Try again after the agent took its own permissions away."""
-        with contextlib.suppress(OSError):
-            for locked in (os.path.dirname(path), path):  # noqa: PTH120 - as rmtree gives it
-                if not os.path.islink(locked):  # noqa: PTH114
-                    os.chmod(locked, stat.S_IRWXU)  # noqa: PTH101
-            remove(path)
-
-    shutil.rmtree(root, onerror=unlock)
-    # What stayed is a folder that could not be listed; now it can.
-    shutil.rmtree(root, ignore_errors=True)

@@ -6,7 +6,7 @@ import datetime as dt
 import gzip
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +17,11 @@ import structlog.testing
 from apiharness import COMPLETED, FAILED, MAX_REQUEST_BYTES, Api, api_on, until
 from harness import MADE_UP_KEY
 
-from ccrun import __version__
+from ccrun import __version__, wire
 from ccrun.api.app import ENDPOINTS, Times
 from ccrun.errors import Busy, KeyServiceError, LaunchFailed, StorageError
 from ccrun.jobs import ExecutionState
+from ccrun.seal import LocalKey, Purpose, unseal
 from ccrun.store import chunk_name
 from ccrun.task import Reason, Secret, Status, TaskId, TaskRecord, TaskType, Webhook, WebhookState, cancelled
 from ccrun.wire import Defaults
@@ -464,6 +465,26 @@ async def test_the_operators_credential_stands_in_for_one(tmp_path: Path) -> Non
         assert 202 == answer.status
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gitRepo", "https://example.com/x.git"),
+        ("gitToken", "made-up"),
+        ("sshKey", "made-up"),
+        ("preExecutionCommands", ["true"]),
+        ("postExecutionActions.uploadFiles", {"uploadFiles": {"globPatterns": ["*"]}}),
+    ],
+)
+async def test_what_this_version_cannot_do_is_refused(api: Api, field: str, value: Any) -> None:
+    """A request for it answers 400 rather than run without it, on both calls, and stores nothing."""
+    for path in ("/run", "/run-async"):
+        body = api.body(callbackUrl=CALLBACK, **{field.partition(".")[0]: value})
+        answer = await api.call("POST", path, json=body)
+        assert (400, f"{field} is not available in this version") == (answer.status, answer.body["error"])
+        assert [field] == [fault["field"] for fault in answer.body["details"]]
+    assert [] == list((await api.store.page(limit=10)).tasks)
+
+
 async def chunked(body: bytes) -> AsyncIterator[bytes]:
     """Give a body in pieces, so that its length is not told beforehand."""
     for start in range(0, len(body), 64 * 1024):
@@ -574,7 +595,7 @@ async def test_no_credential_is_stored_or_told(api: Api, tmp_path: Path) -> None
 
 
 async def test_of_twenty_that_want_one_id_one_gets_it(api: Api) -> None:
-    """Twenty requests for one ID at once give one task; nineteen are told that the ID is in use."""
+    """Twenty requests for one ID at once give one task, whole and its own; nineteen are told that the ID is in use."""
     answers = await asyncio.gather(
         *(
             api.call("POST", "/run-async", json=api.body(callbackUrl=CALLBACK, taskId="one", metadata={"n": number}))
@@ -586,6 +607,10 @@ async def test_of_twenty_that_want_one_id_one_gets_it(api: Api) -> None:
     assert ["one"] == api.jobs.launched
     winner = next(number for number, answer in enumerate(answers) if answer.status == 202)
     assert {"n": winner} == (await api.store.record(TaskId("one"))).metadata
+    key = LocalKey(api.folder / ".keys" / "sealing.key")
+    sealed = await api.store.payload(TaskId("one"))
+    opened = await unseal(key, sealed, task_id=TaskId("one"), purpose=Purpose.PAYLOAD)
+    assert {"n": winner} == wire.spec_from_bytes(opened).metadata
 
 
 async def test_the_id_of_a_task_that_is_over_stays_in_use(api: Api) -> None:
@@ -770,7 +795,7 @@ async def test_a_folder_that_cannot_be_written_answers_503_without_its_path(tmp_
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
 
-async def add_tasks(api: Api, count: int, *, failed_every: int | None = None) -> list[str]:
+async def add_tasks(api: Api, count: int, *, failed: Container[int] = ()) -> list[str]:
     """Store tasks of the past, the newest last; return their IDs, the newest first."""
     start = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     for number in range(count):
@@ -781,7 +806,7 @@ async def add_tasks(api: Api, count: int, *, failed_every: int | None = None) ->
             created_at=start + dt.timedelta(minutes=7 * number),
             logs_path="file:///sessions/",
         )
-        if failed_every and number % failed_every == 0:
+        if number in failed:
             record = attrs.evolve(record, status=Status.FAILED)
         await api.store.add(record)
     return [f"task-{number:03d}" for number in reversed(range(count))]
@@ -824,10 +849,12 @@ async def test_a_list_that_grows_does_not_shift_its_pages(api: Api) -> None:
 
 async def test_a_status_filters_the_list(api: Api) -> None:
     """Only tasks of the status are shown, over all pages."""
-    ids = await add_tasks(api, 20, failed_every=3)
-    failed = [task_id for task_id in ids if int(task_id[-3:]) % 3 == 0]
-    found = await pages(api, "limit=2&status=failed")
-    assert failed == [task_id for page in found for task_id in page]
+    failed = {0, 1, 3, 6, 7, 8, 12, 19}
+    ids = await add_tasks(api, 20, failed=failed)
+    expected = [task_id for task_id in ids if int(task_id[-3:]) in failed]
+    for limit in range(1, 10):
+        found = await pages(api, f"limit={limit}&status=failed")
+        assert expected == [task_id for page in found for task_id in page]
     assert [[]] == await pages(api, "status=cancelled")
 
 

@@ -408,7 +408,7 @@ async def test_a_reader_of_events_is_no_owner(api: Api, path: str) -> None:
     assert [] == api.jobs.cancelled
 
 
-async def test_readers_that_left_leave_nothing_behind(api: Api) -> None:
+async def test_readers_that_left_leave_nothing_behind(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     """Fifty readers that broke off leave no task in the loop, no tail of the log and no complaint in it."""
     task_id = await begun(api)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
@@ -421,18 +421,18 @@ async def test_readers_that_left_leave_nothing_behind(api: Api) -> None:
             for reader in readers:
                 reader.close()
             await until(lambda: len(asyncio.all_tasks()) <= before)
-    assert [] == logs
+    assert ([], []) == (logs, caplog.records)
 
 
 # --- readers that stall ----------------------------------------------------------------------------------------------
 
 
-def never_reading(api: Api, task_id: TaskId) -> socket.socket:
-    """Ask for a stream and read none of it."""
+def never_reading(api: Api, path: str) -> socket.socket:
+    """Ask for a long answer and read none of it."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", api.port))
-    client.sendall(f"GET /tasks/{task_id}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     client.setblocking(False)
     return client
 
@@ -461,25 +461,29 @@ async def long_log(api: Api) -> TaskId:
 async def test_a_reader_that_stalls_delays_nobody(api: Api) -> None:
     """While one reader takes nothing, another reads the same log to its end."""
     task_id = await long_log(api)
-    with never_reading(api, task_id):
+    with never_reading(api, f"/tasks/{task_id}/events"):
         await until(lambda: api.feed.readers(task_id) == 1)
         stream = await bytes_of(api, f"/tasks/{task_id}/events")
         assert MANY == stream.count(b"\ndata: " + MEGABYTE + b"\n\n")
         assert 1 == api.feed.readers(task_id)
 
 
-async def test_a_reader_that_stalls_costs_little_and_is_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["events", "logs"])
+async def test_a_reader_that_stalls_costs_little_and_is_cut_off(
+    tmp_path: Path, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Beyond what the kernel buffers nothing of a long log is read for it, and after `Times.send` it has to come back."""
     async with api_on(tmp_path / "data", times=Times(send=0.3)) as api:
         task_id = await long_log(api)
         api.blobs.names_read.clear()
-        with never_reading(api, task_id) as stalled, structlog.testing.capture_logs() as logs:
-            await until(lambda: api.feed.readers(task_id) == 1)
-            await until(lambda: api.feed.readers(task_id) == 0)
+        before = len(asyncio.all_tasks())
+        with never_reading(api, f"/tasks/{task_id}/{path}") as stalled, structlog.testing.capture_logs() as logs:
+            await until(lambda: len(asyncio.all_tasks()) > before)
+            await until(lambda: len(asyncio.all_tasks()) <= before)
             assert await is_cut_off(stalled)
     # The kernel takes some four megabytes for a connection.
     assert 1 < sum(name.endswith(".jsonl") for name in api.blobs.names_read) < MANY / 2
-    assert [] == logs
+    assert ([], []) == (logs, caplog.records)
 
 
 # --- faults in mid-stream --------------------------------------------------------------------------------------------
@@ -497,7 +501,7 @@ async def break_in_the_middle(api: Api, task_id: TaskId, path: str, fault: Excep
     return received
 
 
-async def test_a_log_that_cannot_be_read_on_breaks_off(api: Api) -> None:
+async def test_a_log_that_cannot_be_read_on_breaks_off(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     """An answer that has begun is cut, without an end that a client could take for the log's, and without a second status."""
     task_id = await api.submit()
     await api.begin(task_id)
@@ -510,6 +514,7 @@ async def test_a_log_that_cannot_be_read_on_breaks_off(api: Api) -> None:
     assert 1 == received.count(b"HTTP/1.1 ")
     assert not received.endswith(b"0\r\n\r\n")
     assert [("An answer broke off", "The storage does not answer.")] == [(log["event"], log["fault"]) for log in logs]
+    assert [] == caplog.records
 
 
 async def test_a_stream_that_breaks_is_cut(api: Api) -> None:

@@ -82,6 +82,8 @@ class NotedJobs:
         self.fault: CcrunError | None = None
         self.at_launch: Callable[[], object] | None = None
 
+    def check_room(self) -> None: ...
+
     async def launch(self, task_id: TaskId) -> str | None:
         if self.at_launch is not None:
             await asyncio.to_thread(self.at_launch)

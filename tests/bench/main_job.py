@@ -67,6 +67,7 @@ async def run_bare(model: ScriptedModel, folder: Path) -> Bare:
         run_token=Secret(MADE_UP_KEY),
         is_oauth=False,
         is_root=os.geteuid() == 0,
+        marker="bare",
     )
     argv = claude.argv(spec, cli=claude.find_cli(None, ""), files={})
     began = time.monotonic()

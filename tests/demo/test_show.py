@@ -125,7 +125,7 @@ async def test_the_whole_story_is_shown_without_a_key(start: Start, tmp_path: Pa
         r"^202 .*\"status\": \"pending\"",
         r"^callback +demo-\w+ is completed: exit code 0",
         r"^verified +X-Webhook-Signature fits",
-        r"^refused +The same callback with one word of it changed",
+        r"^refused +The same callback in the name of another task",
         r"^record +GET /tasks/demo-\w+: completed, callback delivered",
         r"^  export ANTHROPIC_API_KEY=",
         r"^  \S.*/ccrun'? serve$",

@@ -56,6 +56,7 @@ def surroundings(spec: TaskSpec, **changed: Any) -> dict[str, str]:
         "run_token": Secret("run-token"),
         "is_oauth": False,
         "is_root": False,
+        "marker": "t1",
     }
     return environment(spec, **{**usual, **changed})
 
@@ -130,7 +131,7 @@ def test_the_environment_holds_what_it_should_and_nothing_else() -> None:
         "DISABLE_AUTOUPDATER": "1",
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
-        "CCRUN_TASK_ID": "t1",
+        "CCRUN_MARK": "t1",
     }
 
 
@@ -551,6 +552,7 @@ def run_cli(room: Path) -> Callable[..., Any]:
                 run_token=Secret("made-up-key"),
                 is_oauth=is_oauth,
                 is_root=os.geteuid() == 0,
+                marker=str(room),
             )
             files = {}
             for option, content in inputs(spec, surrounding).items():

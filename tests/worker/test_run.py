@@ -31,7 +31,8 @@ from ccrun.task import ConfigFile, Reason, Secret, Status, TaskId, TaskRecord, T
 from ccrun.worker import claude
 from ccrun.worker.run import Parts, Times, run
 
-TASK = TaskId("task-1")
+#: Another process may run these tests at the same time, with workspaces in the same folder.
+TASK = TaskId(f"task-{os.getpid()}")
 RESULT = {
     "type": "result",
     "subtype": "success",
@@ -57,6 +58,8 @@ class NoJobs:
     """A place that runs no workers: the tests run them."""
 
     max_running: int | None = None
+
+    def check_room(self) -> None: ...
 
     async def launch(self, task_id: TaskId) -> str | None:
         return None
@@ -111,6 +114,7 @@ async def bench(tmp_path: Path) -> Bench:
         courier=None,
         cli=lambda: claude.find_cli(None, ""),
         upstream="http://127.0.0.1:9",
+        marker=str(tmp_path),
         inherited={"PATH": os.environ["PATH"], "SERVICE_SECRET": "of-the-service"},
         pace=Pace(flush_seconds=0.05, first_flush_seconds=0.01, patience_seconds=0.5),
         times=Times(term_grace=0.3, cancel_poll=0.02),
@@ -347,7 +351,7 @@ async def test_the_payload_is_gone_when_the_agent_begins(bench: Bench, fake_cli:
 
 async def test_a_payload_of_another_task_is_not_opened(bench: Bench, fake_cli: FakeCli) -> None:
     """What was sealed for one task fails under another's name, with one clear sentence."""
-    other = TaskId("task-2")
+    other = TaskId(f"{TASK}-2")
     await bench.submit(task_id=other)
     await bench.submit()
     folder = Path(bench.parts.store.logs_path(TASK).removeprefix("file://")).parent
@@ -368,7 +372,7 @@ async def test_the_agent_gets_nothing_of_the_workers_environment(bench: Bench, f
     assert {
         "ANTHROPIC_API_KEY",
         "ANTHROPIC_BASE_URL",
-        "CCRUN_TASK_ID",
+        "CCRUN_MARK",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
         "CLAUDE_CONFIG_DIR",
         "DISABLE_AUTOUPDATER",
@@ -380,7 +384,7 @@ async def test_the_agent_gets_nothing_of_the_workers_environment(bench: Bench, f
         "TEST_TOKEN",
         "TMPDIR",
         "no_proxy",
-    } == set(line["names"]) - {"IS_SANDBOX", "LC_CTYPE"}
+    } == set(line["names"]) - {"IS_SANDBOX", "LC_CTYPE", "OLDPWD", "PWD", "_"}
     assert "of-the-service" not in line["values"]
     assert MADE_UP_KEY not in line["values"]
 
