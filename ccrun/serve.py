@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import ipaddress
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -40,8 +41,6 @@ LEAST_POLL_SECONDS: Final = 0.05
 #: Connections that wait to be accepted: a burst of clients is no reason to turn them away.
 BACKLOG: Final = 1024
 
-LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
-
 
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT.
@@ -55,6 +54,8 @@ async def serve(config: Config) -> None:
         log.info("ccrun listens", url=address, version=__version__, backend=config.backend)
         if config.callback_secret is None:
             log.info("Callbacks are signed with a secret made here", file=str(callback_secret_file(config.data_dir)))
+        if config.is_local and not config.api_tokens and not _is_loopback(config.host):
+            log.warning("Whoever reaches this address can run tasks here: set CCRUN_API_TOKENS")
         await _told_to_end()
         log.info("ccrun ends")
 
@@ -144,11 +145,18 @@ def _parts(config: Config, backend: Backend, jobs: SubprocessJobs, news: asyncio
             backend_is_local=config.is_local,
         ),
         tokens=config.api_tokens,
-        only_loopback=config.host in LOOPBACK and not config.api_tokens,
+        only_loopback=_is_loopback(config.host) and not config.api_tokens,
         max_request_bytes=config.max_request_bytes,
         backend=config.backend,
         companions=[sweeping],
     )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _listen(runner: web.AppRunner, config: Config) -> None:

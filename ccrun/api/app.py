@@ -79,6 +79,8 @@ IDEMPOTENCY_KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
 OPEN_PATHS: Final = frozenset({"/", "/health", "/healthz", "/ready"})
 #: A page of another site can reach a service on loopback under a name of its own (DNS rebinding); it cannot use these.
 LOOPBACK_HOST: Final = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]*)?", re.IGNORECASE)
+#: It can also send a request without being able to read the answer, which is enough to cancel a task.
+LOOPBACK_ORIGIN: Final = re.compile(rf"https?://{LOOPBACK_HOST.pattern}", re.IGNORECASE)
 
 ENDPOINTS: Final = (
     "POST /run",
@@ -259,6 +261,9 @@ class _Api:
         host = request.headers.get("Host", "localhost")
         if self._parts.only_loopback and not LOOPBACK_HOST.fullmatch(host):
             return _error(421, "This service answers only to localhost, 127.0.0.1 and [::1].")
+        origin = request.headers.get("Origin")
+        if self._parts.only_loopback and origin is not None and not LOOPBACK_ORIGIN.fullmatch(origin):
+            return _error(403, "This service without tokens takes no requests from pages of other sites.")
         if self._token_digests and request.path not in OPEN_PATHS and self._caller(request) is None:
             return _error(
                 401,

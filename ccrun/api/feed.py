@@ -225,23 +225,20 @@ class _Tail:
             self._names.popitem(last=False)
 
     async def _poll(self) -> None:
+        """Look until the task is over. That its objects were removed under us ends the polling, and so the readers."""
         loop = asyncio.get_running_loop()
         news_at = loop.time()
-        while not self.is_over:
-            quiet = loop.time() - news_at
-            await asyncio.sleep(max(self._pace.least_seconds, min(self._pace.most_seconds, quiet * QUIET_SHARE)))
-            try:
-                if await self._look():
-                    news_at = loop.time()
-            except TaskNotFound:
-                # The objects were removed under us; there is nothing more to come.
-                self.is_over = True
-                self._tell()
-            except CcrunError as error:
-                log.warning("A poll failed", taskId=self._task_id, fault=error.message)
-            except Exception:
-                # Readers would wait for ever for a tail that had ended.
-                log.exception("A poll broke", taskId=self._task_id)
+        try:
+            while not self.is_over:
+                quiet = loop.time() - news_at
+                await asyncio.sleep(max(self._pace.least_seconds, min(self._pace.most_seconds, quiet * QUIET_SHARE)))
+                try:
+                    if await self._look():
+                        news_at = loop.time()
+                except StorageError as error:
+                    log.warning("A poll failed", taskId=self._task_id, fault=error.message)
+        finally:
+            self._tell()
 
     async def _look(self) -> bool:
         """Look at the task once; return whether something was new.

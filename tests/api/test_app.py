@@ -306,6 +306,23 @@ async def test_a_page_of_another_site_is_turned_away(on_loopback: Api, host: byt
     assert 421 == await status_for_host(on_loopback, host, path)
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:3000", 404),
+        ("http://127.0.0.1", 404),
+        ("https://[::1]:8080", 404),
+        ("https://attacker.example", 403),
+        ("http://localhost.attacker.example", 403),
+        ("null", 403),
+    ],
+)
+async def test_a_page_of_another_site_cannot_send_blindly(on_loopback: Api, origin: str, status: int) -> None:
+    """A browser lets any page POST without reading the answer; what it says of the page's origin keeps it out."""
+    async with on_loopback.http.post(f"{on_loopback.url}/cancel/some-task", headers={"Origin": origin}) as response:
+        assert status == response.status
+
+
 async def test_a_request_without_a_host_does_not_look_up_a_name(on_loopback: Api) -> None:
     """HTTP/1.0 needs no `Host`; no browser leaves it out."""
     assert (await on_loopback.raw(b"GET /tasks HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.0 200 ")

@@ -2,13 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
-import json
 import os
-import signal
 import socket
-import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +16,8 @@ from harness import PATIENCE, Event, StartService, read_events
 
 from ccrun import wire
 from ccrun.api.app import Times
-from ccrun.blobs import DirectoryBlobs
 from ccrun.errors import StorageError
-from ccrun.store import Store
-from ccrun.task import Outcome, Status, TaskId, TaskRecord, TaskType, cancelled
+from ccrun.task import Outcome, Status, TaskId, cancelled
 
 #: The log of the tasks here: three chunks, the last of one line.
 CHUNKS: Final = (
@@ -531,89 +524,6 @@ async def test_a_stream_that_breaks_is_cut(api: Api) -> None:
 
 
 # --- real services ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def ccrun_serve(folder: Path, *arguments: str, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run `ccrun serve` on a folder."""
-    environment = {**os.environ, "PORT": "0", "CCRUN_DATA_DIR": str(folder), "LOG_FORMAT": "json", **settings}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "ccrun", "serve", *arguments),
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
-
-
-async def url_of(process: asyncio.subprocess.Process) -> str:
-    """Wait until a service listens; return its base URL."""
-    assert process.stdout is not None
-    async with asyncio.timeout(PATIENCE):
-        started = json.loads(await process.stdout.readline())
-    assert "ccrun listens" == started["message"]
-    return str(started["url"])
-
-
-async def test_sigterm_ends_a_hundred_streams_within_two_seconds(tmp_path: Path) -> None:
-    """Every client sees its connection close, and the service exits with 0."""
-    folder = tmp_path / "data"
-    store = Store(DirectoryBlobs(folder))
-    # A task that nobody will ever run: its streams stay open.
-    task_id = TaskId("one")
-    await store.add(
-        TaskRecord(
-            task_id=task_id,
-            type=TaskType.ASYNC,
-            status=Status.PENDING,
-            created_at=dt.datetime.now(dt.UTC),
-            logs_path="",
-        )
-    )
-    async with (
-        ccrun_serve(folder) as service,
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
-    ):
-        url = await url_of(service)
-        streams = await asyncio.gather(*(http.get(f"{url}/tasks/{task_id}/events") for _ in range(100)))
-        await asyncio.gather(*(stream.content.readuntil(b"caught_up") for stream in streams))
-        told_at = time.monotonic()
-        service.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            ends = await asyncio.gather(*(stream.content.read() for stream in streams), return_exceptions=True)
-            assert 0 == await service.wait()
-        took = time.monotonic() - told_at
-    # A connection that closes before the stream's end is what makes a client come back.
-    assert [aiohttp.ClientPayloadError] * 100 == [type(end) for end in ends]
-    assert took < 2
-
-
-async def test_a_port_in_use_is_told_in_one_sentence(tmp_path: Path) -> None:
-    """A second service on the port exits with 70 and says what to do."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        async with ccrun_serve(tmp_path / "data", "--port", str(port)) as service:
-            async with asyncio.timeout(PATIENCE):
-                _, stderr = await service.communicate()
-    assert 70 == service.returncode
-    sentence = f"port {port} on 127.0.0.1 is in use: stop what listens there, or set PORT to a free one."
-    assert f"ccrun cannot start: {sentence}\n" == stderr.decode()
-
-
-async def test_a_folder_that_is_none_is_told_in_one_sentence(tmp_path: Path) -> None:
-    """A service that cannot keep anything does not start."""
-    (tmp_path / "data").write_text("not a folder")
-    async with ccrun_serve(tmp_path / "data") as service:
-        async with asyncio.timeout(PATIENCE):
-            _, stderr = await service.communicate()
-    assert 70 == service.returncode
-    assert "The key file can be neither read nor made: Not a directory.\n" == stderr.decode()
 
 
 async def test_two_services_on_one_folder_serve_each_others_tasks(start_service: StartService) -> None:

@@ -530,11 +530,13 @@ async def test_chunk_that_cannot_be_read_is_read_again(store: Store, feed: Feed,
     assert [*log(1), CaughtUp, Status.COMPLETED] == first == second
 
 
-async def test_removed_task_ends_its_readers(store: Store, feed: Feed, blobs: WatchedBlobs) -> None:
-    """When somebody removes a task that is read, its readers come to an end."""
+async def test_removed_task_breaks_its_readers_off(store: Store, feed: Feed, blobs: WatchedBlobs) -> None:
+    """When somebody removes a task that is read, its readers are not told of an end that it never had."""
     await begin(store)
     await add_chunk(store, 1)
-    async with following(feed) as seen:
-        await until(lambda: CaughtUp in seen)
-        await blobs.delete(record_name(TASK))
-    assert [*log(1), CaughtUp, Status.RUNNING] == seen
+    with pytest.raises(ExceptionGroup) as raised:
+        async with following(feed) as seen:
+            await until(lambda: CaughtUp in seen)
+            await blobs.delete(record_name(TASK))
+    assert raised.group_contains(TaskNotFound)
+    assert [*log(1), CaughtUp] == seen
