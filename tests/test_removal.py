@@ -27,7 +27,7 @@ def test_a_tree_deeper_than_python_may_recurse_is_removed(tmp_path: Path) -> Non
     try:
         os.chdir(tree)
         for _ in range(2000):
-            os.mkdir("d")
+            Path("d").mkdir()
             os.chdir("d")
     finally:
         os.fchdir(before)

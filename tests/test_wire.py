@@ -565,7 +565,7 @@ def test_sizes_are_bounded_in_bytes() -> None:
     """Each text, list and object has its limit, and the limit itself is still taken."""
     limits: dict[str, tuple[Any, Any]] = {
         "prompt": ("é" * (task.MAX_PROMPT_BYTES // 2), "é" * (task.MAX_PROMPT_BYTES // 2) + "x"),
-        "systemPrompt": ("x" * wire.MAX_ARGUMENT_BYTES, "x" * (wire.MAX_ARGUMENT_BYTES + 1)),
+        "systemPrompt": ("x" * task.MAX_PROMPT_BYTES, "x" * (task.MAX_PROMPT_BYTES + 1)),
         "allowedTools": (["x"] * wire.MAX_LIST_ITEMS, ["x"] * (wire.MAX_LIST_ITEMS + 1)),
         "disallowedTools": (["x" * 4000] * 32, ["x" * 4000] * 33),
         "environmentSecrets": (

@@ -18,7 +18,7 @@ import structlog
 
 from ccrun.api import sse
 from ccrun.api.sse import Cursor
-from ccrun.errors import BlobNotFound, CcrunError, StorageError, TaskNotFound
+from ccrun.errors import BlobNotFound, StorageError
 from ccrun.store import ChunkRef, Store
 from ccrun.task import TaskId, TaskRecord
 

@@ -27,7 +27,7 @@ from ccrun.task import EXIT_FAILED, ConfigFile, Outcome, Reason, Secret, Status,
 MAX_PARSED_LINE_BYTES: Final = 1024 * 1024
 #: The result is kept in the record and goes out with the callback, whose body, with 64 KiB of metadata, must stay below the
 #: 100 kB that Express takes by default; the log has the whole of it.
-MAX_RESULT_CHARS: Final = 6 * 1024
+MAX_RESULT_CHARS: Final = 4 * 1024
 #: An error is one sentence for a person; the CLI may quote a whole answer of the API.
 MAX_ERROR_CHARS: Final = 2000
 #: With more, the path of the CLI's socket is over 103 bytes, and it goes to the shared /tmp/cc-socks-UID instead.
