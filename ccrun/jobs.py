@@ -39,17 +39,25 @@ class ExecutionState(enum.StrEnum):
 
     QUEUED = "queued"
     RUNNING = "running"
-    #: It was started and is over.
+    #: It was started and is over; so it is in the three states that follow, which tell why.
     ENDED = "ended"
+    OUT_OF_MEMORY = "out_of_memory"
+    #: The place allows no worker to run for so long.
+    TIMED_OUT = "timed_out"
+    #: By ccrun, or by a person at the place itself.
+    CANCELLED = "cancelled"
     #: Nobody here has heard of it: never started, or over for long.
     UNKNOWN = "unknown"
+    #: The place does not answer now.
+    UNREACHABLE = "unreachable"
 
 
 class Jobs(Protocol):
     """What dispatch and sweep need of a place that runs workers.
 
     An adapter owes: `launch` returns when the execution will start or has; a worker started twice for one task does no harm,
-    since the second finds the task taken. `cancel` lets the worker end by itself within 10 s; that there is none is no error.
+    since the second finds the task taken. `cancel` lets the worker end by itself within 10 s; that there is none is no error,
+    nor that it cannot be reached, since it also sees the cancel in its task's record. `state` says so when it cannot tell.
     """
 
     @property

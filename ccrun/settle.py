@@ -7,25 +7,47 @@ a receiver.
 from __future__ import annotations
 
 import datetime as dt
-from typing import assert_never
+from collections.abc import Mapping
+from typing import Final, assert_never
 
 from ccrun.jobs import ExecutionState, Jobs
 from ccrun.store import Store
-from ccrun.task import EXIT_FAILED, Outcome, Reason, Status, TaskRecord, finish
+from ccrun.task import EXIT_FAILED, EXIT_TIMEOUT, Outcome, Reason, Status, TaskRecord, finish
+
+#: What a shell reports for a process that SIGKILL ended.
+EXIT_KILLED: Final = 137
+
+
+def _failed(reason: Reason, error: str, exit_code: int = EXIT_FAILED) -> Outcome:
+    return Outcome(status=Status.FAILED, reason=reason, exit_code=exit_code, error=error)
+
+
+_NEVER_BEGAN: Final = _failed(Reason.LAUNCH_FAILED, "The worker ended before it began the task.")
+_LOST: Final = _failed(Reason.WORKER_LOST, "The worker was lost before the task ended.")
+#: How a task that runs ends when its execution is over.
+_OVER: Final[Mapping[ExecutionState, Outcome]] = {
+    ExecutionState.ENDED: _LOST,
+    ExecutionState.OUT_OF_MEMORY: _failed(
+        Reason.OUT_OF_MEMORY, "The task needed more memory than its worker has.", EXIT_KILLED
+    ),
+    ExecutionState.TIMED_OUT: _failed(
+        Reason.TIMEOUT, "The platform ended the worker, which had run for as long as it may.", EXIT_TIMEOUT
+    ),
+    ExecutionState.CANCELLED: _failed(Reason.KILLED, "The worker was ended at the platform.", EXIT_KILLED),
+}
 
 
 def verdict(status: Status, state: ExecutionState) -> Outcome | None:
     """Return how a task in that status ends when its execution is in that state; None when it may still end by itself."""
     match status:
-        case Status.PENDING if state is ExecutionState.ENDED:
-            reason, error = Reason.LAUNCH_FAILED, "The worker ended before it began the task."
-        case Status.RUNNING if state in (ExecutionState.ENDED, ExecutionState.UNKNOWN):
-            reason, error = Reason.WORKER_LOST, "The worker was lost before the task ended."
-        case Status.PENDING | Status.RUNNING | Status.COMPLETED | Status.FAILED | Status.CANCELLED:
+        case Status.PENDING:
+            return _NEVER_BEGAN if state in _OVER else None
+        case Status.RUNNING:
+            return _LOST if state is ExecutionState.UNKNOWN else _OVER.get(state)
+        case Status.COMPLETED | Status.FAILED | Status.CANCELLED:
             return None
         case _ as never:
             assert_never(never)
-    return Outcome(status=Status.FAILED, reason=reason, exit_code=EXIT_FAILED, error=error)
 
 
 async def settle(store: Store, jobs: Jobs, record: TaskRecord) -> TaskRecord:

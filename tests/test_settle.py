@@ -87,17 +87,23 @@ async def born(store: Store, record: TaskRecord) -> TaskRecord:
     return record
 
 
+OVER = (ExecutionState.ENDED, ExecutionState.OUT_OF_MEMORY, ExecutionState.TIMED_OUT, ExecutionState.CANCELLED)
+VERDICTS = {
+    **{(Status.PENDING, state): (Reason.LAUNCH_FAILED, 1) for state in OVER},
+    (Status.RUNNING, ExecutionState.ENDED): (Reason.WORKER_LOST, 1),
+    (Status.RUNNING, ExecutionState.UNKNOWN): (Reason.WORKER_LOST, 1),
+    (Status.RUNNING, ExecutionState.OUT_OF_MEMORY): (Reason.OUT_OF_MEMORY, 137),
+    (Status.RUNNING, ExecutionState.TIMED_OUT): (Reason.TIMEOUT, 124),
+    (Status.RUNNING, ExecutionState.CANCELLED): (Reason.KILLED, 137),
+}
+
+
 @pytest.mark.parametrize(("status", "state"), list(itertools.product(Status, ExecutionState)))
 def test_verdict(status: Status, state: ExecutionState) -> None:
     """Only a task that is not over and whose execution is, or is known to nobody once it ran, can end no more by itself."""
-    reasons = {
-        (Status.PENDING, ExecutionState.ENDED): Reason.LAUNCH_FAILED,
-        (Status.RUNNING, ExecutionState.ENDED): Reason.WORKER_LOST,
-        (Status.RUNNING, ExecutionState.UNKNOWN): Reason.WORKER_LOST,
-    }
     outcome = verdict(status, state)
-    assert reasons.get((status, state)) == (outcome and outcome.reason)
-    assert outcome is None or (Status.FAILED, 1) == (outcome.status, outcome.exit_code)
+    assert VERDICTS.get((status, state)) == (outcome and (outcome.reason, outcome.exit_code))
+    assert outcome is None or outcome.status is Status.FAILED
 
 
 async def test_task_whose_worker_is_lost_ends(store: Store) -> None:
@@ -118,7 +124,7 @@ async def test_cancelled_task_whose_worker_is_lost_is_cancelled(store: Store) ->
     assert (Status.CANCELLED, Reason.CANCELLED) == (settled.status, settled.reason)
 
 
-@pytest.mark.parametrize("state", [ExecutionState.QUEUED, ExecutionState.RUNNING])
+@pytest.mark.parametrize("state", [ExecutionState.QUEUED, ExecutionState.RUNNING, ExecutionState.UNREACHABLE])
 async def test_living_task_is_left_alone(store: Store, state: ExecutionState) -> None:
     """A task whose execution is not over stays as it is, and nothing of it is cleared away."""
     jobs = KnownJobs(state)

@@ -14,7 +14,6 @@ import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -108,7 +107,7 @@ def express() -> Iterator[str]:
     if node is None or npm is None:
         pytest.skip("node and npm are not installed: the guide's Node receiver cannot run")
     # One at a time, since tests may run in several processes.
-    with Path(tempfile.gettempdir(), "ccrun-tests-npm.lock").open("w") as lock:
+    with (RECEIVERS / "package.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (RECEIVERS / "node_modules" / "express").is_dir():
             installed = subprocess.run(

@@ -104,18 +104,19 @@ class Kms:
         faults = self._faults[method]
         fault = faults.popleft() if faults else Fault()
         await asyncio.sleep(fault.delay_seconds)
-        if fault.reset == "before":
-            _reset(request)
-        elif fault.status is not None:
+        if fault.status is not None:
             return _refusal(fault.status, "The test wants it so.", fault)
-        response = await self._apply(name, method, await request.json())
-        if fault.reset == "after":
-            _reset(request)
+        response = web.Response() if fault.reset == "before" else self._apply(name, method, await request.json())
+        if fault.reset is not None:
+            assert request.transport is not None
+            request.transport.abort()
         return response
 
-    async def _apply(self, name: str, method: str, body: dict[str, str]) -> web.Response:
+    def _apply(self, name: str, method: str, body: dict[str, str]) -> web.Response:
         if method in self.denied:
-            return _refusal(403, f"Permission '{PERMISSIONS[method]}' denied on resource '{name}' (or it may not exist).")
+            return _refusal(
+                403, f"Permission '{PERMISSIONS[method]}' denied on resource '{name}' (or it may not exist)."
+            )
         key = self.keys.get(name)
         if key is None:
             return _refusal(404, f"CryptoKey {name} not found.")
@@ -147,7 +148,8 @@ def _decrypt(key: Key, ciphertext: bytes) -> web.Response:
         plaintext = AESGCM(key.material).decrypt(ciphertext[:NONCE_BYTES], ciphertext[NONCE_BYTES:], None)
     except (InvalidTag, ValueError):
         return _refusal(400, "Decryption failed: the ciphertext is invalid.")
-    return web.json_response({"plaintext": base64.b64encode(plaintext).decode()})
+    # JSON of protocol buffers leaves out what is empty.
+    return web.json_response({"plaintext": base64.b64encode(plaintext).decode()} if plaintext else {})
 
 
 def _refusal(status: int, message: str, fault: Fault | None = None, *, status_name: str | None = None) -> web.Response:
@@ -156,8 +158,3 @@ def _refusal(status: int, message: str, fault: Fault | None = None, *, status_na
     if fault.body is not None:
         return web.Response(status=status, text=fault.body, headers=fault.headers)
     return web.json_response({"error": error}, status=status, headers=fault.headers)
-
-
-def _reset(request: web.Request) -> None:
-    assert request.transport is not None
-    request.transport.abort()
