@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+import aiohttp
 import attrs
 
 from ccrun import seal, webhook
@@ -63,11 +65,38 @@ async def open_backend(config: Config) -> AsyncIterator[Backend]:
     """Open what the config names.
 
     Raises:
-        ConfigError: This version cannot do that, or the folder for the data cannot be made.
+        ConfigError: The folder for the data cannot be made, or Google's libraries or credentials are missing.
         KeyServiceError: A secret can be neither read nor made.
     """
-    if not config.is_local:
-        raise ConfigError("CCRUN_BACKEND must be local: this version of ccrun has no other backend yet.")
+    async with _open_local(config) if config.is_local else _open_gcp(config) as backend:
+        yield backend
+
+
+async def load(*modules: str) -> None:
+    """Import what speaks to Google, when it is needed: the local backend neither needs its libraries nor waits for them.
+
+    Raises:
+        ConfigError: The libraries are not installed.
+    """
+    for module in modules:
+        try:
+            # In a thread, for it reads many files.
+            await asyncio.to_thread(importlib.import_module, module)
+        except ModuleNotFoundError:
+            raise ConfigError("CCRUN_BACKEND=gcp needs Google's libraries: install ccrun[gcp].") from None
+
+
+def why_unavailable(config: Config) -> str | None:
+    """Return what is missing for tasks to be taken at all, None when nothing is."""
+    if config.is_local:
+        return None
+    needed = {"GCS_LOGS_BUCKET": config.gcs_logs_bucket, "PROJECT_ID": config.project_id}
+    missing = next((name for name, value in needed.items() if value is None), None)
+    return f"Async task support not configured (missing {missing})" if missing else None
+
+
+@contextlib.asynccontextmanager
+async def _open_local(config: Config) -> AsyncIterator[Backend]:
     await asyncio.to_thread(_make_private, config.data_dir)
     yield Backend(
         store=Store(DirectoryBlobs(config.data_dir)),
@@ -75,6 +104,35 @@ async def open_backend(config: Config) -> AsyncIterator[Backend]:
         callback_secret=config.callback_secret or await asyncio.to_thread(_kept_callback_secret, config.data_dir),
         guard=webhook.Guard(everywhere=True),
     )
+
+
+@contextlib.asynccontextmanager
+async def _open_gcp(config: Config) -> AsyncIterator[Backend]:
+    await load("ccrun.gcp.blobs", "ccrun.gcp.key")
+    from ccrun.gcp.blobs import open_blobs
+    from ccrun.gcp.calls import credentials
+    from ccrun.gcp.key import KmsKey
+
+    async with (
+        # Without these two no call ever comes this far: `why_unavailable` tells the caller.
+        open_blobs(config.gcs_logs_bucket or "", emulator=config.storage_emulator_host) as blobs,
+        aiohttp.ClientSession() as session,
+    ):
+        key = KmsKey(
+            project=config.project_id or "",
+            location=config.kms_location,
+            key_ring=config.kms_key_ring,
+            key_name=config.kms_key_name,
+            session=session,
+            credentials=await credentials(session, emulated=config.kms_emulator_host is not None),
+            emulator=config.kms_emulator_host,
+        )
+        yield Backend(
+            store=Store(blobs),
+            wrapper=key,
+            callback_secret=config.callback_secret,
+            guard=webhook.Guard(allowed_hosts=frozenset(config.callback_allowed_hosts)),
+        )
 
 
 def callback_secret_file(data_dir: Path) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import enum
 import os
 import signal
@@ -65,6 +66,11 @@ class Jobs(Protocol):
         """How many workers may run at once, None when the place sets the bound."""
         ...
 
+    @property
+    def begins_within(self) -> dt.timedelta | None:
+        """How long a worker may take from its launch until it begins; None when it may wait for as long as it takes."""
+        ...
+
     def check_room(self) -> None:
         """Raise `Busy` when it is clear already that a launch would find no room; so that no task is made in vain."""
         ...
@@ -97,6 +103,9 @@ class SubprocessJobs:
     The workers live on when the service ends, as executions in the cloud do; each holds a sign of life that any service on
     the same folder can see.
     """
+
+    #: A task waits until a place is free, whenever that is.
+    begins_within: dt.timedelta | None = None
 
     def __init__(
         self,

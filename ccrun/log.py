@@ -179,8 +179,26 @@ class _Records(logging.Handler):
 
 
 def _stack_trace(exc_info: Any) -> str:
-    """Return type, sentence and frames of an exception, without local variables."""
-    return "".join(traceback.format_exception(*exc_info)).rstrip()
+    """Return type, sentence and frames of an exception and of those that led to it, without local variables.
+
+    By hand, since the library looks the source lines up, on the disk, while the loop waits.
+    """
+    chain: list[BaseException] = []
+    error: BaseException | None = exc_info[1]
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\n\nThen:\n\n".join(_frames(error) for error in reversed(chain))
+
+
+def _frames(error: BaseException) -> str:
+    frames = [
+        f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}'
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    told = "".join(traceback.format_exception_only(error)).rstrip()
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return "\n".join(["Traceback (most recent call last):", *frames, told, *(_frames(part) for part in parts)])
 
 
 def _json_line(_: Any, method: str, event: _Event) -> str:

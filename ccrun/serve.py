@@ -23,10 +23,11 @@ from ccrun import __version__, process
 from ccrun.api.app import Parts, make_app
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, Pace
-from ccrun.backend import Backend, callback_secret_file, marker, open_backend, sign_of_life
+from ccrun.backend import Backend, callback_secret_file, load, marker, open_backend, sign_of_life, why_unavailable
 from ccrun.config import Config, environment
 from ccrun.errors import CcrunError, ConfigError
-from ccrun.jobs import SubprocessJobs
+from ccrun.jobs import Jobs, SubprocessJobs
+from ccrun.settle import settle
 from ccrun.sweep import Sweeper
 from ccrun.wire import Defaults
 
@@ -36,8 +37,12 @@ log = structlog.get_logger()
 SWEEP_SECONDS: Final = 5.0
 #: Seconds that answers under way have at shutdown, after the streams have ended.
 SHUTDOWN_SECONDS: Final = 1.0
-#: Seconds. A local folder can be looked at this often; `POLL_SECONDS` is the bound for when nothing happens.
-LEAST_POLL_SECONDS: Final = 0.05
+#: Seconds. A folder can be looked at this often; `POLL_SECONDS` is the bound for when nothing happens.
+LEAST_LOCAL_POLL_SECONDS: Final = 0.05
+#: Seconds. A worker in the cloud writes a chunk a second, and each look is a call that is paid for.
+LEAST_CLOUD_POLL_SECONDS: Final = 0.5
+#: Of a service that has no secret to sign with.
+UNSIGNED_CALLBACKS: Final = "Callbacks are not configured (missing CLOUDRUN_CALLBACK_SECRET)"
 #: Connections that wait to be accepted: a burst of clients is no reason to turn them away.
 BACKLOG: Final = 1024
 
@@ -52,7 +57,7 @@ async def serve(config: Config) -> None:
     process.harden()
     async with serving(config, environment()) as address:
         log.info("ccrun listens", url=address, version=__version__, backend=config.backend)
-        if config.callback_secret is None:
+        if config.is_local and config.callback_secret is None:
             log.info("Callbacks are signed with a secret made here", file=str(callback_secret_file(config.data_dir)))
         if config.is_local and not config.api_tokens and not _is_loopback(config.host):
             log.warning("Whoever reaches this address can run tasks here: set CCRUN_API_TOKENS")
@@ -72,7 +77,7 @@ async def serving(config: Config, worker_environment: Mapping[str, str]) -> Asyn
     """
     # Set when there is something to settle or to deliver at once.
     news = asyncio.Event()
-    async with open_backend(config) as backend, _jobs(config, worker_environment, news.set) as jobs:
+    async with open_backend(config) as backend, _open_jobs(config, worker_environment, news.set) as jobs:
         app = make_app(_parts(config, backend, jobs, news))
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
         await runner.setup()
@@ -85,8 +90,23 @@ async def serving(config: Config, worker_environment: Mapping[str, str]) -> Asyn
             await runner.cleanup()
 
 
-def _jobs(config: Config, worker_environment: Mapping[str, str], worker_ended: Callable[[], None]) -> SubprocessJobs:
-    return SubprocessJobs(
+@contextlib.asynccontextmanager
+async def _open_jobs(
+    config: Config, worker_environment: Mapping[str, str], worker_ended: Callable[[], None]
+) -> AsyncIterator[Jobs]:
+    if not config.is_local:
+        await load("ccrun.gcp.jobs")
+        from ccrun.gcp.jobs import open_cloud_run
+
+        async with open_cloud_run(
+            project=config.project_id or "",
+            region=config.region,
+            job=config.cloudrun_job_name,
+            emulator=config.cloud_run_emulator_host,
+        ) as executions:
+            yield executions
+        return
+    subprocesses = SubprocessJobs(
         # -P: what lies in the folder where the service was started is not imported.
         command=(sys.executable, "-P", "-m", "ccrun.worker"),
         environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
@@ -95,6 +115,8 @@ def _jobs(config: Config, worker_environment: Mapping[str, str], worker_ended: C
         max_running=config.max_concurrent_tasks,
         worker_ended=worker_ended,
     )
+    async with subprocesses:
+        yield subprocesses
 
 
 async def sweep_once(config: Config) -> None:
@@ -103,24 +125,24 @@ async def sweep_once(config: Config) -> None:
     Raises:
         CcrunError: The storage does not answer.
     """
-    async with open_backend(config) as backend, _jobs(config, environment(), lambda: None) as jobs:
+    async with open_backend(config) as backend, _open_jobs(config, environment(), lambda: None) as jobs:
         # Without a service there is nobody to keep the bound on workers at once, so none is started.
         report = await _sweeper(backend, jobs, relaunches=False).sweep()
     log.info("A sweep is through", **attrs.asdict(report))
 
 
-def _sweeper(backend: Backend, jobs: SubprocessJobs, *, relaunches: bool) -> Sweeper:
+def _sweeper(backend: Backend, jobs: Jobs, *, relaunches: bool) -> Sweeper:
     courier = backend.courier()
     if courier is None:
         raise ConfigError("CLOUDRUN_CALLBACK_SECRET must be set: a sweep signs callbacks.")
     return Sweeper(store=backend.store, jobs=jobs, courier=courier, relaunches=relaunches)
 
 
-def _parts(config: Config, backend: Backend, jobs: SubprocessJobs, news: asyncio.Event) -> Parts:
-    sweeper = _sweeper(backend, jobs, relaunches=True)
+def _parts(config: Config, backend: Backend, jobs: Jobs, news: asyncio.Event) -> Parts:
 
     @contextlib.asynccontextmanager
     async def sweeping() -> AsyncIterator[None]:
+        sweeper = _sweeper(backend, jobs, relaunches=True)
         sweep = asyncio.create_task(sweeper.keep_sweeping(every_seconds=SWEEP_SECONDS, sooner=news))
         try:
             yield
@@ -128,6 +150,7 @@ def _parts(config: Config, backend: Backend, jobs: SubprocessJobs, news: asyncio
             sweep.cancel()
             await asyncio.gather(sweep, return_exceptions=True)
 
+    least_poll = LEAST_LOCAL_POLL_SECONDS if config.is_local else LEAST_CLOUD_POLL_SECONDS
     return Parts(
         store=backend.store,
         jobs=jobs,
@@ -135,7 +158,8 @@ def _parts(config: Config, backend: Backend, jobs: SubprocessJobs, news: asyncio
         dispatcher=Dispatcher(store=backend.store, jobs=jobs, wrapper=backend.wrapper, callback_owed=news.set),
         feed=Feed(
             backend.store,
-            Pace(least_seconds=min(LEAST_POLL_SECONDS, config.poll_seconds), most_seconds=config.poll_seconds),
+            Pace(least_seconds=min(least_poll, config.poll_seconds), most_seconds=config.poll_seconds),
+            settle=functools.partial(settle, backend.store, jobs),
         ),
         defaults=Defaults(
             operator_has_credential=config.operator_has_credential,
@@ -148,7 +172,10 @@ def _parts(config: Config, backend: Backend, jobs: SubprocessJobs, news: asyncio
         only_loopback=_is_loopback(config.host) and not config.api_tokens,
         max_request_bytes=config.max_request_bytes,
         backend=config.backend,
-        companions=[sweeping],
+        # In the cloud the API neither decrypts nor calls receivers: the sweep runs under the worker's identity.
+        companions=[sweeping] if config.is_local else [],
+        unavailable=why_unavailable(config),
+        callbacks_unavailable=None if backend.callback_secret else UNSIGNED_CALLBACKS,
     )
 
 

@@ -23,6 +23,7 @@ def _failed(reason: Reason, error: str, exit_code: int = EXIT_FAILED) -> Outcome
 
 
 _NEVER_BEGAN: Final = _failed(Reason.LAUNCH_FAILED, "The worker ended before it began the task.")
+_OVERDUE: Final = _failed(Reason.LAUNCH_FAILED, "The worker was launched, but did not begin the task in time.")
 _LOST: Final = _failed(Reason.WORKER_LOST, "The worker was lost before the task ended.")
 #: How a task that runs ends when its execution is over.
 _OVER: Final[Mapping[ExecutionState, Outcome]] = {
@@ -37,11 +38,17 @@ _OVER: Final[Mapping[ExecutionState, Outcome]] = {
 }
 
 
-def verdict(status: Status, state: ExecutionState) -> Outcome | None:
-    """Return how a task in that status ends when its execution is in that state; None when it may still end by itself."""
+def verdict(status: Status, state: ExecutionState, *, is_overdue: bool = False) -> Outcome | None:
+    """Return how a task in that status ends when its execution is in that state; None when it may still end by itself.
+
+    Args:
+        is_overdue: It waits for longer than the place takes to start a worker.
+    """
     match status:
         case Status.PENDING:
-            return _NEVER_BEGAN if state in _OVER else None
+            if state in _OVER:
+                return _NEVER_BEGAN
+            return _OVERDUE if is_overdue and state is ExecutionState.UNKNOWN else None
         case Status.RUNNING:
             return _LOST if state is ExecutionState.UNKNOWN else _OVER.get(state)
         case Status.COMPLETED | Status.FAILED | Status.CANCELLED:
@@ -60,15 +67,19 @@ async def settle(store: Store, jobs: Jobs, record: TaskRecord) -> TaskRecord:
     if record.status.is_final:
         return record
     state = await jobs.state(record.task_id, record.execution_name)
-    outcome = verdict(record.status, state)
+    age = dt.datetime.now(dt.UTC) - record.created_at
+    is_overdue = jobs.begins_within is not None and age > jobs.begins_within
+    outcome = verdict(record.status, state, is_overdue=is_overdue)
     if outcome is None:
         return record
 
     def end(present: TaskRecord) -> TaskRecord:
-        # The record was read before the execution's state was, so the worker may have ended the task in between.
-        return present if present.status.is_final else finish(present, outcome, at=dt.datetime.now(dt.UTC))
+        # The record was read before the execution's state was: the worker may have begun or ended the task in between.
+        return finish(present, outcome, at=dt.datetime.now(dt.UTC)) if present.status is record.status else present
 
     settled = await store.update(record.task_id, end)
+    if not settled.status.is_final:
+        return settled
     await store.delete_payload(record.task_id)
     await jobs.clear(record.task_id)
     return settled

@@ -262,7 +262,10 @@ class Store:
 
     async def _settled(self, record: TaskRecord) -> TaskRecord:
         if record.status.is_final and not record.owes_callback:
-            await self.unmark_active(record.task_id)
+            # The change is made, whatever becomes of this. The mark goes last: while it is there, a sweep tries again.
+            with contextlib.suppress(StorageError):
+                await self.delete_payload(record.task_id)
+                await self.unmark_active(record.task_id)
         return record
 
     # Lists.

@@ -101,6 +101,8 @@ class Sweeper:
             await self.store.unmark_active(record.task_id)
             return report
         if task.is_callback_due(record, at=dt.datetime.now(dt.UTC)):
+            # Its removal may have failed, and a receiver may be out of reach for a month.
+            await self.store.delete_payload(record.task_id)
             claimed = await self.courier.take_up(record.task_id)
             if claimed is not None:
                 carried = await self.courier.deliver(claimed)

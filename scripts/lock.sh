@@ -19,7 +19,7 @@ setuptools
 END
 
 # cryptography 49 was the first without wheels for Macs with an Intel processor.
-pin --output-file scripts/requirements.txt --constraint "$build" --extra claude --group dev "$@" pyproject.toml - <<'END'
+pin --output-file scripts/requirements.txt --constraint "$build" --extra claude --extra gcp --group dev "$@" pyproject.toml - <<'END'
 cryptography<49 ; sys_platform == "darwin" and platform_machine == "x86_64"
 cryptography>=49 ; sys_platform != "darwin" or platform_machine != "x86_64"
 END

@@ -63,6 +63,7 @@ class NotingJobs(Breakable):
     """A place for workers that starts none."""
 
     max_running: int | None = 2
+    begins_within: dt.timedelta | None = None
 
     def __init__(self) -> None:
         super().__init__()

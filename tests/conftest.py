@@ -5,6 +5,7 @@ Also a whole service on the local backend, with real workers, the real CLI and t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shlex
@@ -17,14 +18,12 @@ from typing import Final
 import aiohttp
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
-from harness import Service, StartService
+from harness import CALLBACK_SECRET, LocalPlace, Place, Service, StartService, cloud_place
 
 from ccrun import config, log
-from ccrun.blobs import DirectoryBlobs
 from ccrun.config import LogFormat
 from ccrun.demo.model import Say, Script, ScriptedModel, sequence
 from ccrun.serve import serving
-from ccrun.store import Store
 
 #: What a child needs of the environment of whoever runs the tests; everything else could change what is tested.
 KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"})
@@ -56,26 +55,40 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture
-def start_service(tmp_path: Path) -> StartService:
-    """Return what starts a service on the local backend, in this process, with real worker processes."""
+def backend_name() -> str:
+    """The backend that services of a test stand on."""
+    return "local"
+
+
+@pytest.fixture
+def start_service(tmp_path: Path, backend_name: str) -> StartService:
+    """Return what starts a service in this process, with real worker processes."""
 
     @contextlib.asynccontextmanager
     async def start(
         script: Script | None = None, *, data_dir: Path | None = None, **settings: str
     ) -> AsyncIterator[Service]:
-        folder = data_dir or tmp_path / "data"
-        async with ScriptedModel(script or sequence(Say("Done."))) as model, aiohttp.ClientSession() as http:
+        async with contextlib.AsyncExitStack() as stack:
+            model = await stack.enter_async_context(ScriptedModel(script or sequence(Say("Done."))))
+            http = await stack.enter_async_context(aiohttp.ClientSession())
             environment = {
                 **os.environ,
                 "PORT": "0",
-                "CCRUN_DATA_DIR": str(folder),
                 "ANTHROPIC_BASE_URL": model.url,
                 "LOG_LEVEL": "WARNING",
                 "MAX_CONCURRENT_TASKS": "2",
+                "CLOUDRUN_CALLBACK_SECRET": CALLBACK_SECRET,
                 **settings,
             }
-            async with serving(config.load(environment), environment) as url:
-                yield Service(url=url, http=http, model=model, data_dir=folder, store=Store(DirectoryBlobs(folder)))
+            if backend_name == "local":
+                place: Place = LocalPlace(data_dir=data_dir or tmp_path / "data")
+            else:
+                place = await stack.enter_async_context(cloud_place(environment))
+            environment.update(place.environment)
+            url = await stack.enter_async_context(
+                serving(await asyncio.to_thread(config.load, environment), environment)
+            )
+            yield Service(url=url, http=http, model=model, place=place, store=place.store)
 
     return start
 

@@ -6,23 +6,32 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 import aiohttp
 import attrs
+from standins.cloudrun import CloudRun
+from standins.gcs import BUCKET, Gcs
+from standins.kms import PROJECT, Kms
 
+from ccrun import config
+from ccrun.blobs import DirectoryBlobs
 from ccrun.demo.model import Script, ScriptedModel
+from ccrun.gcp.blobs import open_blobs
+from ccrun.serve import sweep_once
 from ccrun.store import Store
 from ccrun.task import TaskId, TaskRecord
 
 #: Seconds. No wait of a test is longer than this, however busy the machine is.
 PATIENCE: Final = 90.0
 MADE_UP_KEY: Final = "made-up-key-of-the-tests"
+CALLBACK_SECRET: Final = "made-up-callback-secret-of-the-tests"
 
 
 @attrs.frozen(kw_only=True)
@@ -52,6 +61,99 @@ async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
                 fields = {}
 
 
+class Place(Protocol):
+    """Where the tasks of a service live, and what a test does to it."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What service and workers are told of it."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """The tasks, seen past the service."""
+        ...
+
+    async def kill_worker(self, task_id: str) -> None:
+        """Kill the worker of a task as the kernel does when memory runs out."""
+        ...
+
+    async def sweep(self) -> None:
+        """Do what goes on beside a service: nothing where it is part of the service."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class LocalPlace:
+    """A folder."""
+
+    data_dir: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"CCRUN_DATA_DIR": str(self.data_dir)}
+
+    @property
+    def store(self) -> Store:
+        return Store(DirectoryBlobs(self.data_dir))
+
+    async def kill_worker(self, task_id: str) -> None:
+        os.kill(int((self.data_dir / ".workers" / task_id).read_text()), signal.SIGKILL)
+
+    async def sweep(self) -> None: ...
+
+
+@attrs.frozen(kw_only=True)
+class CloudPlace:
+    """A bucket, a key and a job of Google's, as stand-ins on loopback. The worker speaks to servers of its own."""
+
+    environment: dict[str, str]
+    store: Store
+    cloud_run: CloudRun
+    gcs: Gcs
+    kms: Kms
+    sweep_environment: dict[str, str]
+
+    async def kill_worker(self, task_id: str) -> None:
+        name = next(
+            name for name, execution in self.cloud_run.executions.items() if execution.overrides["TASK_ID"] == task_id
+        )
+        self.cloud_run.kill(name)
+
+    async def sweep(self) -> None:
+        await sweep_once(await asyncio.to_thread(config.load, self.sweep_environment))
+
+
+@contextlib.asynccontextmanager
+async def cloud_place(environment: Mapping[str, str]) -> AsyncIterator[CloudPlace]:
+    """Start the stand-ins; the job runs real workers in that environment."""
+    async with Gcs() as gcs, Kms() as kms:
+        settings = {
+            "CCRUN_BACKEND": "gcp",
+            "PROJECT_ID": PROJECT,
+            "GCS_LOGS_BUCKET": BUCKET,
+            "STORAGE_EMULATOR_HOST": gcs.url,
+            "KMS_EMULATOR_HOST": kms.host,
+            "POLL_SECONDS": "0.2",
+            "CALLBACK_ALLOWED_HOSTS": "127.0.0.1",
+        }
+        worker_environment = {**environment, **settings}
+        command = (sys.executable, "-P", "-m", "ccrun.worker")
+        async with (
+            CloudRun(command=command, environment=worker_environment) as cloud_run,
+            open_blobs(BUCKET, emulator=gcs.direct) as blobs,
+        ):
+            settings["CLOUD_RUN_EMULATOR_HOST"] = cloud_run.host
+            yield CloudPlace(
+                environment=settings,
+                store=Store(blobs),
+                cloud_run=cloud_run,
+                gcs=gcs,
+                kms=kms,
+                sweep_environment={**environment, **settings},
+            )
+
+
 @attrs.frozen(kw_only=True)
 class Service:
     """A running ccrun and what is around it."""
@@ -59,8 +161,14 @@ class Service:
     url: str
     http: aiohttp.ClientSession
     model: ScriptedModel
-    data_dir: Path
+    place: Place
     store: Store
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder of a service on the local backend."""
+        assert isinstance(self.place, LocalPlace)
+        return self.place.data_dir
 
     def body(self, **fields: Any) -> dict[str, Any]:
         """Return a request body that works, with these fields."""

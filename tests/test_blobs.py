@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from standins.gcs import BUCKET, Gcs
 
 from ccrun.blobs import LOCK_FILES, MAX_NAME_BYTES, Blob, Blobs, DirectoryBlobs, check_name
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError
+from ccrun.gcp.blobs import open_blobs
 
 #: Examples of one test must not see each other's objects.
 fresh = itertools.count()
@@ -25,12 +27,16 @@ fresh = itertools.count()
 # --- what every adapter owes -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["directory"])
+@pytest.fixture(params=["directory", "bucket"])
 async def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Blobs]:
     """Each adapter in turn, empty."""
     match request.param:
         case "directory":
             yield DirectoryBlobs(tmp_path / "blobs")
+        case "bucket":
+            # Two names a page, so that most listings take several calls.
+            async with Gcs() as gcs, open_blobs(BUCKET, emulator=gcs.url, page_names=2) as bucket:
+                yield bucket
 
 
 async def names(blobs: Blobs, prefix: str, after: str = "", before: str | None = None, limit: int = 1000) -> list[str]:

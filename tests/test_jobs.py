@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from harness import PATIENCE
+from standins.cloudrun import JOB, PROJECT, REGION, CloudRun
 
 from ccrun import jobs as jobs_module
 from ccrun import process
 from ccrun.errors import Busy
-from ccrun.jobs import ExecutionState, SubprocessJobs
+from ccrun.gcp.jobs import open_cloud_run
+from ccrun.jobs import ExecutionState, Jobs, SubprocessJobs
 from ccrun.task import TaskId
 
 A, B, C = TaskId("task-a"), TaskId("task-b"), TaskId("task-c")
@@ -54,10 +56,28 @@ async def make_jobs(tmp_path: Path) -> AsyncIterator[MakeJobs]:
     (tmp_path / "over").touch()
 
 
-async def until_state(jobs: SubprocessJobs, task_id: TaskId, *states: ExecutionState) -> ExecutionState:
+@pytest.fixture(params=["processes", "cloud_run"])
+async def place(request: pytest.FixtureRequest, make_jobs: MakeJobs, tmp_path: Path) -> AsyncIterator[Jobs]:
+    """Each place that runs workers in turn."""
+    match request.param:
+        case "processes":
+            async with make_jobs() as jobs:
+                yield jobs
+        case "cloud_run":
+            command = (sys.executable, "-c", WORKER, str(tmp_path))
+            async with (
+                CloudRun(command=command, environment=dict(os.environ)) as server,
+                open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=server.host) as cloud_run,
+            ):
+                yield cloud_run
+        case _:
+            raise AssertionError
+
+
+async def until_state(jobs: Jobs, task_id: TaskId, *states: ExecutionState, name: str | None = None) -> ExecutionState:
     """Wait until the worker of a task is in one of these states."""
     async with asyncio.timeout(PATIENCE):
-        while (state := await jobs.state(task_id, None)) not in states:
+        while (state := await jobs.state(task_id, name)) not in states:
             await asyncio.sleep(0.01)
     return state
 
@@ -70,11 +90,45 @@ async def until_exists(path: Path) -> str:
     return path.read_text()
 
 
-async def test_a_worker_is_told_its_task_and_where_the_payload_is(make_jobs: MakeJobs, tmp_path: Path) -> None:
+# --- every place ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_is_told_its_task_and_where_the_payload_is(place: Jobs, tmp_path: Path) -> None:
     """The task's ID and the payload's name are all that a worker gets besides the environment."""
-    async with make_jobs() as jobs:
-        await jobs.launch(A)
-        assert f"sessions/{A}/encrypted-payload.bin" == await until_exists(tmp_path / A)
+    await place.launch(A)
+    assert f"sessions/{A}/encrypted-payload.bin" == await until_exists(tmp_path / A)
+
+
+async def test_a_worker_is_seen_to_run_and_to_end(place: Jobs, tmp_path: Path) -> None:
+    """From the launch on a worker is known, until it ends by itself; then its end is."""
+    name = await place.launch(A)
+    assert ExecutionState.RUNNING == await place.state(A, name)
+    await until_exists(tmp_path / A)
+    assert ExecutionState.RUNNING == await place.state(A, name)
+    (tmp_path / A).unlink()
+    await until_state(place, A, ExecutionState.ENDED, name=name)
+
+
+async def test_a_running_worker_is_cancelled(place: Jobs, tmp_path: Path) -> None:
+    """A cancel ends the worker of that task alone, and can be repeated."""
+    name, others_name = await place.launch(A), await place.launch(B)
+    await until_exists(tmp_path / A)
+    await until_exists(tmp_path / B)
+    for _ in range(2):
+        await place.cancel(A, name)
+    await until_state(place, A, ExecutionState.ENDED, ExecutionState.CANCELLED, name=name)
+    await place.cancel(A, name)
+    assert ExecutionState.RUNNING == await place.state(B, others_name)
+
+
+async def test_of_a_task_that_was_never_launched_nothing_is_known(place: Jobs) -> None:
+    """To look at such a task, to cancel it or to clear up after it is no error."""
+    assert ExecutionState.UNKNOWN == await place.state(A, None)
+    await place.cancel(A, None)
+    await place.clear(A)
+
+
+# --- processes of this machine -------------------------------------------------------------------------------------------
 
 
 async def test_no_more_workers_run_than_there_are_places(make_jobs: MakeJobs, tmp_path: Path) -> None:

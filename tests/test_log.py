@@ -26,14 +26,14 @@ Lines = Callable[[], list[str]]
 def _untouched_logging() -> Iterator[None]:
     """Leave the logging of the process as it was."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, configuration = list(root.handlers), root.level, structlog.get_config()
     yield
     for handler in root.handlers:
         if handler not in handlers:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
-    structlog.reset_defaults()
+    structlog.configure(**configuration)
 
 
 @contextlib.contextmanager

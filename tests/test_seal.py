@@ -4,11 +4,13 @@ import asyncio
 import stat
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from standins.kms import Kms, key_of
 
 from ccrun.errors import KeyServiceError, SealError
 from ccrun.seal import MAGIC, DataKey, KeyWrapper, LocalKey, Purpose, Sealed, kept_secret, new_data_key, unseal
@@ -18,12 +20,15 @@ TASK = TaskId("t-1")
 PLAIN = '{"prompt": "ünïcödé", "anthropicApiKey": "made-up-key"}'.encode()
 
 
-@pytest.fixture(params=["local"])
-def wrapper(request: pytest.FixtureRequest, tmp_path: Path) -> KeyWrapper:
+@pytest.fixture(params=["local", "kms"])
+async def wrapper(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[KeyWrapper]:
     """Each key service in turn."""
     match request.param:
         case "local":
-            return LocalKey(tmp_path / "keys" / "sealing.key")
+            yield LocalKey(tmp_path / "keys" / "sealing.key")
+        case "kms":
+            async with Kms() as server, key_of(server) as key:
+                yield key
         case _:
             raise AssertionError
 

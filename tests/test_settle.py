@@ -37,6 +37,7 @@ class KnownJobs:
     """A place that runs workers, whose knowledge of them a test decides."""
 
     max_running: int | None = None
+    begins_within: dt.timedelta | None = None
 
     def __init__(self, state: ExecutionState) -> None:
         self.known = state

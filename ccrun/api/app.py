@@ -270,6 +270,8 @@ class _Api:
                 "A valid bearer token is required in the Authorization header.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if self._parts.unavailable and request.path not in OPEN_PATHS:
+            raise NotConfigured(self._parts.unavailable)
         return await handler(request)
 
     def _caller(self, request: web.Request) -> str | None:
@@ -292,21 +294,24 @@ class _Api:
         """`GET /health`: the process lives. With `?verbose=true`, what it stands on."""
         if request.query.get("verbose") != "true":
             return _json({"status": "ok"})
+        unavailable = self._parts.unavailable
+        checks = {"configuration": unavailable} if unavailable else await self._checks()
         return _json(
             {
                 "status": "ok",
                 "version": __version__,
                 "backend": self._parts.backend,
-                "checks": {name: "ok" if fault is None else fault for name, fault in (await self._checks()).items()},
+                "checks": {name: fault or "ok" for name, fault in checks.items()},
                 "callbacks": "ok" if self._parts.callbacks_unavailable is None else self._parts.callbacks_unavailable,
             }
         )
 
     async def ready(self, _: web.Request) -> web.Response:
         """`GET /ready`: tasks can be taken."""
-        faults = {name: fault for name, fault in (await self._checks()).items() if fault is not None}
         if self._parts.unavailable:
-            faults["configuration"] = self._parts.unavailable
+            faults = {"configuration": self._parts.unavailable}
+        else:
+            faults = {name: fault for name, fault in (await self._checks()).items() if fault is not None}
         if not faults:
             return _json({"status": "ready"})
         answer = {"error": " ".join(faults.values()), "failing": sorted(faults)}
@@ -377,8 +382,6 @@ class _Api:
 
     async def _begin(self, request: web.Request, kind: TaskType) -> asyncio.Task[Submitted]:
         """Check a request and begin what it asks for; that goes on when the client leaves."""
-        if self._parts.unavailable:
-            raise NotConfigured(self._parts.unavailable)
         idempotency = self._idempotency(request)
         body = await _body(request, seconds=self._parts.times.body)
         # In a thread: ten megabytes that mean ill take seconds.

@@ -208,25 +208,30 @@ class Dispatcher:
         try:
             execution_name = await self.jobs.launch(record.task_id)
         except (LaunchFailed, Busy) as error:
-            await self._bury(record, error)
-            raise
+            buried = await self._bury(record, error)
+            if buried.reason is Reason.LAUNCH_FAILED:
+                raise
+            # Only the answer was lost: a worker has taken the task up.
+            return buried
         log.info("A task was launched", taskId=record.task_id, type=record.type)
         return attrs.evolve(record, execution_name=execution_name)
 
-    async def _bury(self, record: TaskRecord, error: CcrunError) -> None:
-        """Keep the task as failed. Its caller is told at once, so no callback is owed."""
+    async def _bury(self, record: TaskRecord, error: CcrunError) -> TaskRecord:
+        """Keep the task as failed, unless it has begun. Its caller is told at once, so no callback is owed."""
         outcome = Outcome(
             status=Status.FAILED, reason=Reason.LAUNCH_FAILED, exit_code=task.EXIT_FAILED, error=error.message
         )
 
         def fail(present: TaskRecord) -> TaskRecord:
-            if present.status.is_final:
+            if present.status is not Status.PENDING:
                 return present
             failed = task.finish(present, outcome, at=dt.datetime.now(dt.UTC))
             return attrs.evolve(failed, webhook=None)
 
-        await self.store.update(record.task_id, fail)
-        await self.store.delete_payload(record.task_id)
+        buried = await self.store.update(record.task_id, fail)
+        if buried.status.is_final:
+            await self.store.delete_payload(record.task_id)
+        return buried
 
 
 def _not_available(spec: TaskSpec) -> list[str]:

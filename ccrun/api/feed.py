@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 import attrs
@@ -36,10 +36,11 @@ READ_PATIENCE_SECONDS: Final = 30.0
 
 @attrs.frozen(kw_only=True)
 class Pace:
-    """Bounds of the pause between two polls, in seconds."""
+    """Bounds of the pause between two polls, and after how long without news a task is settled, in seconds."""
 
     least_seconds: float
     most_seconds: float
+    settle_seconds: float = 30.0
 
 
 @attrs.frozen(kw_only=True)
@@ -66,15 +67,26 @@ class Ended:
     record: TaskRecord
 
 
+Settle = Callable[[TaskRecord], Awaitable[object]]
 Item = Lines | CaughtUp | Quiet | Ended
 
 
 class Feed:
     """The tails of this process."""
 
-    def __init__(self, store: Store, pace: Pace, *, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(
+        self, store: Store, pace: Pace, *, settle: Settle | None = None, window_bytes: int = WINDOW_BYTES
+    ) -> None:
+        """Follow tasks of this store.
+
+        Args:
+            pace: When a tail polls.
+            settle: Asked about a task of which nothing was heard for `Pace.settle_seconds`: its worker may be gone.
+            window_bytes: See `WINDOW_BYTES`.
+        """
         self._store = store
         self._pace = pace
+        self._settle = settle
         self._window_bytes = window_bytes
         self._tails: dict[TaskId, _Tail] = {}
 
@@ -93,7 +105,7 @@ class Feed:
         """
         tail = self._tails.get(task_id)
         if tail is None:
-            tail = self._tails[task_id] = _Tail(self._store, task_id, self._pace, self._window_bytes)
+            tail = self._tails[task_id] = _Tail(self._store, task_id, self._pace, self._settle, self._window_bytes)
         tail.readers += 1
         try:
             await tail.ready()
@@ -149,8 +161,9 @@ class _Tail:
 
     record: TaskRecord
 
-    def __init__(self, store: Store, task_id: TaskId, pace: Pace, window_bytes: int) -> None:
+    def __init__(self, store: Store, task_id: TaskId, pace: Pace, settle: Settle | None, window_bytes: int) -> None:
         self._store = store
+        self._settle = settle
         self._task_id = task_id
         self._pace = pace
         self._window_bytes = window_bytes
@@ -227,14 +240,17 @@ class _Tail:
     async def _poll(self) -> None:
         """Look until the task is over. That its objects were removed under us ends the polling, and so the readers."""
         loop = asyncio.get_running_loop()
-        news_at = loop.time()
+        news_at = settled_at = loop.time()
         try:
             while not self.is_over:
                 quiet = loop.time() - news_at
                 await asyncio.sleep(max(self._pace.least_seconds, min(self._pace.most_seconds, quiet * QUIET_SHARE)))
                 try:
                     if await self._look():
-                        news_at = loop.time()
+                        news_at = settled_at = loop.time()
+                    elif self._settle is not None and loop.time() - settled_at > self._pace.settle_seconds:
+                        settled_at = loop.time()
+                        await self._settle(self.record)
                 except StorageError as error:
                     log.warning("A poll failed", taskId=self._task_id, fault=error.message)
         finally:
@@ -247,13 +263,15 @@ class _Tail:
         seen are all there are.
         """
         head, generation = self.head, self._generation
-        seen = await self._advance()
-        if seen is None or seen != self._generation:
+        # The first look reads the record in any case, so no listing need tell that it is new.
+        seen = None if generation is None else await self._advance()
+        if seen is None or seen != generation:
             versioned = await self._store.versioned(self._task_id)
             self.record = versioned.record
-            if versioned.record.status.is_final:
-                await self._advance(skip_gaps=True)
-                self.is_over = True
+            is_over = versioned.record.status.is_final
+            if is_over or generation is None:
+                await self._advance(skip_gaps=is_over)
+            self.is_over = is_over
             self._generation = versioned.generation
         news = (head, generation) != (self.head, self._generation)
         if news:

@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from ccrun import wire
+from ccrun import task, wire
 from ccrun.api.dispatch import Dispatcher, Idempotency, Submitted, shown_url
 from ccrun.blobs import Blob, DirectoryBlobs
 from ccrun.errors import (
@@ -75,6 +75,7 @@ class NotedJobs:
     """A place that runs workers, of which only the wishes are noted."""
 
     max_running: int | None = None
+    begins_within: dt.timedelta | None = None
 
     def __init__(self) -> None:
         self.launched: list[TaskId] = []
@@ -312,6 +313,20 @@ async def test_launch_that_fails_leaves_a_failed_record(
         record.owes_callback,
     )
     assert {payload_name(TASK), active_name(TASK)}.isdisjoint(await everything(blobs))
+
+
+async def test_launch_whose_answer_is_lost_is_no_failure(
+    dispatcher: Dispatcher, store: Store, jobs: NotedJobs, blobs: WatchedBlobs
+) -> None:
+    """A worker that has begun although the launch seemed to fail keeps its task, and its payload."""
+
+    def begin() -> None:
+        asyncio.run(store.update(TASK, lambda record: task.start(record, at=dt.datetime.now(dt.UTC))))
+
+    jobs.at_launch, jobs.fault = begin, LaunchFailed("Cloud Run did not confirm the launch.")
+    submitted = await dispatcher.submit(spec())
+    assert Status.RUNNING == submitted.record.status == (await store.record(TASK)).status
+    assert payload_name(TASK) in await everything(blobs)
 
 
 # --- idempotency -----------------------------------------------------------------------------------------------------

@@ -8,16 +8,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import itertools
 import secrets
 from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator
 from typing import Any, Final, Self
 
+import aiohttp
 import attrs
 from aiohttp import web
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from ccrun.gcp import calls
+from ccrun.gcp.calls import Patience
+from ccrun.gcp.key import KmsKey
+
+PROJECT, LOCATION, KEY_RING, KEY_NAME = "test-project", "global", "claude-code", "payload-encryption"
+NAME: Final = f"projects/{PROJECT}/locations/{LOCATION}/keyRings/{KEY_RING}/cryptoKeys/{KEY_NAME}"
 #: https://cloud.google.com/kms/docs/reference/rest/v1/projects.locations.keyRings.cryptoKeys/encrypt
 MAX_PLAINTEXT_BYTES: Final = 64 * 1024
 NONCE_BYTES: Final = 12
@@ -72,13 +81,15 @@ class Key:
 
 
 class Kms:
-    """A server with some keys; `calls` counts what came in, by method."""
+    """A server with one key; `calls` counts what came in, by method."""
 
-    def __init__(self, *key_names: str) -> None:
-        self.keys = {name: Key() for name in key_names}
+    def __init__(self) -> None:
+        self.keys = {NAME: Key()}
         #: The methods that the caller may not use.
         self.denied: set[str] = set()
         self.calls: Counter[str] = Counter()
+        #: What the last call carried.
+        self.authorization: str | None = None
         self.host = ""
         self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
 
@@ -101,6 +112,7 @@ class Kms:
     async def _answer(self, request: web.Request) -> web.Response:
         name, method = request.match_info["name"], request.match_info["method"]
         self.calls[method] += 1
+        self.authorization = request.headers.get("Authorization")
         faults = self._faults[method]
         fault = faults.popleft() if faults else Fault()
         await asyncio.sleep(fault.delay_seconds)
@@ -158,3 +170,19 @@ def _refusal(status: int, message: str, fault: Fault | None = None, *, status_na
     if fault.body is not None:
         return web.Response(status=status, text=fault.body, headers=fault.headers)
     return web.json_response({"error": error}, status=status, headers=fault.headers)
+
+
+@contextlib.asynccontextmanager
+async def key_of(server: Kms, *, patience: Patience | None = None) -> AsyncIterator[KmsKey]:
+    """Yield the key service on the server's key."""
+    async with aiohttp.ClientSession() as session:
+        yield KmsKey(
+            project=PROJECT,
+            location=LOCATION,
+            key_ring=KEY_RING,
+            key_name=KEY_NAME,
+            session=session,
+            credentials=await calls.credentials(session, emulated=True),
+            emulator=server.host,
+            patience=patience or Patience(),
+        )

@@ -58,6 +58,7 @@ class NoJobs:
     """A place that runs no workers: the tests run them."""
 
     max_running: int | None = None
+    begins_within: dt.timedelta | None = None
 
     def check_room(self) -> None: ...
 
