@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from google.cloud import storage  # type: ignore[import-untyped]
+from google.cloud import storage  # type: ignore[attr-defined]
 from standins.gcs import BUCKET, FINE, HANG, Fault, Gcs, Method
 
 from ccrun.blobs import Blob
