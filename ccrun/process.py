@@ -129,6 +129,11 @@ class Child:
         self._ending = self._ending or asyncio.create_task(self._end())
         return self._ending
 
+    def kill(self) -> None:
+        """End the process and all that it has started without a grace, or what is left of one."""
+        self._hurry.set()
+        self.terminate()
+
     async def lines(self) -> AsyncIterator[bytes | bytearray]:
         """Yield the lines of stdout without their newline, however long, and the last one also without a newline.
 

@@ -269,6 +269,8 @@ async def _follow(agent: Agent, ending: Ending, times: Times, *, timeout_minutes
         if not printing.done():
             # What the CLI still prints on its way out is kept.
             agent.child.terminate()
+        if cause is Cause.SHUTDOWN:
+            asyncio.get_running_loop().call_later(times.shutdown_term_grace, agent.child.kill)
         fell_silent = await printing
     finally:
         for waiting in (printing, wished, given_up):

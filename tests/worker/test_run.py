@@ -265,6 +265,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+async def until_log(bench: Bench) -> None:
+    """Wait until the agent has said something."""
+    async with asyncio.timeout(PATIENCE):
+        while not (await bench.parts.store.listing(TASK, first=1)).chunks:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_task_over_its_time_ends_with_124_and_leaves_no_process(bench: Bench, fake_cli: FakeCli) -> None:
     """The watchdog ends the whole family of the CLI, and the log is kept up to that point."""
     await bench.submit(timeout_minutes=0.01)
@@ -286,15 +293,18 @@ async def test_a_cancel_on_the_record_ends_the_task(bench: Bench, fake_cli: Fake
 
 
 async def test_a_worker_that_is_told_to_end_records_that(bench: Bench, fake_cli: FakeCli) -> None:
-    """SIGTERM without a cancel is the platform's: a failure with the reason `killed`, within ten seconds."""
+    """SIGTERM without a cancel is the platform's: a failure with the reason `killed`, in time and with the log as it was."""
     await bench.submit()
-    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
-    await until_record(bench.parts.store, TASK, lambda record: record.status is Status.RUNNING)
+    times = attrs.evolve(bench.parts.times, term_grace=600.0, shutdown_term_grace=0.2)
+    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN), times=times))
+    await until_log(bench)
     began = time.monotonic()
     bench.shutdown.set()
     record = await running
     assert time.monotonic() - began < 10
     assert (Status.FAILED, Reason.KILLED, 143) == (record.status, record.reason, record.exit_code)
+    assert "The worker was told to end before the task was done." == record.error
+    assert 1 == len(await bench.log())
 
 
 async def test_a_cancel_that_was_answered_stands(bench: Bench, fake_cli: FakeCli) -> None:
