@@ -70,6 +70,7 @@ class NotingJobs(Breakable):
         self.launched: list[TaskId] = []
         self.cancelled: list[TaskId] = []
         self.states: dict[TaskId, ExecutionState] = {}
+        self.looks = 0
 
     def check_room(self) -> None: ...
 
@@ -82,6 +83,8 @@ class NotingJobs(Breakable):
         self.cancelled.append(task_id)
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
+        self.looks += 1
+        await self._pass()
         return self.states.get(task_id, ExecutionState.RUNNING)
 
     async def clear(self, task_id: TaskId) -> None:

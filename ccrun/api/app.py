@@ -11,6 +11,7 @@ import hmac
 import math
 import re
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, TypeVar
@@ -71,6 +72,8 @@ RETRY_AFTER_SECONDS: Final = 5
 #: Tasks on one page of `GET /tasks`.
 MAX_PAGE: Final = 100
 DEFAULT_PAGE: Final = 50
+#: Tasks of which the last look at their execution is remembered.
+MAX_SETTLED: Final = 10_000
 #: Bytes. A stream is written in pieces of this size, so that a reader that stops holds few of them.
 WRITE_BYTES: Final = 256 * 1024
 #: An Idempotency-Key is an opaque short string: draft-ietf-httpapi-idempotency-key-header.
@@ -105,6 +108,10 @@ class Times:
     heartbeat: float = 15.0
     #: A reader that takes no piece of a stream for so long is cut off; it can come back with its cursor.
     send: float = 60.0
+    #: A task's record is given out without a look at its execution when that takes longer.
+    settle: float = 2.0
+    #: Between two looks at the execution of one task: callers poll, and each look is a call with a quota.
+    settle_pause: float = 2.0
     #: How long after its client left a task of `/run` is given up.
     abandon: float = 30.0
     #: What a client may take to send a body; at 10 MiB that is a slow mobile line.
@@ -191,6 +198,8 @@ class _Api:
         self._streams: set[asyncio.Task[object]] = set()
         self._background: set[asyncio.Task[object]] = set()
         self._is_closing = False
+        #: When a task's execution was last asked about.
+        self._settled_at: OrderedDict[TaskId, float] = OrderedDict()
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -457,9 +466,18 @@ class _Api:
         return _json(wire.record_to_public(await self._present_record(_task_id(request))))
 
     async def _present_record(self, task_id: TaskId) -> TaskRecord:
-        """Return the record, and settle a task whose worker is gone on the way."""
+        """Return the record, and settle a task whose worker is gone on the way, unless that takes long."""
         record = await self._parts.store.record(task_id)
-        return await settle(self._parts.store, self._parts.jobs, record)
+        now = asyncio.get_running_loop().time()
+        if record.status.is_final or now < self._settled_at.get(task_id, -math.inf) + self._parts.times.settle_pause:
+            return record
+        self._settled_at[task_id] = now
+        self._settled_at.move_to_end(task_id)
+        if len(self._settled_at) > MAX_SETTLED:
+            self._settled_at.popitem(last=False)
+        settling = self._spawn(settle(self._parts.store, self._parts.jobs, record))
+        await asyncio.wait([settling], timeout=self._parts.times.settle)
+        return settling.result() if settling.done() else record
 
     async def cancel(self, request: web.Request) -> web.Response:
         """`POST /cancel/{taskId}`."""
@@ -565,8 +583,14 @@ class _Api:
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._forget)
         return task
+
+    def _forget(self, work: asyncio.Task[Any]) -> None:
+        self._background.discard(work)
+        # What failed after its caller had left was told by whoever failed; asyncio need not tell it again.
+        if not work.cancelled():
+            work.exception()
 
 
 def _ending(record: TaskRecord) -> bytes:

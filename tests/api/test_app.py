@@ -969,6 +969,23 @@ async def test_a_look_at_a_task_whose_worker_is_gone_settles_it(api: Api) -> Non
     )
 
 
+async def test_callers_that_poll_cost_one_look_a_while(api: Api) -> None:
+    """A look at an execution is a call with a quota; however often a task is asked for, it is looked at now and then."""
+    task_id = await api.submit()
+    for _ in range(20):
+        await api.call("GET", f"/tasks/{task_id}")
+    assert 1 == api.jobs.looks
+
+
+async def test_a_look_that_takes_long_delays_no_answer(tmp_path: Path) -> None:
+    """The record is given out as it is when the place that runs workers does not answer."""
+    async with api_on(tmp_path / "data", times=Times(settle=0.01)) as api:
+        task_id = await api.submit()
+        api.jobs.gate = asyncio.Event()
+        assert "pending" == (await api.call("GET", f"/tasks/{task_id}")).body["status"]
+        api.jobs.gate.set()
+
+
 @pytest.mark.parametrize("method_path", TASK_ROUTES, ids=lambda pair: " ".join(pair))
 async def test_a_task_that_is_not_there_answers_404(api: Api, method_path: tuple[str, str]) -> None:
     """Each route says that there is no such task."""
