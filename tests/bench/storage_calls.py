@@ -1,0 +1,253 @@
+"""What ccrun calls of Google's, beside its bounds: `.venv/bin/python tests/bench/storage_calls.py [RUNS]`.
+
+Counted at doors before the stand-ins, by the API unless another side is named. The latencies are those of requests against those
+of bare clients that make the same calls in the same order on the same servers, in turn, so that a machine that grows slower
+meanwhile slows both; the ratio is the median of the pairs' ratios. No call leaves loopback, so a real one, which takes longer,
+has a smaller ratio. Exit status 1 when a bound is broken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import aiohttp
+import attrs
+import grpc.aio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from gcloud.aio.auth import Token
+from gcloud.aio.kms import KMS
+from gcloud.aio.storage import Storage
+from google.cloud import run_v2
+from google.cloud.run_v2.services.jobs.transports import JobsGrpcAsyncIOTransport
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from sides import POLL_SECONDS, Door, Sides, open_sides
+from standins.gcs import BUCKET
+from standins.kms import KEY_NAME, KEY_RING, LOCATION, PROJECT
+
+from ccrun import log
+from ccrun.config import LogFormat
+from ccrun.demo.model import Conversation, Hang, Reply, Say
+from ccrun.task import Status, TaskId
+
+DEFAULT_RUNS: Final = 20
+#: Seconds for which a silent task is followed.
+SILENT_SECONDS: Final = 3.0
+#: Submissions, and active tasks of a sweep.
+TASKS: Final = 10
+COLUMNS: Final = ("writes", "reads", "lists", "deletes", "KMS", "RunJob", "other")
+GROUPS: Final = {
+    "objects.insert": "writes",
+    "objects.insert over": "writes",
+    "objects.get": "reads",
+    "objects.list": "lists",
+    "objects.delete": "deletes",
+    "cryptoKeys.encrypt": "KMS",
+    "cryptoKeys.decrypt": "KMS",
+    "Jobs.RunJob": "RunJob",
+}
+
+
+@attrs.define
+class Report:
+    """Prints a line an operation, and remembers whether a bound was broken."""
+
+    is_broken: bool = False
+
+    def head(self) -> None:
+        """Print the titles of the columns."""
+        print(f"{'operation':<44}" + "".join(f"{column:>9}" for column in COLUMNS) + "   bound")
+
+    def line(self, operation: str, door: Door, *, times: int = 1, **bounds: float) -> None:
+        """Print the calls of one operation that was done so many times, and begin to count anew."""
+        counts: Counter[str] = Counter()
+        for call, number in door.calls.items():
+            counts[GROUPS.get(call.method, "other")] += number
+        door.calls.clear()
+        broken = [column for column, bound in bounds.items() if counts[column] > bound * times]
+        self.is_broken |= bool(broken)
+        bound_text = ", ".join(f"{column} ≤ {bound:g}" for column, bound in bounds.items())
+        verdict = f"   {bound_text}{'  BROKEN: ' + ', '.join(broken) if broken else ''}" if bounds else ""
+        print(f"{operation:<44}" + "".join(f"{counts[column] / times:>9.3g}" for column in COLUMNS) + verdict)
+
+
+def script(conversation: Conversation) -> Reply:
+    """Wait for ever when told to, else be done."""
+    return Hang() if "Wait" in conversation.prompt else Say("Done.")
+
+
+@asynccontextmanager
+async def open_receiver() -> AsyncIterator[str]:
+    """Open a receiver of callbacks that takes them all; gives its URL."""
+
+    async def take(_: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/hook", take)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/hook"))
+
+
+async def count(report: Report, sides: Sides, receiver: str) -> None:
+    """Do each operation once and count its calls."""
+    service, api = sides.service, sides.api
+    report.head()
+    sides.place.cloud_run.launch_seconds = float("inf")
+    await asyncio.gather(*(service.submit() for _ in range(TASKS)))
+    report.line("POST /run-async", api, times=TASKS, writes=4, reads=0, lists=0, deletes=0, KMS=1, RunJob=1)
+    await service.get(f"/tasks?limit={TASKS}")
+    report.line(f"GET /tasks, a page of {TASKS}", api, writes=0, reads=TASKS, lists=1)
+    await service.get("/tasks/status")
+    report.line(f"GET /tasks/status, {TASKS} active", api, writes=0, reads=TASKS, lists=1)
+    await sides.place.sweep()
+    report.line(f"ccrun sweep, {TASKS} active, none due (sweep)", sides.sweep, reads=TASKS, lists=1, writes=0)
+
+    sides.place.cloud_run.launch_seconds = 0.0
+    await service.run(taskId="done", callbackUrl=receiver)
+    report.line("POST /run, followed to its end", api)
+    [execution] = (each for each in sides.place.cloud_run.executions.values() if each.overrides["TASK_ID"] == "done")
+    await execution.ended.wait()
+    chunks = len((await sides.place.store.listing(TaskId("done"), first=1)).chunks)
+    report.line(f"a task with a callback, {chunks} chunks (worker)", sides.worker, writes=3 + chunks, lists=0, KMS=1)
+    await service.events("done")
+    report.line(f"GET events of a finished task, {chunks} chunks", api, writes=0, reads=1 + chunks, lists=1)
+    async with service.http.get(f"{service.url}/tasks/done/logs") as response:
+        await response.read()
+    report.line(f"GET logs, {chunks} chunks", api, writes=0, reads=1 + chunks, lists=1)
+    await service.get("/tasks/done")
+    report.line("GET /tasks/{taskId} of a finished task", api, writes=0, reads=1, lists=0)
+
+    await service.submit(taskId="silent", prompt="Wait.")
+    await service.until("silent", lambda record: record.status is Status.RUNNING)
+    await asyncio.sleep(1.0)
+    api.calls.clear()
+    await service.get("/tasks/silent")
+    report.line("GET /tasks/{taskId} of a running task", api, writes=0, reads=1, lists=0)
+    async with service.http.get(f"{service.url}/tasks/silent/events") as response:
+        await response.content.readuntil(b"event: caught_up")
+        api.calls.clear()
+        await asyncio.sleep(SILENT_SECONDS)
+        polls = int(SILENT_SECONDS / POLL_SECONDS) + 1
+        report.line("a poll of a silent task", api, times=polls, writes=0, reads=0, lists=1, other=0)
+    async with service.http.post(f"{service.url}/cancel/silent") as response:
+        await response.read()
+    report.line("POST /cancel of a running task", api, writes=1, reads=1)
+
+
+# --- latency ---------------------------------------------------------------------------------------------------------------
+
+
+class Bare:
+    """The clients of Google's services as they are, making the calls of a submission."""
+
+    def __init__(self, http: aiohttp.ClientSession, channel: grpc.aio.Channel, door: Door) -> None:
+        shared: Any = http  # The libraries annotate what their twins for requests take.
+        token = Token(service_file=io.StringIO("{}"), session=shared)
+        self._storage = Storage(
+            session=shared, token=token, api_root=door.environment["STORAGE_EMULATOR_HOST"], api_is_dev=True
+        )
+        self._kms = KMS(
+            keyproject=PROJECT,
+            keyring=KEY_RING,
+            keyname=KEY_NAME,
+            location=LOCATION,
+            session=shared,
+            token=token,
+            api_root=f"http://{door.environment['KMS_EMULATOR_HOST']}/v1",
+            api_is_dev=True,
+        )
+        self._jobs = run_v2.JobsAsyncClient(transport=JobsGrpcAsyncIOTransport(channel=channel))
+
+    async def submit(self, task_id: str, job: str) -> None:
+        """Make the calls of `/run-async`."""
+        await self._kms.encrypt(base64.b64encode(bytes(32)).decode())
+        await self._create(f"active/{task_id}", b"")
+        await self._create(f"sessions/{task_id}/encrypted-payload.bin", bytes(600))
+        await asyncio.gather(
+            self._create(f"sessions/{task_id}/metadata.json", bytes(600)),
+            self._create(f"index/00000/000/00000-{task_id}", b""),
+        )
+        await self._jobs.run_job(run_v2.RunJobRequest(name=job))
+
+    async def open_stream(self, task_id: str) -> None:
+        """Make those that `/run` makes further, until its stream is open."""
+        await (await self._storage.download_stream(BUCKET, f"sessions/{task_id}/metadata.json")).read()
+        await self._storage.list_objects(BUCKET, params={"prefix": f"sessions/{task_id}/"})
+
+    async def _create(self, name: str, content: bytes) -> None:
+        await self._storage.upload(
+            BUCKET,
+            name,
+            content,
+            parameters={"ifGenerationMatch": "0"},
+            metadata={"metadata": {"write": "bare"}},
+            force_resumable_upload=False,
+        )
+
+
+@asynccontextmanager
+async def open_bare(sides: Sides) -> AsyncIterator[Bare]:
+    """Open the clients, at the API's door."""
+    address = sides.api.environment["CLOUD_RUN_EMULATOR_HOST"]
+    async with aiohttp.ClientSession() as http, grpc.aio.insecure_channel(address) as channel:
+        yield Bare(http, channel, sides.api)
+
+
+async def measure(sides: Sides, runs: int) -> None:
+    """Time submissions over HTTP and by bare clients, in turn."""
+    service, job = sides.service, sides.place.cloud_run.job
+    # No worker begins, for it would take the processor.
+    sides.place.cloud_run.launch_seconds = float("inf")
+    pairs: dict[str, list[tuple[float, float]]] = {"POST /run-async, answered": [], "POST /run, stream open": []}
+    async with open_bare(sides) as bare:
+        for number in range(-1, runs):
+            began = time.monotonic()
+            await bare.submit(f"bare{number}", job)
+            submitted = time.monotonic() - began
+            await bare.open_stream(f"bare{number}")
+            opened = time.monotonic() - began
+            began = time.monotonic()
+            await service.submit(taskId=f"async{number}")
+            asynchronous = time.monotonic() - began
+            began = time.monotonic()
+            body = service.body(taskId=f"sync{number}")
+            async with service.http.post(f"{service.url}/run", json=body) as response:
+                await response.content.readline()
+                synchronous = time.monotonic() - began
+            # The first of each opens connections.
+            if number >= 0:
+                pairs["POST /run-async, answered"].append((submitted, asynchronous))
+                pairs["POST /run, stream open"].append((opened, synchronous))
+    print(f"\n{runs} runs of each, medians, milliseconds\n")
+    print(f"{'':<34}{'bare calls':>12}{'ccrun':>10}{'added':>10}{'ratio':>8}")
+    for label, times in pairs.items():
+        print(
+            f"{label:<34}{median(one for one, _ in times) * 1000:>12.1f}{median(other for _, other in times) * 1000:>10.1f}"
+            f"{median(other - one for one, other in times) * 1000:>+10.1f}{median(other / one for one, other in times):>8.2f}"
+        )
+
+
+async def main(runs: int) -> bool:
+    """Count, measure, print; return whether all bounds hold."""
+    log.configure(LogFormat.JSON, "ERROR")
+    report = Report()
+    async with open_receiver() as receiver, open_sides(script) as sides:
+        await count(report, sides, receiver)
+        await measure(sides, runs)
+    return not report.is_broken
+
+
+if __name__ == "__main__":
+    sys.exit(0 if asyncio.run(main(int(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_RUNS)) else 1)
