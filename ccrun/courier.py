@@ -13,7 +13,7 @@ import attrs
 import structlog
 
 from ccrun import task, webhook, wire
-from ccrun.errors import SealError
+from ccrun.errors import KeyServiceError, SealError
 from ccrun.seal import KeyWrapper, Purpose, unseal
 from ccrun.store import Store
 from ccrun.task import Secret, TaskId, TaskRecord
@@ -65,7 +65,7 @@ class Courier:
         """
         try:
             target = url or await self._callback_url(record)
-        except SealError as error:
+        except (SealError, KeyServiceError) as error:
             delivery = webhook.Delivery(delivered=False, attempts=0, error=error.message)
         else:
             delivery = await webhook.deliver(

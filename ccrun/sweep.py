@@ -24,8 +24,9 @@ from ccrun.task import Status, TaskRecord, WebhookState
 
 log = structlog.get_logger()
 
-#: A birth takes well under a second; what has no record after this long was left by a process that died.
-BIRTH_BOUND: Final = dt.timedelta(minutes=1)
+#: A birth takes well under a second, and two minutes when each of its writes is tried to the end of its patience; what has
+#: no record after this long was left by a process that died.
+BIRTH_BOUND: Final = dt.timedelta(minutes=5)
 #: Tasks looked at side by side, so that one receiver that does not answer holds up few others.
 PARALLEL_TASKS: Final = 20
 #: Sweeps at once, most of which only wait for receivers.

@@ -40,7 +40,7 @@ log = structlog.get_logger()
 BIRTH_SECONDS: Final = 5.0
 BIRTH_PAUSE_SECONDS: Final = 0.05
 #: Seconds after which a half-born task, left by a process that died, will have been swept away.
-HALF_BORN_RETRY_SECONDS: Final = 60
+HALF_BORN_RETRY_SECONDS: Final = 300
 
 
 @attrs.frozen(kw_only=True)

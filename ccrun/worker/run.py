@@ -143,7 +143,11 @@ async def run(parts: Parts, task_id: TaskId, *, shutdown: asyncio.Event) -> None
             outcome = _failed(Reason.KILLED, f"The storage failed, so the task was ended: {error.message}")
         except CcrunError as error:
             outcome = _failed(Reason.PREPARE_FAILED, error.message)
-        record = await _record_outcome(parts, task_id, outcome)
+        try:
+            record = await _record_outcome(parts, task_id, outcome)
+        except IllegalTransition as error:
+            log.warning("Somebody else has ended the task", fault=error.message)
+            return
         log.info("A task ended", status=record.status, reason=record.reason)
         if record.owes_callback and parts.courier is not None:
             await _call_back(parts.courier, record, spec, shutdown, parts.times)
@@ -161,7 +165,9 @@ async def _watching(parts: Parts, task_id: TaskId, ending: Ending, shutdown: asy
             await asyncio.sleep(parts.times.cancel_poll)
             # A signal may be lost, the record is not.
             with contextlib.suppress(CcrunError):
-                if (await parts.store.record(task_id)).is_cancelling:
+                record = await parts.store.record(task_id)
+                # Over, when the worker was taken for dead; then, too, the agent has nothing left to do.
+                if record.is_cancelling or record.status.is_final:
                     ending.wish(Cause.CANCEL)
 
     async def for_shutdown() -> None:

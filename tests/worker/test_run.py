@@ -322,6 +322,18 @@ async def test_a_cancel_that_was_answered_stands(bench: Bench, fake_cli: FakeCli
     assert "result" == (await bench.log())[-1]["type"]
 
 
+async def test_a_task_that_others_have_ended_ends_its_agent(bench: Bench, fake_cli: FakeCli) -> None:
+    """A worker that was taken for dead stops the agent and leaves the record as it is."""
+    await bench.submit()
+    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
+    await until_log(bench)
+    lost = task.Outcome(status=Status.FAILED, reason=Reason.WORKER_LOST, exit_code=1, error="Lost.")
+    ended = await bench.parts.store.update(TASK, lambda record: task.finish(record, lost, at=dt.datetime.now(dt.UTC)))
+    assert ended == await running
+    [line] = await bench.log()
+    assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
+
+
 async def test_a_cli_that_says_nothing_is_stalled(bench: Bench, fake_cli: FakeCli) -> None:
     """A CLI without a first line is ended long before the task's time is up."""
     await bench.submit()
