@@ -17,7 +17,7 @@ from structlog.typing import EventDict
 from ccrun import webhook, wire
 from ccrun.blobs import DirectoryBlobs
 from ccrun.courier import LEASE, Courier
-from ccrun.errors import KeyServiceError, TaskNotFound
+from ccrun.errors import TaskNotFound
 from ccrun.seal import LocalKey, Purpose, new_data_key
 from ccrun.store import Store
 from ccrun.task import (
@@ -215,14 +215,14 @@ async def test_url_that_does_not_open_is_noted(courier: Courier, receiver: Recei
     assert "belongs to another task" in noted.last_error
 
 
-async def test_silent_key_service_leaves_the_lease(courier: Courier, receiver: Receiver, tmp_path: Path) -> None:
-    """When the key service does not answer, nothing is noted: the debt is taken up again after the lease."""
+async def test_silent_key_service_leaves_the_debt(courier: Courier, receiver: Receiver, tmp_path: Path) -> None:
+    """When the key service does not answer, that is noted as what went wrong, and the callback stays owed."""
     await end_task(courier, receiver.url)
     claimed = await taken_up(courier)
     (tmp_path / "sealing.key").write_bytes(b"damaged")
-    with pytest.raises(KeyServiceError):
-        await courier.deliver(claimed)
-    assert claimed == await courier.store.record(TASK)
+    noted = told(await courier.deliver(claimed))
+    expected = (WebhookState.OWED, 0, "The key file is damaged: it must hold 32 bytes.")
+    assert expected == (noted.state, noted.attempts, noted.last_error)
 
 
 async def test_courier_that_hands_over_leaves_the_debt_to_a_sweep(courier: Courier, receiver: Receiver) -> None:
