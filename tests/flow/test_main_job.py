@@ -134,14 +134,13 @@ async def test_a_running_task_is_cancelled_and_calls_back(start_service: StartSe
         assert ["cancelled", "done"] == [event.name for event in events[-2:]]
 
 
-@pytest.mark.parametrize("backend_name", ["local"])
-async def test_twenty_tasks_at_once_all_finish(start_service: StartService) -> None:
-    """Two run at a time, the others wait as pending, and none is lost."""
+async def test_twenty_tasks_at_once_all_finish(start_service: StartService, backend_name: str) -> None:
+    """On one machine two run at a time and the others wait as pending; none is lost."""
     async with start_service(MAX_CONCURRENT_TASKS="2") as service:
         answers = await asyncio.gather(*(service.submit() for _ in range(20)))
         status = await service.get("/tasks/status")
-        assert 2 == status["max"]
-        assert status["active"] <= 2
+        assert {"local": 2, "gcp": None}[backend_name] == status["max"]
+        assert status["active"] <= (status["max"] or 20)
         records = await asyncio.gather(*(service.until_over(answer["taskId"]) for answer in answers))
         assert [Status.COMPLETED] * 20 == [record.status for record in records]
 
@@ -201,9 +200,13 @@ def peak(pid):
 """
 
 
-@pytest.mark.parametrize("backend_name", ["local"])
-async def test_a_line_of_64_mib_and_100_000_lines_pass_intact(start_service: StartService, fake_cli: FakeCli) -> None:
-    """Nothing is cut or lost, and the worker's memory stays below 200 MiB."""
+async def test_a_line_of_64_mib_and_100_000_lines_pass_intact(
+    start_service: StartService, fake_cli: FakeCli, backend_name: str
+) -> None:
+    """Nothing is cut or lost, and the worker's memory stays bounded: below 200 MiB on one machine.
+
+    In the cloud the library for uploads holds such a line twice more.
+    """
     cli = fake_cli(
         PEAK
         + """
@@ -234,7 +237,7 @@ print(json.dumps({"type":"result","is_error":False,"num_turns":1,"digest":digest
             lines += 1
         result: dict[str, Any] = json.loads(last)
         assert (100_001, digest.hexdigest()) == (lines, result["digest"])
-        assert result["kib"] < 200 * 1024
+        assert result["kib"] < {"local": 200, "gcp": 300}[backend_name] * 1024
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------------

@@ -224,10 +224,11 @@ async def test_a_receiver_out_of_reach_leaves_the_callback_owed(cloud: Cloud, re
 
 
 async def test_a_sweep_that_may_not_decrypt_leaves_the_callback_owed(cloud: Cloud, receiver: Receiver) -> None:
-    """A later sweep delivers it, when the lease of the first is over."""
+    """The record says what kept it, and a later sweep delivers it."""
     task_id = await die_unheard(cloud, receiver)
     cloud.place.kms.denied.add("decrypt")
-    assert Report(failed=1) == await cloud.sweep()
+    assert Report(undelivered=1) == await cloud.sweep()
+    assert "useToDecrypt" in str((await webhook_of(cloud, task_id)).last_error)
     cloud.place.kms.denied.clear()
     await let_time_pass(cloud, task_id)
     assert Report(delivered=1) == await cloud.sweep()
