@@ -280,8 +280,8 @@ def test_checked_name_stays_below_the_root(name: str) -> None:
         check_name(name)
     except ValueError:
         return
-    path = os.path.normpath(f"/root/{name}")
-    assert f"/root/{name}" == path
+    path = os.path.normpath(f"/base/{name}")
+    assert f"/base/{name}" == path
 
 
 async def test_working_storage_passes_its_check(blobs: Blobs) -> None:
