@@ -242,7 +242,7 @@ def test_path_and_number_of_faults_are_bounded() -> None:
         ('"é"'.encode("utf-16"), "The text is not valid UTF-8."),
         (b'{"secret": "value",\n "b" 1}', "The text is not valid JSON: see line 2, column 6."),
         (b"{} {}", "The text is not valid JSON: see line 1, column 4."),
-        (b"[1,]", "The text is not valid JSON: see line 1, column 4."),
+        (b"[1 2]", "The text is not valid JSON: see line 1, column 4."),
         (b"'a'", "The text is not valid JSON: see line 1, column 1."),
         (b'"a\nb"', "The text is not valid JSON: see line 1, column 3."),
         (b"01", "The text is not valid JSON: see line 1, column 2."),
