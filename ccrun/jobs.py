@@ -187,6 +187,7 @@ class SubprocessJobs:
         self._ended.pop(task_id, None)
         await process.kill_marked(self._marker(task_id))
         await asyncio.to_thread(_remove_workspaces, task_id)
+        await asyncio.to_thread(self._sign_of_life(task_id).unlink, missing_ok=True)
 
     def _fill_places(self) -> None:
         while self._queue and len(self._running) < self._places:

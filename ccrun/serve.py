@@ -171,6 +171,7 @@ def _parts(config: Config, backend: Backend, jobs: Jobs, news: asyncio.Event) ->
         tokens=config.api_tokens,
         only_loopback=_is_loopback(config.host) and not config.api_tokens,
         max_request_bytes=config.max_request_bytes,
+        project_id=config.project_id,
         backend=config.backend,
         # In the cloud the API neither decrypts nor calls receivers: the sweep runs under the worker's identity.
         companions=[sweeping] if config.is_local else [],

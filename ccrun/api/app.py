@@ -43,6 +43,7 @@ from ccrun.errors import (
     TaskOver,
 )
 from ccrun.jobs import Jobs
+from ccrun.log import bound, trace_name
 from ccrun.seal import KeyWrapper
 from ccrun.settle import settle
 from ccrun.store import Store
@@ -133,6 +134,7 @@ class Parts:
         max_request_bytes: Of a body.
         unavailable: Why tasks cannot be taken at all, when something is not configured.
         callbacks_unavailable: Why tasks with a callback cannot be taken.
+        project_id: Where the traces of requests are, for the log.
         backend: Its name, for `/health?verbose=true`.
         companions: What lives as long as the app does.
     """
@@ -148,6 +150,7 @@ class Parts:
     max_request_bytes: int
     unavailable: str | None = None
     callbacks_unavailable: str | None = None
+    project_id: str | None = None
     backend: str
     times: Times = attrs.field(factory=Times)
     companions: Sequence[Companion] = ()
@@ -156,7 +159,9 @@ class Parts:
 def make_app(parts: Parts) -> web.Application:
     """Return the app; run it with `handler_cancellation`, so that a client that leaves is seen at once."""
     api = _Api(parts)
-    app = web.Application(client_max_size=parts.max_request_bytes, middlewares=[api.answer_errors, api.guard_door])
+    app = web.Application(
+        client_max_size=parts.max_request_bytes, middlewares=[api.name_trace, api.answer_errors, api.guard_door]
+    )
     app.add_routes(
         [
             web.get("/", api.index),
@@ -221,6 +226,13 @@ class _Api:
         return await asyncio.shield(self._spawn(work))
 
     # --- middlewares -------------------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def name_trace(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Have every line that is logged for a request name its trace."""
+        headers = (request.headers.get("traceparent"), request.headers.get("X-Cloud-Trace-Context"))
+        with bound(trace=trace_name(self._parts.project_id, *headers)):
+            return await handler(request)
 
     @web.middleware
     async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:

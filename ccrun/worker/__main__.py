@@ -19,7 +19,7 @@ from ccrun.backend import marker, open_backend, sign_of_life
 from ccrun.config import Config
 from ccrun.errors import CcrunError, ConfigError
 from ccrun.liveness import AlreadyHeld
-from ccrun.store import Pace
+from ccrun.store import Pace, payload_name
 from ccrun.task import TaskId
 from ccrun.worker import claude
 from ccrun.worker.run import Parts, run
@@ -40,6 +40,8 @@ def main() -> int:
         log.configure(settings.log_format, settings.log_level)
         if settings.task_id is None:
             raise ConfigError("TASK_ID must be set: a worker is started by ccrun, with the task it is for.")
+        if settings.encrypted_payload_path not in (None, payload_name(settings.task_id)):
+            raise ConfigError("ENCRYPTED_PAYLOAD_PATH must name the payload of the task that TASK_ID names.")
         with log.bound(task_id=settings.task_id), _sign_of_life(settings, settings.task_id):
             asyncio.run(_work(settings, settings.task_id))
     except AlreadyHeld:

@@ -143,7 +143,6 @@ class CredentialProxy:
         #: What the model API said when it last refused the credential (401) or its rights (403). The latter may concern
         #: one model alone: whether the task fails is told by how the agent ends.
         self.rejected: str | None = None
-        self._rejection = asyncio.Event()
         self._credential = credential
         self._kind = kind
         self._upstream = upstream.rstrip("/")
@@ -180,11 +179,6 @@ class CredentialProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._resources.aclose()
-
-    async def until_rejected(self) -> str:
-        """Wait until the model API refuses the credential; return what it said."""
-        await self._rejection.wait()
-        return self.rejected or ""
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if not presents(request.headers, self.run_token):
@@ -242,7 +236,6 @@ class CredentialProxy:
             headers.popall(name, None)
         if answer.status in (401, 403):
             self.rejected = self._mask(_message_in(text) or sentence)[:MAX_REJECTION_CHARS]
-            self._rejection.set()
             # Otherwise the CLI tries again for minutes, and each time gets the same answer.
             headers["X-Should-Retry"] = "false"
         return web.Response(body=self._mask(text).encode(), status=answer.status, headers=headers)

@@ -277,17 +277,17 @@ async def _follow(agent: Agent, ending: Ending, times: Times, *, timeout_minutes
             agent.child.terminate()
         if cause is Cause.SHUTDOWN:
             asyncio.get_running_loop().call_later(times.shutdown_term_grace, agent.child.kill)
-        fell_silent = await printing
+        must_end = await printing
     finally:
         for waiting in (printing, wished, given_up):
             waiting.cancel()
-    if fell_silent:
+    if must_end:
         agent.child.terminate()
     ended = await agent.child.wait()
     if agent.child.stderr_tail:
         complaint = agent.redactor.text(agent.child.stderr_tail.decode(errors="replace"))
         await agent.writer.write(json.dumps({"type": "stderr", "content": complaint}).encode())
-    was_ended = fell_silent or cause is not None
+    was_ended = must_end or cause is not None
     outcome = claude.judge(transcript, ended, stopped_by_us=was_ended, rejected=agent.proxy.rejected)
     if outcome.status is Status.COMPLETED or not was_ended:
         return outcome
@@ -308,7 +308,7 @@ async def _follow(agent: Agent, ending: Ending, times: Times, *, timeout_minutes
 
 
 async def _keep_lines(agent: Agent, transcript: claude.Transcript, times: Times) -> bool:
-    """Write down each line; return whether the CLI fell silent when it should have spoken or ended."""
+    """Write down each line; return whether the CLI has to be ended: it fell silent when it should have spoken or ended."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(times.first_line) as silence:
@@ -320,6 +320,9 @@ async def _keep_lines(agent: Agent, transcript: claude.Transcript, times: Times)
                     await agent.writer.write(agent.redactor.line(kept))
                 # A line can have many megabytes; none may live on here while the next one comes.
                 del line, kept
+                if transcript.result is None and transcript.is_refused:
+                    # It goes on asking with a credential that was refused, for minutes.
+                    return True
                 if transcript.result is not None:
                     silence.reschedule(loop.time() + times.after_result)
     except TimeoutError:

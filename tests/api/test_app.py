@@ -178,6 +178,17 @@ async def test_not_ready_when_the_storage_is_silent(tmp_path: Path) -> None:
     assert (503, ["storage"]) == (answer.status, answer.body["failing"])
 
 
+async def test_what_is_logged_for_a_request_names_its_trace(tmp_path: Path) -> None:
+    """An operator finds the lines of one request among those of thousands."""
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    async with api_on(tmp_path / "data", project_id="p") as api:
+        api.blobs.fault = StorageError("It does not answer.")
+        with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
+            async with api.http.get(f"{api.url}/tasks", headers={"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}):
+                pass
+    assert [f"projects/p/traces/{trace}"] == [line["logging.googleapis.com/trace"] for line in logs]
+
+
 # --- what is not configured ------------------------------------------------------------------------------------------
 
 

@@ -169,7 +169,6 @@ async def test_a_rejected_credential_ends_the_agent_at_once(cli: Cli, kind: Cred
         began = time.monotonic()
         code, lines = await cli(proxy, kind)
         took_seconds = time.monotonic() - began
-        assert await asyncio.wait_for(proxy.until_rejected(), BOUND_SECONDS) == "*** is not valid"
     assert (code, lines[-1]["is_error"]) == (1, True)
     assert took_seconds < BOUND_SECONDS
     assert proxy.rejected == "*** is not valid"

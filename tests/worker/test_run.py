@@ -343,6 +343,14 @@ async def test_a_cli_that_says_nothing_is_stalled(bench: Bench, fake_cli: FakeCl
     assert "The Claude CLI printed nothing within 0.3 s." == record.error
 
 
+async def test_a_cli_that_goes_on_with_a_refused_credential_is_ended(bench: Bench, fake_cli: FakeCli) -> None:
+    """Should the CLI try again in spite of all, the task ends at once with a reason that says so."""
+    await bench.submit()
+    retry = "say(type='system', subtype='api_retry', error_status=401)\ntime.sleep(600)"
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + retry))
+    assert (Status.FAILED, Reason.CREDENTIAL_REJECTED) == (record.status, record.reason)
+
+
 async def test_a_cli_that_does_not_exit_after_its_result_has_completed(bench: Bench, fake_cli: FakeCli) -> None:
     """The result counts, not the process that forgot to end."""
     await bench.submit()
