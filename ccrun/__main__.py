@@ -6,16 +6,12 @@ import asyncio
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import cyclopts
 
 from ccrun import __version__, config, log
-from ccrun.errors import CcrunError, ConfigError
-
-#: Exit statuses of sysexits(3): a setting is wrong; something that ccrun needs failed.
-EX_CONFIG: Final = 78
-EX_SOFTWARE: Final = 70
+from ccrun.errors import CcrunError, exit_status
 
 app = cyclopts.App(
     name="ccrun",
@@ -72,7 +68,7 @@ def _run(command: Any, overrides: Mapping[str, str] | None = None) -> int:
         asyncio.run(command(settings))
     except CcrunError as error:
         print(error.message, file=sys.stderr)  # noqa: T201 - before there is a log, and for whoever typed the command
-        return EX_CONFIG if isinstance(error, ConfigError) else EX_SOFTWARE
+        return exit_status(error)
     except KeyboardInterrupt:
         return 130
     return 0

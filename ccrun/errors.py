@@ -7,6 +7,7 @@ is the message when none is given. Which HTTP status an error becomes is told in
 from __future__ import annotations
 
 import inspect
+from typing import Final
 
 import attrs
 
@@ -21,6 +22,16 @@ class CcrunError(Exception):
 
 class ConfigError(CcrunError):
     """A setting has a value that is not allowed."""
+
+
+#: Exit statuses of sysexits(3): a setting is wrong; something that ccrun needs failed.
+EX_CONFIG: Final = 78
+EX_SOFTWARE: Final = 70
+
+
+def exit_status(error: CcrunError) -> int:
+    """Return what a command that ends with this error tells whoever started it."""
+    return EX_CONFIG if isinstance(error, ConfigError) else EX_SOFTWARE
 
 
 @attrs.frozen

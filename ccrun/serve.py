@@ -139,7 +139,6 @@ def _sweeper(backend: Backend, jobs: Jobs, *, relaunches: bool) -> Sweeper:
 
 
 def _parts(config: Config, backend: Backend, jobs: Jobs, news: asyncio.Event) -> Parts:
-
     @contextlib.asynccontextmanager
     async def sweeping() -> AsyncIterator[None]:
         sweeper = _sweeper(backend, jobs, relaunches=True)

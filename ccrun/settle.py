@@ -12,29 +12,21 @@ from typing import Final, assert_never
 
 from ccrun.jobs import ExecutionState, Jobs
 from ccrun.store import Store
-from ccrun.task import EXIT_FAILED, EXIT_TIMEOUT, Outcome, Reason, Status, TaskRecord, finish
+from ccrun.task import EXIT_KILLED, EXIT_TIMEOUT, Outcome, Reason, Status, TaskRecord, failed, finish
 
-#: What a shell reports for a process that SIGKILL ended.
-EXIT_KILLED: Final = 137
-
-
-def _failed(reason: Reason, error: str, exit_code: int = EXIT_FAILED) -> Outcome:
-    return Outcome(status=Status.FAILED, reason=reason, exit_code=exit_code, error=error)
-
-
-_NEVER_BEGAN: Final = _failed(Reason.LAUNCH_FAILED, "The worker ended before it began the task.")
-_OVERDUE: Final = _failed(Reason.LAUNCH_FAILED, "The worker was launched, but did not begin the task in time.")
-_LOST: Final = _failed(Reason.WORKER_LOST, "The worker was lost before the task ended.")
+_NEVER_BEGAN: Final = failed(Reason.LAUNCH_FAILED, "The worker ended before it began the task.")
+_OVERDUE: Final = failed(Reason.LAUNCH_FAILED, "The worker was launched, but did not begin the task in time.")
+_LOST: Final = failed(Reason.WORKER_LOST, "The worker was lost before the task ended.")
 #: How a task that runs ends when its execution is over.
 _OVER: Final[Mapping[ExecutionState, Outcome]] = {
     ExecutionState.ENDED: _LOST,
-    ExecutionState.OUT_OF_MEMORY: _failed(
+    ExecutionState.OUT_OF_MEMORY: failed(
         Reason.OUT_OF_MEMORY, "The task needed more memory than its worker has.", EXIT_KILLED
     ),
-    ExecutionState.TIMED_OUT: _failed(
+    ExecutionState.TIMED_OUT: failed(
         Reason.TIMEOUT, "The platform ended the worker, which had run for as long as it may.", EXIT_TIMEOUT
     ),
-    ExecutionState.CANCELLED: _failed(Reason.KILLED, "The worker was ended at the platform.", EXIT_KILLED),
+    ExecutionState.CANCELLED: failed(Reason.KILLED, "The worker was ended at the platform.", EXIT_KILLED),
 }
 
 

@@ -264,9 +264,13 @@ class Store:
         if record.status.is_final and not record.owes_callback:
             # The change is made, whatever becomes of this. The mark goes last: while it is there, a sweep tries again.
             with contextlib.suppress(StorageError):
-                await self.delete_payload(record.task_id)
-                await self.unmark_active(record.task_id)
+                await self.clear_away(record.task_id)
         return record
+
+    async def clear_away(self, task_id: TaskId) -> None:
+        """Remove what only a task with something left to do needs: its payload, then its mark."""
+        await self.delete_payload(task_id)
+        await self.unmark_active(task_id)
 
     # Lists.
 

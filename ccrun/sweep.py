@@ -98,8 +98,7 @@ class Sweeper:
             return report
         if not record.owes_callback:
             # Whoever wrote the final record died before the mark was gone.
-            await self.store.delete_payload(record.task_id)
-            await self.store.unmark_active(record.task_id)
+            await self.store.clear_away(record.task_id)
             return report
         if task.is_callback_due(record, at=dt.datetime.now(dt.UTC)):
             # Its removal may have failed, and a receiver may be out of reach for a month.
@@ -120,8 +119,7 @@ class Sweeper:
     async def _clear_unborn(self, mark: Mark) -> Report:
         """Remove what a submission left that died before its record was written; nobody was told of that task."""
         if dt.datetime.now(dt.UTC) - mark.since > self.birth_bound:
-            await self.store.delete_payload(mark.task_id)
-            await self.store.unmark_active(mark.task_id)
+            await self.store.clear_away(mark.task_id)
         return Report()
 
     async def keep_sweeping(self, *, every_seconds: float, sooner: asyncio.Event) -> None:

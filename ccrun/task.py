@@ -39,10 +39,13 @@ TASK_ID_PATTERN: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TASK_ID_CHARS}}}")
 #: One to 128 characters of `[A-Za-z0-9_-]`: see `TASK_ID_PATTERN`.
 TaskId = NewType("TaskId", str)
 
-#: Exit codes that ccrun itself gives a task: 124 is what timeout(1) uses, 130 is a shell's for SIGINT.
+#: Exit codes that ccrun itself gives a task: 124 is what timeout(1) uses, the last three are a shell's for SIGINT, SIGKILL
+#: and SIGTERM.
 EXIT_FAILED: Final = 1
 EXIT_TIMEOUT: Final = 124
 EXIT_CANCELLED: Final = 130
+EXIT_KILLED: Final = 137
+EXIT_TERMINATED: Final = 143
 
 
 class Secret:
@@ -333,6 +336,11 @@ class Outcome:
     uploaded_files: tuple[UploadedFile, ...] | None = None
     git_commit: Mapping[str, Any] | None = None
     action_errors: tuple[Mapping[str, str], ...] = ()
+
+
+def failed(reason: Reason, error: str, exit_code: int = EXIT_FAILED) -> Outcome:
+    """Return what a task ends in that failed without the CLI's own account of it."""
+    return Outcome(status=Status.FAILED, reason=reason, exit_code=exit_code, error=error)
 
 
 def cancelled(outcome: Outcome | None = None) -> Outcome:

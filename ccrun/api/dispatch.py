@@ -32,7 +32,7 @@ from ccrun.errors import (
 from ccrun.jobs import Jobs
 from ccrun.seal import KeyWrapper, Purpose, Sealed, new_data_key
 from ccrun.store import Store
-from ccrun.task import Outcome, Reason, Status, TaskId, TaskRecord, TaskSpec, Webhook
+from ccrun.task import Reason, Status, TaskId, TaskRecord, TaskSpec, Webhook
 
 log = structlog.get_logger()
 
@@ -218,9 +218,7 @@ class Dispatcher:
 
     async def _bury(self, record: TaskRecord, error: CcrunError) -> TaskRecord:
         """Keep the task as failed, unless it has begun. Its caller is told at once, so no callback is owed."""
-        outcome = Outcome(
-            status=Status.FAILED, reason=Reason.LAUNCH_FAILED, exit_code=task.EXIT_FAILED, error=error.message
-        )
+        outcome = task.failed(Reason.LAUNCH_FAILED, error.message)
 
         def fail(present: TaskRecord) -> TaskRecord:
             if present.status is not Status.PENDING:

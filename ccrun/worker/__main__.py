@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Final
 
 # The log first: it keeps structlog from importing what a worker never needs.
 from ccrun import log  # isort: skip
@@ -17,7 +16,7 @@ import structlog
 from ccrun import config, liveness, process
 from ccrun.backend import marker, open_backend, sign_of_life
 from ccrun.config import Config
-from ccrun.errors import CcrunError, ConfigError
+from ccrun.errors import CcrunError, ConfigError, exit_status
 from ccrun.liveness import AlreadyHeld
 from ccrun.store import Pace, payload_name
 from ccrun.task import TaskId
@@ -25,9 +24,6 @@ from ccrun.worker import claude
 from ccrun.worker.run import Parts, run
 
 logger = structlog.get_logger()
-
-EX_CONFIG: Final = 78
-EX_SOFTWARE: Final = 70
 
 
 def main() -> int:
@@ -48,7 +44,7 @@ def main() -> int:
         return 0
     except CcrunError as error:
         logger.warning("The worker failed", fault=error.message)
-        return EX_CONFIG if isinstance(error, ConfigError) else EX_SOFTWARE
+        return exit_status(error)
     return 0
 
 

@@ -23,7 +23,18 @@ from ccrun.errors import BlobNotFound, CcrunError, IllegalTransition, SealError,
 from ccrun.process import Child, spawn
 from ccrun.seal import KeyWrapper, Purpose, unseal
 from ccrun.store import LogWriter, Pace, Store
-from ccrun.task import EXIT_FAILED, EXIT_TIMEOUT, Outcome, Reason, Secret, Status, TaskId, TaskRecord, TaskSpec
+from ccrun.task import (
+    EXIT_FAILED,
+    EXIT_TERMINATED,
+    EXIT_TIMEOUT,
+    Outcome,
+    Reason,
+    Secret,
+    Status,
+    TaskId,
+    TaskRecord,
+    TaskSpec,
+)
 from ccrun.worker import claude
 from ccrun.worker.proxy import CredentialKind, CredentialProxy
 from ccrun.worker.redaction import Redactor
@@ -31,8 +42,6 @@ from ccrun.worker.workspace import Workspace, furnish, workspace
 
 log = structlog.get_logger()
 
-#: What a shell reports for a process that SIGTERM ended.
-EXIT_TERMINATED: Final = 143
 #: Seconds for which the final record is offered to a storage that does not take it.
 RECORD_SECONDS: Final = 60.0
 
@@ -140,9 +149,9 @@ async def run(parts: Parts, task_id: TaskId, *, shutdown: asyncio.Event) -> None
             rooms = await story.enter_async_context(workspace(task_id))
             outcome = await _hurried(_perform(parts, spec, rooms, ending), ending, parts.times)
         except StorageError as error:
-            outcome = _failed(Reason.KILLED, f"The storage failed, so the task was ended: {error.message}")
+            outcome = task.failed(Reason.KILLED, f"The storage failed, so the task was ended: {error.message}")
         except CcrunError as error:
-            outcome = _failed(Reason.PREPARE_FAILED, error.message)
+            outcome = task.failed(Reason.PREPARE_FAILED, error.message)
         try:
             record = await _record_outcome(parts, task_id, outcome)
         except IllegalTransition as error:
@@ -197,11 +206,7 @@ async def _hurried(work: Coroutine[Any, Any, Outcome], ending: Ending, times: Ti
         return await performing
     except asyncio.CancelledError:
         error = "The worker was told to end, and the task could not be wound up in time."
-        return _failed(Reason.KILLED, error, exit_code=EXIT_TERMINATED)
-
-
-def _failed(reason: Reason, error: str, *, exit_code: int = EXIT_FAILED) -> Outcome:
-    return Outcome(status=Status.FAILED, reason=reason, exit_code=exit_code, error=error)
+        return task.failed(Reason.KILLED, error, exit_code=EXIT_TERMINATED)
 
 
 # --- the steps ---------------------------------------------------------------------------------------------------------
