@@ -261,7 +261,10 @@ async def test_a_worker_killed_outright_is_settled_at_once(start_service: StartS
     """The task fails as `worker_lost`, the callback comes, and nothing of the agent goes on."""
     async with start_service(lambda _: Hang()) as service:
         answer = await service.submit(callbackUrl=receiver.url)
-        await service.until(answer["taskId"], lambda record: record.status is Status.RUNNING)
+        async with asyncio.timeout(PATIENCE):
+            # The agent is at work.
+            while not service.model.requests:
+                await asyncio.sleep(0.02)
         await service.place.kill_worker(answer["taskId"])
         async with asyncio.timeout(PATIENCE):
             # Whoever asks for the task settles it.
@@ -272,4 +275,6 @@ async def test_a_worker_killed_outright_is_settled_at_once(start_service: StartS
         assert "failed" == json.loads(body)["status"]
         record = await service.until_over(answer["taskId"])
         assert Reason.WORKER_LOST == record.reason
-        assert not Path(f"/tmp/ws-{answer['taskId']}").exists()
+        async with asyncio.timeout(PATIENCE):
+            while Path(f"/tmp/ws-{answer['taskId']}").exists():
+                await asyncio.sleep(0.05)

@@ -11,6 +11,7 @@ import datetime as dt
 import itertools
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 from collections import Counter, defaultdict, deque
@@ -106,12 +107,14 @@ class Execution:
     ) -> None:
         """Run the container to its end, and end it by force when it must."""
         cancelled = asyncio.create_task(self.cancelled.wait())
+        # A container's files go with it, however it ends.
+        disk = await asyncio.to_thread(tempfile.mkdtemp)
         try:
             await asyncio.wait({cancelled}, timeout=launch_seconds)
             if not cancelled.done():
                 self._process = await asyncio.create_subprocess_exec(
                     *command,
-                    env=environment,
+                    env={**environment, "TMPDIR": disk},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=self._output,
                     stderr=self._output,
@@ -130,6 +133,7 @@ class Execution:
                 self.exit_code = await exited
         finally:
             cancelled.cancel()
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, disk, ignore_errors=True))
             self._ended_at = dt.datetime.now(dt.UTC)
             self.ended.set()
 
