@@ -1,0 +1,304 @@
+"""A git host over HTTP on a loopback socket: aiohttp in front of the real `git http-backend`.
+
+https://git-scm.com/docs/http-protocol
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import datetime as dt
+import enum
+import ipaddress
+import re
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final, Self
+
+import attrs
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from standins.repos import CHUNK_BYTES, Repos, backend, environment, pump
+
+TOKEN: Final = "made-up-token-of-the-tests"
+REALM: Final = 'Basic realm="Git"'
+#: All that a client of the smart protocol asks for.
+SERVICE: Final = re.compile(r"/(info/refs|git-upload-pack|git-receive-pack)$")
+
+#: Some systems have it in a package of its own.
+needs_backend: Final = pytest.mark.skipif(
+    not Path(subprocess.check_output(["git", "--exec-path"], text=True).strip(), "git-http-backend").exists(),
+    reason="git-http-backend is not installed: git cannot be served over HTTP",
+)
+
+
+class Mode(enum.Enum):
+    """How the server treats requests from now on."""
+
+    SERVE = enum.auto()
+    #: Takes a request and never answers.
+    HANG = enum.auto()
+
+
+@attrs.frozen(kw_only=True)
+class Redirect:
+    """Where every request is sent on to: another server with the same path."""
+
+    base: str
+    status: int = 302
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """What a client sent."""
+
+    method: str
+    #: With the query.
+    path: str
+    #: The header as it came.
+    authorization: str | None
+    headers: dict[str, str]
+
+    @property
+    def credential(self) -> tuple[str, str] | None:
+        """User name and password of Basic authentication."""
+        return _credential(self.authorization)
+
+
+class GitHttp:
+    """A server of the repositories of `repos`.
+
+    Args:
+        token: The password for whatever user name; None asks nobody for one.
+        public: Whether one may fetch without.
+        tls: Whether it speaks https, with a certificate that nobody trusts who does not trust `ca_file`.
+    """
+
+    def __init__(self, repos: Repos, *, token: str | None = TOKEN, public: bool = False, tls: bool = False) -> None:
+        self.token = token
+        self.public = public
+        self.mode = Mode.SERVE
+        #: Answers every request with this status, 403 or 503 say, and `message`.
+        self.status: int | None = None
+        self.message = "The test wants it so."
+        #: Headers of such an answer.
+        self.headers: dict[str, str] = {}
+        self.redirect: Redirect | None = None
+        #: Old names of repositories and their new ones; answered with 301.
+        self.moved: dict[str, str] = {}
+        #: Breaks the connection off after so many bytes of an answer of git's.
+        self.drop_after_bytes: int | None = None
+        #: Called before git starts, with method and path: what happens meanwhile.
+        self.before: Callable[[str], Awaitable[None]] | None = None
+        self.requests: list[Request] = []
+        self.port = 0
+        self._repos = repos
+        self._tls = tls
+        self._folder: Path | None = None
+        self._open = contextlib.AsyncExitStack()
+
+    @property
+    def ca_file(self) -> Path:
+        """The certificate to trust, for GIT_SSL_CAINFO or SSL_CERT_FILE. There while the server is."""
+        assert self._folder is not None
+        return self._folder / "certificate.pem"
+
+    @property
+    def base(self) -> str:
+        """The URL of the server, without a slash at its end."""
+        return self.base_at("127.0.0.1")
+
+    def base_at(self, host: str, *, user: str | None = None) -> str:
+        """Return the URL of the server under another name that this machine has, `localhost` say."""
+        return f"http{'s' if self._tls else ''}://{f'{user}@' if user else ''}{host}:{self.port}"
+
+    def url(self, name: str, *, user: str | None = None, host: str = "127.0.0.1", suffix: str = ".git") -> str:
+        """Return the URL of a repository. `user` may hold a password, after a colon."""
+        return f"{self.base_at(host, user=user)}/{name}{suffix}"
+
+    def forget(self) -> None:
+        """Forget the requests so far."""
+        self.requests.clear()
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            context = None
+            if self._tls:
+                self._folder = Path(await asyncio.to_thread(tempfile.mkdtemp))
+                stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+                context = _server_context(self._folder)
+            # git-http-backend unpacks bodies by itself.
+            server = web.Server(self._answer, access_log=None, auto_decompress=False)
+            runner = web.ServerRunner(server, handler_cancellation=True, shutdown_timeout=0.05)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+            self.port = runner.addresses[0][1]
+            self._open = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._open.aclose()
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.requests.append(
+            Request(
+                method=request.method,
+                path=request.raw_path,
+                authorization=request.headers.get("Authorization"),
+                headers=dict(request.headers),
+            )
+        )
+        if self.mode is Mode.HANG:
+            await asyncio.Event().wait()
+        if self.redirect is not None:
+            return web.Response(
+                status=self.redirect.status, headers={"Location": self.redirect.base + request.raw_path}
+            )
+        if self.status is not None:
+            return web.Response(status=self.status, headers=self.headers, text=self.message)
+        return await self._serve(request)
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        service = SERVICE.search(request.path)
+        if service is None or (service[1] == "info/refs" and "service" not in request.query):
+            return web.Response(status=404, text="Not found. This server speaks git's smart protocol alone.")
+        name = request.path[: service.start()].strip("/")
+        if not self._admits(request):
+            return web.Response(status=401, headers={"WWW-Authenticate": REALM}, text="Authentication required.")
+        moved_to = self.moved.get(name.removesuffix(".git"))
+        if moved_to is not None:
+            query = f"?{request.query_string}" if request.query_string else ""
+            return web.Response(status=301, headers={"Location": f"/{moved_to}.git{service[0]}{query}"})
+        repository = self._repos.find(name)
+        if repository is None:
+            return web.Response(status=404, text="Repository not found.")
+        if self.before is not None:
+            await self.before(f"{request.method} {request.raw_path}")
+        variables = _cgi(
+            request, self._repos.root.resolve(), f"/{repository.relative_to(self._repos.root.resolve())}{service[0]}"
+        )
+        async with backend(["git", "http-backend"], env=environment(**variables)) as git:
+            return await self._bridge(request, git)
+
+    def _admits(self, request: web.BaseRequest) -> bool:
+        is_push = "git-receive-pack" in (request.path.rpartition("/")[2], request.query.get("service"))
+        if self.token is None or (self.public and not is_push):
+            return True
+        credential = _credential(request.headers.get("Authorization"))
+        return credential is not None and credential[1] == self.token
+
+    async def _bridge(self, request: web.BaseRequest, git: asyncio.subprocess.Process) -> web.StreamResponse:
+        assert git.stdin is not None
+        assert git.stdout is not None
+        assert git.stderr is not None
+        working = [
+            asyncio.create_task(_feed(request, git.stdin)),
+            # What it says there is for the operator's log; unread it would block.
+            asyncio.create_task(pump(git.stderr, _drop)),
+        ]
+        try:
+            head = (await git.stdout.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
+            headers = {name: value for name, _, value in (line.partition(": ") for line in head if line)}
+            response = web.StreamResponse(status=int(headers.pop("Status", "200").split()[0]), headers=headers)
+            await response.prepare(request)
+            sent = 0
+            while piece := await git.stdout.read(CHUNK_BYTES):
+                if self.drop_after_bytes is not None and sent + len(piece) > self.drop_after_bytes:
+                    await response.write(piece[: self.drop_after_bytes - sent])
+                    _break_off(request)
+                    break
+                sent += len(piece)
+                await response.write(piece)
+            return response
+        finally:
+            for work in working:
+                work.cancel()
+            await asyncio.wait(working)
+
+
+def _cgi(request: web.BaseRequest, root: Path, path: str) -> dict[str, str]:
+    """Return what git-http-backend(1) reads of a request."""
+    variables = {
+        "GIT_PROJECT_ROOT": str(root),
+        "GIT_HTTP_EXPORT_ALL": "1",
+        "REQUEST_METHOD": request.method,
+        "PATH_INFO": path,
+        "QUERY_STRING": request.query_string,
+        "CONTENT_TYPE": request.headers.get("Content-Type", ""),
+        "REMOTE_ADDR": request.remote or "",
+    }
+    # A chunked body has no length; then the backend reads to the end of its input.
+    for variable, header in {
+        "CONTENT_LENGTH": "Content-Length",
+        "HTTP_CONTENT_ENCODING": "Content-Encoding",
+        "GIT_PROTOCOL": "Git-Protocol",
+    }.items():
+        if header in request.headers:
+            variables[variable] = request.headers[header]
+    return variables
+
+
+async def _feed(request: web.BaseRequest, stdin: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        async for piece in request.content.iter_any():
+            stdin.write(piece)
+            await stdin.drain()
+    stdin.close()
+
+
+async def _drop(piece: bytes) -> None: ...
+
+
+def _break_off(request: web.BaseRequest) -> None:
+    """End the connection as a network does: without a farewell."""
+    assert request.transport is not None
+    request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.transport.abort()
+
+
+def _credential(header: str | None) -> tuple[str, str] | None:
+    scheme, _, spelled = (header or "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        user, _, password = base64.b64decode(spelled, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+    return user, password
+
+
+def _server_context(folder: Path) -> ssl.SSLContext:
+    """Make a certificate for this machine that is its own authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "A git host of the tests")])
+    now = dt.datetime.now(dt.UTC)
+    names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    certificate_file, key_file = folder / "certificate.pem", folder / "key.pem"
+    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate_file, key_file)
+    return context
