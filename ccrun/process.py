@@ -14,6 +14,8 @@ import contextlib
 import ctypes
 import errno
 import os
+import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from typing import IO, Final
 
 import attrs
 
-from ccrun.errors import CcrunError
+from ccrun.errors import CcrunError, ConfigError
 
 #: The default capacity of a pipe on Linux: one read empties it.
 CHUNK_BYTES: Final = 64 * 1024
@@ -41,8 +43,16 @@ KILL_SECONDS: Final = 2.0
 #: Long enough to cost nothing, short enough that nobody notices.
 POLL_SECONDS: Final = 0.02
 
+#: What `capture` keeps in memory: a list of some hundred thousand paths.
+CAPTURED_BYTES: Final = 64 * 1024 * 1024
+#: A program whose output nobody reads any more has nothing to finish.
+CAPTURED_GRACE_SECONDS: Final = 1.0
+
 #: Between two looks at a process that may outlive us; its end is waited for by nobody who counts milliseconds.
 DETACHED_POLL_SECONDS: Final = 0.05
+
+#: `(uid_t) -1` and above mean "no user".
+MAX_USER_ID: Final = 2**32 - 2
 
 #: The variable that marks a task's processes, so that they are found even when all that tied them to us is gone.
 MARKER: Final = "CCRUN_MARK"
@@ -75,6 +85,51 @@ class Exit:
 def exit_of(returncode: int) -> Exit:
     """Return what a return code of the `subprocess` module means: it is -n after signal n."""
     return Exit(code=returncode) if returncode >= 0 else Exit(code=128 - returncode, signal=-returncode)
+
+
+# --- who runs --------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class User:
+    """Another user of this machine whom processes are started as, and the program that makes them so (setpriv(1))."""
+
+    uid: int
+    gid: int
+    setpriv: Path
+
+    def argv(self, argv: Sequence[str]) -> list[str]:
+        """Return the command that runs this one as that user: without its caller's groups and capabilities, and for good."""
+        dropped = ("--clear-groups", "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs")
+        return [str(self.setpriv), f"--reuid={self.uid}", f"--regid={self.gid}", *dropped, "--", *argv]
+
+
+def find_user(name: str, path: str) -> User:
+    """Return the user of that name or number. Blocks while it looks at the disk.
+
+    Args:
+        name: As in passwd(5), or a whole number, which is the group's too where passwd does not know it.
+        path: A PATH, on which setpriv is.
+
+    Raises:
+        ConfigError: There is no such user, it is root, or this process may not start others as it.
+    """
+    setpriv = shutil.which("setpriv", path=path)
+    if setpriv is None:
+        raise ConfigError("CCRUN_AGENT_USER needs the program setpriv, which is not on the PATH.")
+    try:
+        known = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+        uid, gid = known.pw_uid, known.pw_gid
+    except (KeyError, OverflowError):
+        if not name.isdecimal() or int(name) > MAX_USER_ID:
+            raise ConfigError(f"CCRUN_AGENT_USER must name a user of this machine, not {name}.") from None
+        uid = gid = int(name)
+    if 0 in (uid, gid):
+        raise ConfigError("CCRUN_AGENT_USER may not be root, from whom nothing can be kept.")
+    user = User(uid=uid, gid=gid, setpriv=Path(setpriv).absolute())
+    if subprocess.run(user.argv(["true"]), env={"PATH": path}, capture_output=True, check=False).returncode != 0:
+        raise ConfigError(f"CCRUN_AGENT_USER is {name}, but this process may not start others as that user.")
+    return user
 
 
 # --- a running child -------------------------------------------------------------------------------------------------
@@ -156,6 +211,11 @@ class Child:
         if begun:
             yield begun
 
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield what stdout has, as it comes. As `lines` otherwise."""
+        while chunk := await self._read():
+            yield chunk
+
     async def _read(self) -> bytes:
         """Return what stdout has next, or nothing at its end: its real end or, when the process is gone, the drain's."""
         if self._drain_bytes <= 0:
@@ -235,6 +295,8 @@ async def spawn(
     cwd: Path,
     stdin: bytes = b"",
     term_grace_seconds: float = TERM_GRACE_SECONDS,
+    user: User | None = None,
+    joins_stderr: bool = False,
 ) -> AsyncIterator[Child]:
     """Run a program in a session and process group of its own, and end all of it on the way out.
 
@@ -247,6 +309,8 @@ async def spawn(
         env: All of its environment.
         stdin: Written in the background; a child that does not read it is no error.
         term_grace_seconds: What the group has between SIGTERM and SIGKILL.
+        user: Whom it runs as, where that is not us.
+        joins_stderr: Its stderr comes with its stdout, in the order in which it was written.
 
     Raises:
         CcrunError: The program cannot be started.
@@ -259,12 +323,12 @@ async def spawn(
         stdout, stderr = await _reader(stack, from_child), await _reader(stack, errors)
         try:
             process = await asyncio.create_subprocess_exec(
-                *argv,
+                *(argv if user is None else user.argv(argv)),
                 env=dict(env),
                 cwd=cwd,
                 stdin=child_in,
                 stdout=child_out,
-                stderr=child_err,
+                stderr=child_out if joins_stderr else child_err,
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
@@ -317,6 +381,60 @@ def _why_not_started(program: str, cwd: Path, error: OSError | ValueError) -> st
             return f"{name} cannot be started: its arguments or its environment are too large for the system."
         case _:
             return f"{name} cannot be started: {error.strerror}."
+
+
+@attrs.frozen(kw_only=True)
+class Ran:
+    """A program that has run to its end: how it ended, and what it printed."""
+
+    exit: Exit
+    stdout: bytes = attrs.field(repr=False)
+    stderr: bytes = attrs.field(repr=False)
+
+
+class TookTooLong(CcrunError):
+    """A program was not done in its time, and was ended."""
+
+
+class PrintedTooMuch(CcrunError):
+    """A program printed more than it may, and was ended."""
+
+
+async def capture(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    seconds: float | None,
+    stdin: bytes = b"",
+    max_bytes: int = CAPTURED_BYTES,
+    user: User | None = None,
+) -> Ran:
+    """Run a program to its end; return what it printed. See `spawn` for the rest.
+
+    Args:
+        seconds: What it has; None where the caller bounds its time.
+        max_bytes: What it may print.
+
+    Raises:
+        TookTooLong: It was not done in time.
+        PrintedTooMuch: It went on printing.
+        CcrunError: It cannot be started.
+    """
+    printed = bytearray()
+    async with spawn(
+        argv, env=env, cwd=cwd, stdin=stdin, user=user, term_grace_seconds=CAPTURED_GRACE_SECONDS
+    ) as child:
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in child.chunks():
+                    printed += chunk
+                    if len(printed) > max_bytes:
+                        raise PrintedTooMuch
+                ended = await child.wait()
+        except TimeoutError:
+            raise TookTooLong from None
+        return Ran(exit=ended, stdout=bytes(printed), stderr=child.stderr_tail)
 
 
 # --- children that live on ---------------------------------------------------------------------------------------------

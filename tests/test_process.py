@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from ccrun import process
-from ccrun.errors import CcrunError
-from ccrun.process import Child, Exit, exit_of, kill_marked, spawn
+from ccrun.errors import CcrunError, ConfigError
+from ccrun.process import Child, Exit, PrintedTooMuch, TookTooLong, capture, exit_of, find_user, kill_marked, spawn
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prctl")
 #: Far more than any condition of these tests takes on a busy machine.
@@ -550,3 +550,109 @@ if os.geteuid() == 0:
 print(asyncio.run(read_ours()), harden(), asyncio.run(read_ours()))
 """
     assert run_python(code) == "([b'PATH='], True) True ([], False)\n"
+
+
+PATH = "/usr/local/bin:/usr/bin:/bin"
+
+# --- run to the end ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_program_prints_is_captured() -> None:
+    """Its output, its complaints and how it ended."""
+    ran = await capture(
+        ["sh", "-c", "cat; echo oh >&2; exit 3"],
+        env={"PATH": PATH},
+        cwd=Path("/"),
+        stdin=b"in",
+        seconds=PATIENCE_SECONDS,
+    )
+    assert (Exit(code=3), b"in", b"oh\n") == (ran.exit, ran.stdout, ran.stderr)
+
+
+async def test_a_program_over_its_time_is_ended() -> None:
+    """With all that it has started."""
+    marker = f"sleeper-{os.getpid()}"
+    with pytest.raises(TookTooLong):
+        await capture(
+            ["bash", "-c", f"(exec -a {marker} sleep 600) & wait"], env={"PATH": PATH}, cwd=Path("/"), seconds=0.2
+        )
+    assert not [process for process in psutil.process_iter(["cmdline"]) if marker in (process.info["cmdline"] or ())]
+
+
+async def test_a_program_that_prints_too_much_is_ended() -> None:
+    """Memory stays bounded."""
+    with pytest.raises(PrintedTooMuch):
+        await capture(["yes"], env={"PATH": PATH}, cwd=Path("/"), seconds=PATIENCE_SECONDS, max_bytes=1000)
+
+
+async def test_stderr_may_come_with_stdout() -> None:
+    """In the order in which it was written."""
+    async with spawn(
+        ["sh", "-c", "echo a; echo b >&2; echo c"], env={"PATH": PATH}, cwd=Path("/"), joins_stderr=True
+    ) as child:
+        assert [b"a", b"b", b"c"] == [bytes(line) async for line in child.lines()]
+        assert b"" == child.stderr_tail
+
+
+# --- another user ---------------------------------------------------------------------------------------------------------------
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start processes as another user")
+
+
+@needs_root
+async def test_a_child_may_run_as_another_user() -> None:
+    """Without our groups and capabilities, and without a way to get new ones."""
+    user = await asyncio.to_thread(find_user, "61234", PATH)
+    script = "id -u; id -g; id -G; grep -E '^(Cap(Inh|Prm|Eff|Amb)|NoNewPrivs):' /proc/self/status"
+    ran = await capture(["sh", "-c", script], env={"PATH": PATH}, cwd=Path("/"), seconds=PATIENCE_SECONDS, user=user)
+    nothing = [f"Cap{kind}:\t{0:016x}" for kind in ("Inh", "Prm", "Eff", "Amb")]
+    assert ["61234", "61234", "61234", *nothing, "NoNewPrivs:\t1"] == ran.stdout.decode().splitlines()
+
+
+@needs_root
+async def test_what_another_user_leaves_is_ended() -> None:
+    """Also what has made a session of its own."""
+    user = await asyncio.to_thread(find_user, "61236", PATH)
+    script = "setsid sleep 600 & sleep 600 & echo $! ; sleep 600"
+    async with spawn(
+        ["sh", "-c", script], env={"PATH": PATH}, cwd=Path("/"), user=user, term_grace_seconds=0.1
+    ) as child:
+        async for _ in child.lines():
+            break
+    left = [found for found in psutil.process_iter(["uids", "status"]) if found.info["uids"].real == 61236]
+    assert not [found for found in left if found.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+@needs_root
+def test_a_user_is_known_by_name_or_number() -> None:
+    """A number that passwd does not know is the group's too."""
+    assert (65534, 65534) == (find_user("nobody", PATH).uid, find_user("nobody", PATH).gid)
+    assert (61234, 61234) == (find_user("61234", PATH).uid, find_user("61234", PATH).gid)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("nobody-of-that-name", "must name a user of this machine, not nobody-of-that-name"),
+        ("4294967295", "must name a user of this machine, not 4294967295"),
+        ("root", "may not be root"),
+        ("0", "may not be root"),
+    ],
+)
+def test_a_user_that_will_not_do_is_told(name: str, fault: str) -> None:
+    """Missing, no user at all, or root."""
+    with pytest.raises(ConfigError, match=f"^CCRUN_AGENT_USER {fault}"):
+        find_user(name, PATH)
+
+
+def test_a_machine_without_setpriv_is_told(tmp_path: Path) -> None:
+    """What starts the others as that user."""
+    with pytest.raises(ConfigError, match=r"^CCRUN_AGENT_USER needs the program setpriv"):
+        find_user("nobody", str(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may start processes as anybody")
+def test_a_process_that_may_not_switch_is_told() -> None:
+    """At the start, not when the first task comes."""
+    with pytest.raises(ConfigError, match="may not start others as that user"):
+        find_user("61234", PATH)
