@@ -4,11 +4,9 @@ import asyncio
 import base64
 import contextlib
 import datetime as dt
-import fcntl
 import hashlib
 import hmac
 import os
-import shutil
 import socket
 import ssl
 import struct
@@ -30,13 +28,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from javascript import RECEIVERS, node_with_packages
 from standardwebhooks import Webhook
 
 from ccrun import ijson
 from ccrun.task import Secret
 from ccrun.webhook import Delivery, Guard, Patience, _retry_after, deliver, is_public, sign
 
-RECEIVERS = Path(__file__).with_name("receivers")
 SECRET = Secret("made-up secret, ünïcödé")
 BODY = b'{"taskId":"t-1","status":"completed"}'
 EVERYWHERE = Guard(everywhere=True)
@@ -103,18 +101,7 @@ def running(*command: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def express() -> Iterator[str]:
     """The guide's Node receiver under the real Express, which is installed on first use."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("node and npm are not installed: the guide's Node receiver cannot run")
-    # One at a time, since tests may run in several processes.
-    with (RECEIVERS / "package.json").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (RECEIVERS / "node_modules" / "express").is_dir():
-            installed = subprocess.run(
-                [npm, "ci", "--no-audit", "--no-fund"], cwd=RECEIVERS, capture_output=True, text=True, check=False
-            )
-            if installed.returncode != 0:
-                pytest.skip(f"npm could not install Express: {installed.stderr.strip()[:200]}")
+    node = node_with_packages()
     with running(node, str(RECEIVERS / "express_receiver.js")) as url:
         yield url
 
