@@ -23,8 +23,9 @@ import attrs
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-from ccrun import ijson, task
+from ccrun import globs, ijson, task
 from ccrun.errors import Fault, InvalidRequest, SealError, StorageError
+from ccrun.globs import BadPattern
 from ccrun.task import PERMISSION_MODES, Secret, TaskId, TaskRecord, TaskSpec, TaskType
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -363,6 +364,27 @@ def _config_file(name: str, value: Any, place: _Place) -> Any:
     return given
 
 
+def _globs(value: Any, place: _Place) -> list[Any]:
+    """Check patterns and what their braces stand for: better now than when the agent has done its work."""
+    patterns: list[Any] = _list(_path)(value, place)
+    expanded: list[str] = []
+    for index, pattern in enumerate(patterns):
+        if pattern is not None:
+            expanded += _read(_expanded, pattern, place.item(index)) or ()
+    try:
+        globs.check_amount(expanded)
+    except BadPattern as error:
+        raise _Broken(error.message) from None
+    return patterns
+
+
+def _expanded(pattern: str, place: _Place) -> list[str]:
+    try:
+        return globs.expand(pattern)
+    except BadPattern as error:
+        raise _Broken(error.message) from None
+
+
 def _upload_action(value: Any, place: _Place) -> dict[str, Any]:
     """Check the uploads, and keep one spelling of the patterns."""
     given: dict[str, Any] = _UPLOAD_ACTION(value, place)
@@ -473,6 +495,13 @@ def _path(value: Any, place: _Place) -> str:
     return path
 
 
+def _object_prefix(value: Any, place: _Place) -> str:
+    prefix = _path(value, place)
+    if "\\" in prefix:
+        raise _Broken("may not hold a backslash: folders are told apart by slashes")
+    return prefix
+
+
 #: What git-check-ref-format(1) refuses in any place of a name, and what it refuses at the ends.
 _NEVER_IN_A_BRANCH: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)|^[-./]|[./]$|^(@|HEAD)$")
 
@@ -561,13 +590,13 @@ _GIT_ACTION: Final = _fields(
         "commitMessage": _text(MAX_COMMIT_MESSAGE_BYTES),
         "push": _flag,
         "branch": _branch,
-        "files": _list(_path),
+        "files": _globs,
         "conflictStrategy": _one_of(("auto", "fail")),
     }
 )
 #: One of the documents that callers have spells the field so.
 _SPACED_PATTERNS: Final = "glob Patterns"
-_UPLOAD_ACTION: Final = _fields({"globPatterns": _list(_path), _SPACED_PATTERNS: _list(_path), "gcsPrefix": _path})
+_UPLOAD_ACTION: Final = _fields({"globPatterns": _globs, _SPACED_PATTERNS: _globs, "gcsPrefix": _object_prefix})
 
 
 # --- facts to JSON and back ------------------------------------------------------------------------------------------

@@ -595,6 +595,41 @@ def test_metadata_is_measured_as_it_will_be_printed() -> None:
     assert {"metadata": "metadata must have at most 65536 bytes as JSON"} == faults_of("metadata", numbers)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "fault"),
+    [
+        (["ok", "{a,b}" * 20], "globPatterns[1] may stand for at most 1000 patterns"),
+        (["{" * 100], "globPatterns[0] may have at most 32 opening braces"),
+        (["a{1..900}", "b{1..900}"], "globPatterns may stand for at most 1000 patterns of 262144 characters in all"),
+    ],
+)
+def test_patterns_that_stand_for_too_many_are_refused(patterns: list[str], fault: str) -> None:
+    """What an upload could not use is told before the agent has done its work; the same holds for the files of a commit."""
+    for action, field in (("uploadFiles", "globPatterns"), ("git", "files")):
+        found = faults_of("postExecutionActions", {action: {field: patterns}})
+        ((where, message),) = found.items()
+        expected = f"postExecutionActions.{action}.{fault}".replace("globPatterns", field)
+        assert message.startswith(expected)
+        assert expected.startswith(where)
+
+
+def test_negated_pattern_is_kept() -> None:
+    """A pattern may begin with the mark that takes away."""
+    upload = {"globPatterns": ["**", "!**/node_modules"], "gcsPrefix": "a/b"}
+    spec = parse({**MINIMAL, "postExecutionActions": {"uploadFiles": upload}})
+    assert UploadAction(glob_patterns=("**", "!**/node_modules"), gcs_prefix="a/b") == (
+        spec.post_execution_actions.upload_files
+    )
+
+
+def test_prefix_in_the_bucket_has_no_backslash() -> None:
+    """No object's name has one, so that every upload would fail."""
+    field = "postExecutionActions.uploadFiles.gcsPrefix"
+    assert {field: f"{field} may not hold a backslash: folders are told apart by slashes"} == faults_of(
+        "postExecutionActions", {"uploadFiles": {"globPatterns": ["*"], "gcsPrefix": "a\\b"}}
+    )
+
+
 def test_both_spellings_of_the_glob_patterns_are_taken() -> None:
     """`glob Patterns`, as one document has it, means `globPatterns`; two that differ are refused."""
     for upload in ({"glob Patterns": ["*.log"]}, {"glob Patterns": ["*.log"], "globPatterns": ["*.log"]}):
