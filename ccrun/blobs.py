@@ -12,15 +12,16 @@ import datetime as dt
 import fcntl
 import os
 import secrets
+import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import BinaryIO, Final, Protocol, TypeVar
 
 import attrs
 
-from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError
+from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, FileUnreadable, StorageError
 
 #: Bytes. The limit of Cloud Storage: https://cloud.google.com/storage/docs/objects#naming
 MAX_NAME_BYTES: Final = 1024
@@ -30,6 +31,10 @@ LOCK_SECONDS: Final = 10.0
 LOCK_PAUSE_SECONDS: Final = 0.005
 #: Lock files; two names that share one only wait for each other, so a few suffice.
 LOCK_FILES: Final = 64
+#: Bytes of a file that are copied at once.
+PIECE_BYTES: Final = 1024 * 1024
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -59,6 +64,7 @@ class Blobs(Protocol):
     - `replace` succeeds only on the generation it names (`BlobChanged` otherwise), and each write makes a new one.
     - Whoever read after a write ended sees that write (strong consistency), in contents and in listings.
     - A listing is in the order of the names' UTF-8 bytes.
+    - `create_from` keeps only a part of the file in memory, and is done with it when the call ends, however it ends.
     - A call that fails for want of the storage raises `StorageError` after a bounded time, with a sentence that shows no
       local path.
     """
@@ -69,6 +75,20 @@ class Blobs(Protocol):
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
         """Write a new object and return its generation. Raises `BlobExists`."""
+        ...
+
+    async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
+        """Write a new object of what a file holds from its present place on, and return its generation.
+
+        Args:
+            name: Its name.
+            file: Buffered, and able to go back, as `open(…, "rb")` gives it.
+            size: Bytes that are left in the file.
+
+        Raises:
+            BlobExists: There is an object of that name.
+            FileUnreadable: The file cannot be read, or has another size than that. Then there is no object.
+        """
         ...
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
@@ -105,6 +125,37 @@ def check_name(name: str) -> str:
     return name
 
 
+def read_piece(file: BinaryIO, size: int, *, is_last: bool) -> bytes:
+    """Return the next bytes of a file, all of them; nothing may follow the last ones.
+
+    Raises:
+        FileUnreadable: The file is shorter or longer, or cannot be read.
+    """
+    try:
+        piece = file.read(size)
+        if len(piece) == size and not (is_last and file.read(1)):
+            return piece
+    except OSError as error:
+        raise FileUnreadable(f"The file cannot be read: {error.strerror}.") from error
+    raise FileUnreadable("The file changed while it was read.")
+
+
+async def in_thread(work: Callable[[], T], *, give_up: Callable[[], None] = lambda: None) -> T:
+    """Run what blocks in a thread, and be back only when it has ended, also when cancelled: what it uses is free again.
+
+    Args:
+        work: What blocks.
+        give_up: Called when cancelled, to make the work end soon.
+    """
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        give_up()
+        await asyncio.gather(working, return_exceptions=True)
+        raise
+
+
 class DirectoryBlobs:
     """Objects as files below a folder, with the preconditions of Cloud Storage, for any number of processes at once.
 
@@ -122,6 +173,12 @@ class DirectoryBlobs:
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
         return await asyncio.to_thread(self._create, check_name(name), content)
+
+    async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
+        check_name(name)
+        given_up = threading.Event()
+        pieces = _pieces(file, size, given_up)
+        return await in_thread(lambda: self._create(name, pieces), give_up=given_up.set)
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
         return await asyncio.to_thread(self._replace, check_name(name), content, generation)
@@ -150,7 +207,7 @@ class DirectoryBlobs:
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 raise BlobNotFound from None
 
-    def _create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
+    def _create(self, name: str, content: bytes | Iterable[bytes | bytearray]) -> int:
         target = self._root / name
         with _storage_errors("written"), self._written(content, time.time_ns()) as (scratch, generation):
             try:
@@ -228,7 +285,7 @@ class DirectoryBlobs:
             pass
 
     @contextlib.contextmanager
-    def _written(self, content: bytes | Sequence[bytes | bytearray], generation: int) -> Iterator[tuple[Path, int]]:
+    def _written(self, content: bytes | Iterable[bytes | bytearray], generation: int) -> Iterator[tuple[Path, int]]:
         """Write a file of its own, safe on the disk, and remove it at the end unless it was renamed."""
         self._make_own_folder(self._scratch)
         scratch = self._scratch / secrets.token_hex(16)
@@ -262,6 +319,14 @@ class DirectoryBlobs:
         # The root by itself: whatever is made as a parent is open to all whom the umask lets in.
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _pieces(file: BinaryIO, size: int, given_up: threading.Event) -> Iterator[bytes]:
+    """Yield what a file holds; raise `FileUnreadable` when it is no longer wanted."""
+    for start in range(0, max(size, 1), PIECE_BYTES):
+        if given_up.is_set():
+            raise FileUnreadable("The file is not wanted any more.")
+        yield read_piece(file, min(PIECE_BYTES, size - start), is_last=start + PIECE_BYTES >= size)
 
 
 def _sync_folder(folder: Path) -> None:

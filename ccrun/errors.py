@@ -111,6 +111,10 @@ class BlobChanged(StorageError):
     """The object was changed by somebody else meanwhile."""
 
 
+class FileUnreadable(CcrunError):
+    """The file cannot be read."""
+
+
 class SealError(CcrunError):
     """The sealed payload cannot be opened."""
 

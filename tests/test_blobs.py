@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import errno
+import io
 import itertools
 import os
+import random
 import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,10 +21,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from standins.gcs import BUCKET, Gcs
 
-from ccrun.blobs import LOCK_FILES, MAX_NAME_BYTES, Blob, Blobs, DirectoryBlobs, check_name
-from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError
+from ccrun.blobs import LOCK_FILES, MAX_NAME_BYTES, PIECE_BYTES, Blob, Blobs, DirectoryBlobs, check_name
+from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, FileUnreadable, StorageError
 from ccrun.gcp.blobs import open_blobs
 
+#: Bytes of a file that go to a bucket at once: the least that Cloud Storage takes.
+PART = 256 * 1024
+#: What takes several of them, and of those that are copied at once in a folder.
+LARGE = 2 * PIECE_BYTES + 1
 #: Examples of one test must not see each other's objects.
 fresh = itertools.count()
 
@@ -34,8 +43,8 @@ async def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         case "directory":
             yield DirectoryBlobs(tmp_path / "blobs")
         case "bucket":
-            # Two names a page, so that most listings take several calls.
-            async with Gcs() as gcs, open_blobs(BUCKET, emulator=gcs.url, page_names=2) as bucket:
+            # Two names a page, so that most listings take several calls; and small parts.
+            async with Gcs() as gcs, open_blobs(BUCKET, emulator=gcs.url, page_names=2, part_bytes=PART) as bucket:
                 yield bucket
 
 
@@ -185,6 +194,93 @@ async def test_reader_never_sees_a_part_of_a_write(blobs: Blobs) -> None:
     assert seen == {(size, 1)}
 
 
+@pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 2 * PART, LARGE])
+async def test_object_is_made_of_a_file(blobs: Blobs, size: int) -> None:
+    """What a file holds from its present place on becomes an object, byte for byte, at the generation that is told."""
+    content = random.Random(size).randbytes(size)
+    file = io.BytesIO(b"before" + content)
+    file.seek(len(b"before"))
+    generation = await blobs.create_from("folder/name", file, size=size)
+    assert Blob(content, generation) == await blobs.read("folder/name")
+
+
+@pytest.mark.parametrize("size", [1, LARGE])
+async def test_file_takes_no_name_that_is_taken(blobs: Blobs, size: int) -> None:
+    """An object of a file is not made where there is one, and that one stays as it is."""
+    generation = await blobs.create("name", b"first")
+    with pytest.raises(BlobExists):
+        await blobs.create_from("name", io.BytesIO(bytes(size)), size=size)
+    assert Blob(b"first", generation) == await blobs.read("name")
+
+
+@pytest.mark.parametrize("size", [1, LARGE])
+async def test_one_of_many_files_becomes_the_object(blobs: Blobs, size: int) -> None:
+    """Of five who make one object of their files at once, one succeeds and all others are told."""
+    files = [b"%d" % number * size for number in range(5)]
+    outcomes = await asyncio.gather(
+        *(blobs.create_from("new/name", io.BytesIO(file), size=size) for file in files), return_exceptions=True
+    )
+    winners = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, int)]
+    assert (1, 4) == (len(winners), sum(isinstance(outcome, BlobExists) for outcome in outcomes))
+    assert files[winners[0]] == (await blobs.read("new/name")).content
+
+
+@pytest.mark.parametrize("size", [1, LARGE])
+@pytest.mark.parametrize("difference", [-1, 1])
+async def test_file_of_another_size_becomes_nothing(blobs: Blobs, size: int, difference: int) -> None:
+    """A file that holds less or more than was told makes no object: nobody takes a part of it for the whole."""
+    with pytest.raises(FileUnreadable, match=r"The file changed while it was read\."):
+        await blobs.create_from("name", io.BytesIO(bytes(size + difference)), size=size)
+    assert await names(blobs, "") == []
+
+
+class Broken(io.BytesIO):
+    """A file on a disk that fails after a while."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() >= PART:
+            raise OSError(errno.EIO, "Input/output error", "/a/secret/path")
+        return super().read(size)
+
+
+async def test_file_that_cannot_be_read_is_not_the_fault_of_the_storage(blobs: Blobs) -> None:
+    """When reading fails nothing is made, and the sentence speaks of the file without its path."""
+    with pytest.raises(FileUnreadable) as caught:
+        await blobs.create_from("name", Broken(bytes(LARGE)), size=LARGE)
+    assert "The file cannot be read: Input/output error." == caught.value.message
+    assert await names(blobs, "") == []
+
+
+class Slow(io.BytesIO):
+    """A file that is read slowly; `reading` and `is_read` tell whether somebody has begun, and is at it."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.reading = threading.Event()
+        self.is_read = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.is_read = True
+        self.reading.set()
+        time.sleep(0.05)
+        content = super().read(size)
+        self.is_read = False
+        return content
+
+
+async def test_cancelled_upload_lets_go_of_the_file(blobs: Blobs) -> None:
+    """Who is cancelled gets the file back unused, soon, and there is no object."""
+    file = Slow(bytes(100 * PART))
+    creating = asyncio.create_task(blobs.create_from("name", file, size=100 * PART))
+    assert await asyncio.to_thread(file.reading.wait, 10)
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    assert not file.is_read
+    assert 20 * PART > file.tell()
+    assert await names(blobs, "") == []
+
+
 #: Few letters, so that names often begin alike, and some that sort around the slash and beyond ASCII.
 segments = st.text("ab-.0é\U0001f600\uffee", min_size=1, max_size=3).filter(lambda text: not text.startswith("."))
 object_names = st.lists(segments, min_size=1, max_size=3).map("/".join)
@@ -264,6 +360,7 @@ async def test_name_that_could_lead_elsewhere_is_refused(blobs: Blobs, name: str
     for call in (
         blobs.read(name),
         blobs.create(name, b""),
+        blobs.create_from(name, io.BytesIO(), size=0),
         blobs.replace(name, b"", generation=1),
         blobs.delete(name),
     ):
@@ -355,11 +452,38 @@ async def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / ".scratch").iterdir()) == []
 
 
+FILL_THE_DISK = """
+import asyncio, io, resource, sys
+from pathlib import Path
+from ccrun.blobs import DirectoryBlobs
+from ccrun.errors import StorageError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+try:
+    asyncio.run(DirectoryBlobs(Path(sys.argv[1])).create_from("name", io.BytesIO(bytes(5_000_000)), size=5_000_000))
+except StorageError as error:
+    print(error)
+"""
+
+
+async def test_full_disk_is_told_and_left_clean(tmp_path: Path) -> None:
+    """A file for which there is no room is a `StorageError` that says why, and what was written of it is removed."""
+    with run_python(FILL_THE_DISK, tmp_path) as process:
+        output, _ = await asyncio.to_thread(process.communicate, None, 30)
+    assert b"The storage folder cannot be written: File too large.\n" == output
+    assert [] == [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 async def test_broken_folder_is_a_storage_error_without_its_path(tmp_path: Path) -> None:
     """Where the file system refuses, each call raises a `StorageError` that names no local path."""
     (tmp_path / "root").write_bytes(b"a file where the folder should be")
     blobs = DirectoryBlobs(tmp_path / "root")
-    for call in (blobs.create("name", b""), blobs.replace("name", b"", generation=1), blobs.check()):
+    for call in (
+        blobs.create("name", b""),
+        blobs.create_from("name", io.BytesIO(), size=0),
+        blobs.replace("name", b"", generation=1),
+        blobs.check(),
+    ):
         with pytest.raises(StorageError) as caught:
             await call
         assert str(tmp_path) not in caught.value.message

@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import functools
 import mimetypes
+import posixpath
+import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any, BinaryIO, Final, TypeVar
 
 import aiohttp
 import attrs
-from gcloud.aio.storage import Storage
 
-from ccrun.blobs import Blob, Entry, check_name
+from ccrun.blobs import Blob, Entry, check_name, in_thread, read_piece
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError
 from ccrun.gcp import calls
 from ccrun.gcp.calls import Patience, Target
+from ccrun.gcp.resumable import PART_BYTES, Progress, ResumableStorage
 
 API_ROOT: Final = "https://storage.googleapis.com"
 #: Bytes. What a slow line carries; a write may take as long as its content needs at this speed, besides its usual time.
@@ -35,10 +38,33 @@ WRITE_KEY: Final = "ccrun-write"
 WRITE_BYTES: Final = 8
 #: Tries at an object that is written again and again while it is to be deleted.
 DELETE_ATTEMPTS: Final = 20
+#: Times that an upload in parts is begun. The service keeps one for a week, so losing even one is rare.
+UPLOAD_ATTEMPTS: Final = 3
 #: Listed by a check. A role can be limited to prefixes, and this one ccrun lists under any identity that may list.
 CHECKED_PREFIX: Final = "sessions/"
 
+#: What mimetypes does not know, or knows by the tables of the machine as something else.
+_KINDS: Final[Mapping[str, str]] = {
+    ".diff": "text/x-diff",
+    ".jsonl": "application/x-ndjson",
+    ".log": "text/plain",
+    ".map": "application/json",
+    ".md": "text/markdown",
+    ".ndjson": "application/x-ndjson",
+    ".patch": "text/x-diff",
+    ".toml": "application/toml",
+    ".ts": "text/plain",
+    ".yaml": "application/yaml",
+    ".yml": "application/yaml",
+}
+#: What a browser shows and nothing in it can run.
+_INERT: Final = re.compile(r"image/(?!svg).*|audio/.*|video/.*|text/plain|application/(json|x-ndjson)")
+
 T = TypeVar("T")
+
+
+class _UploadLost(Exception):
+    """The service knows nothing of an upload in parts any more."""
 
 
 @attrs.frozen(kw_only=True)
@@ -52,7 +78,12 @@ class _Look:
 
 @contextlib.asynccontextmanager
 async def open_blobs(
-    bucket: str, *, emulator: str | None = None, patience: Patience | None = None, page_names: int = PAGE_NAMES
+    bucket: str,
+    *,
+    emulator: str | None = None,
+    patience: Patience | None = None,
+    page_names: int = PAGE_NAMES,
+    part_bytes: int = PART_BYTES,
 ) -> AsyncIterator[GcsBlobs]:
     """Open a bucket, for as long as the context lasts.
 
@@ -61,6 +92,7 @@ async def open_blobs(
         emulator: The URL of what stands in for Cloud Storage; it gets no credentials.
         patience: How long a call goes on.
         page_names: Names that one call for a listing gives.
+        part_bytes: Bytes of a file that are sent, and kept in memory, at once: a multiple of 256 KiB.
 
     Raises:
         ConfigError: The credentials cannot be read.
@@ -69,23 +101,32 @@ async def open_blobs(
     await asyncio.to_thread(mimetypes.init)
     async with aiohttp.ClientSession() as session:
         shared: Any = session  # The library annotates what its twin for requests takes.
-        storage = Storage(
+        storage = ResumableStorage(
             session=shared,
             token=await calls.credentials(session, emulated=emulator is not None),
             api_root=emulator or API_ROOT,
             api_is_dev=emulator is not None,
         )
-        yield GcsBlobs(storage, bucket, patience=patience or Patience(), page_names=page_names)
+        yield GcsBlobs(storage, bucket, patience=patience or Patience(), page_names=page_names, part_bytes=part_bytes)
 
 
 class GcsBlobs:
     """Objects in a bucket. `open_blobs` makes it."""
 
-    def __init__(self, storage: Storage, bucket: str, *, patience: Patience, page_names: int = PAGE_NAMES) -> None:
+    def __init__(
+        self,
+        storage: ResumableStorage,
+        bucket: str,
+        *,
+        patience: Patience,
+        page_names: int = PAGE_NAMES,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
         self._storage = storage
         self._bucket = bucket
         self._patience = patience
         self._page_names = page_names
+        self._part_bytes = part_bytes
         self._target = Target(
             service="Cloud Storage", resource=f"the bucket {bucket}", settings="GCS_LOGS_BUCKET", error=StorageError
         )
@@ -111,6 +152,17 @@ class GcsBlobs:
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
         whole = content if isinstance(content, bytes) else b"".join(content)
         generation = await self._write(check_name(name), whole, on=0)
+        if generation is None:
+            raise BlobExists
+        return generation
+
+    async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
+        check_name(name)
+        if size <= self._part_bytes:
+            content = await in_thread(lambda: read_piece(file, size, is_last=True))
+            generation = await self._write(name, content, on=0)
+        else:
+            generation = await self._write_in_parts(name, file, size)
         if generation is None:
             raise BlobExists
         return generation
@@ -167,16 +219,17 @@ class GcsBlobs:
         What is there may be of this very write, when the answer to an earlier try was lost: its metadata tell.
         """
         write = secrets.token_hex(WRITE_BYTES)
+        kind, disposition = _presentation(name)
 
         async def upload() -> int:
             written = await self._storage.upload(
                 self._bucket,
                 name,
                 content,
-                content_type=_content_type(name),
+                content_type=kind,
                 # New for each try: the library adds to it.
                 parameters={"ifGenerationMatch": str(on)},
-                metadata={"metadata": {WRITE_KEY: write}},
+                metadata={"metadata": {WRITE_KEY: write}, "Content-Disposition": disposition},
                 force_resumable_upload=False,
                 timeout=self._silence,
             )
@@ -187,7 +240,93 @@ class GcsBlobs:
         try:
             return await self._call(upload, permission, expected={412}, seconds=seconds)
         except aiohttp.ClientResponseError:
-            found = await self._look(name)
+            return await self._made_by(write, name)
+
+    async def _write_in_parts(self, name: str, file: BinaryIO, size: int) -> int | None:
+        """Write a new object of a file and return its generation; None when there is one of that name."""
+        write = secrets.token_hex(WRITE_BYTES)
+        begin = await in_thread(file.tell)
+        for _ in range(UPLOAD_ATTEMPTS):
+            try:
+                await in_thread(lambda: file.seek(begin))
+                return await self._upload(name, file, size, write)
+            except _UploadLost:
+                continue
+            except aiohttp.ClientResponseError:
+                # Maybe by an upload that was lost after its last part.
+                return await self._made_by(write, name)
+        raise StorageError("Cloud Storage loses the upload again and again: try again later.")
+
+    async def _upload(self, name: str, file: BinaryIO, size: int, write: str) -> int:
+        """Upload a file in parts. Raises `ClientResponseError` when there is an object of that name."""
+        kind, disposition = _presentation(name)
+        description = {
+            "name": name,
+            "contentType": kind,
+            "contentDisposition": disposition,
+            "metadata": {WRITE_KEY: write},
+        }
+
+        async def begin() -> str:
+            return await self._storage.begin_upload(
+                self._bucket,
+                description,
+                size=size,
+                parameters={"ifGenerationMatch": "0"},
+                timeout=self._silence,
+            )
+
+        address = await self._call(begin, "storage.objects.create", expected={412})
+        for start in range(0, size, self._part_bytes):
+            length = min(self._part_bytes, size - start)
+            # The last part makes the object, so it is not sent before it is known that nothing follows.
+            read = functools.partial(read_piece, file, length, is_last=start + length == size)
+            generation = await self._send(address, await in_thread(read), start, size)
+            if generation is not None:
+                return generation
+        raise AssertionError("the last part has a generation")
+
+    async def _send(self, address: str, part: bytes, start: int, size: int) -> int | None:
+        """Send a part of `size` bytes until the service holds it; return the generation of the object after the last one.
+
+        Raises:
+            _UploadLost: The service knows of no such upload, or holds less than it did.
+            aiohttp.ClientResponseError: There is an object of that name.
+        """
+        end = start + len(part)
+        present: Progress | None = Progress(start)
+
+        async def send() -> int | None:
+            nonlocal present
+            if present is None:
+                present = await self._storage.ask_progress(address, size=size, timeout=self._silence)
+            while present.generation is None and (present.held < end or end == size):
+                if present.held < start:
+                    raise _UploadLost
+                # Until the answer is there, nobody knows how much of the rest has arrived.
+                before, present = present.held, None
+                if before < size:
+                    rest = part[before - start :]
+                    present = await self._storage.send_part(
+                        address, rest, start=before, size=size, timeout=self._silence
+                    )
+                if present is None or (present.generation is None and present.held <= before):
+                    # It takes nothing, or makes no object of what it has: to be asked again after a pause.
+                    present = None
+                    raise TimeoutError
+            return present.generation
+
+        seconds = self._patience.try_seconds + len(part) / SLOWEST_BYTES_PER_SECOND
+        try:
+            return await self._call(send, "storage.objects.create", expected={404, 410, 412}, seconds=seconds)
+        except aiohttp.ClientResponseError as error:
+            if error.status == 412:
+                raise
+            raise _UploadLost from error
+
+    async def _made_by(self, write: str, name: str) -> int | None:
+        """Return the generation of the object if this write made it."""
+        found = await self._look(name)
         return found.generation if found is not None and found.write == write else None
 
     async def _look(self, name: str) -> _Look | None:
@@ -247,10 +386,21 @@ def _entry(item: dict[str, str]) -> Entry:
     )
 
 
+def _presentation(name: str) -> tuple[str, str]:
+    """Return as what a browser gets an object, and whether it shows it.
+
+    An agent may write whatever it likes into a page, and all objects of a bucket share one origin with each other, behind a load
+    balancer even with other things. So what could run there says what it is and is still downloaded, not opened; whoever
+    wants to open a report all the same signs its URL with `response-content-disposition=inline`.
+    """
+    kind = _content_type(name)
+    return kind, "inline" if _INERT.fullmatch(kind) else "attachment"
+
+
 def _content_type(name: str) -> str:
-    """Return as what a browser gets an object."""
-    if name.endswith(".jsonl"):
-        return "application/x-ndjson"
+    known = _KINDS.get(posixpath.splitext(name)[1].lower())
+    if known:
+        return known
     kind, encoding = mimetypes.guess_type(name)
     # `a.tar.gz` is no tar file.
     return kind if kind and not encoding else "application/octet-stream"

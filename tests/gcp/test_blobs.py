@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import io
 import json
 import re
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from google.cloud import storage  # type: ignore[attr-defined]
 from standins.gcs import BUCKET, FINE, HANG, Fault, Gcs, Method
 
 from ccrun.blobs import Blob
-from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError
+from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, FileUnreadable, StorageError
 from ccrun.gcp.blobs import GcsBlobs, open_blobs
 from ccrun.gcp.calls import Patience
 from ccrun.store import LogWriter, Pace, Store
@@ -24,7 +26,14 @@ from ccrun.task import TaskId
 CREATE: Method = "storage.objects.create"
 GET: Method = "storage.objects.get"
 LIST: Method = "storage.objects.list"
+#: A part of an upload, or the question how far one has come.
+PART: Method = "part"
 DELETE: Method = "storage.objects.delete"
+
+#: Bytes of a part.
+GRAIN = 256 * 1024
+#: Three parts and a bit.
+CONTENT = bytes(range(256)) * (3 * 1024) + b"and the end"
 
 HASTY = Patience(try_seconds=0.4, attempts=4, total_seconds=2.0, first_pause_seconds=0.001)
 PASSING = {
@@ -47,7 +56,7 @@ async def gcs() -> AsyncIterator[Gcs]:
 @pytest.fixture
 async def blobs(gcs: Gcs) -> AsyncIterator[GcsBlobs]:
     """Return the bucket as ccrun sees it, with little patience."""
-    async with open_blobs(BUCKET, emulator=gcs.url, patience=HASTY) as opened:
+    async with open_blobs(BUCKET, emulator=gcs.url, patience=HASTY, part_bytes=GRAIN) as opened:
         yield opened
 
 
@@ -154,27 +163,40 @@ async def test_large_content_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "kind", "disposition"),
     [
-        ("001-20250101-000000.jsonl", "application/x-ndjson"),
-        ("metadata.json", "application/json"),
-        ("report.html", "text/html"),
-        ("archive.tar.gz", "application/octet-stream"),
-        ("encrypted-payload.bin", "application/octet-stream"),
-        ("none", "application/octet-stream"),
+        ("001-20250101-000000.jsonl", "application/x-ndjson", "inline"),
+        ("metadata.json", "application/json", "inline"),
+        ("video-1.webm", "video/webm", "inline"),
+        ("screen.PNG", "image/png", "inline"),
+        ("out.log", "text/plain", "inline"),
+        ("notes.md", "text/markdown", "attachment"),
+        ("report.html", "text/html", "attachment"),
+        ("picture.svg", "image/svg+xml", "attachment"),
+        ("feed.xml", "text/xml", "attachment"),
+        ("page.xhtml", "application/xhtml+xml", "attachment"),
+        ("archive.tar.gz", "application/octet-stream", "attachment"),
+        ("page.html.gz", "application/octet-stream", "attachment"),
+        ("encrypted-payload.bin", "application/octet-stream", "attachment"),
+        ("none", "application/octet-stream", "attachment"),
     ],
 )
-async def test_object_says_what_it_is(gcs: Gcs, blobs: GcsBlobs, name: str, kind: str) -> None:
-    """A browser that is shown an object is told what it is; Google's own client, which reads text, too."""
-    await blobs.create(name, b"")
+@pytest.mark.parametrize("size", [1, 3 * GRAIN])
+async def test_object_says_what_it_is(
+    gcs: Gcs, blobs: GcsBlobs, name: str, kind: str, disposition: str, size: int
+) -> None:
+    """A browser, and Google's client, is told what an object is, and to run nothing of it: what could is downloaded."""
+    await blobs.create_from(name, io.BytesIO(bytes(size)), size=size)
 
-    def content_type() -> Any:
+    def look() -> Any:
         client = _google_client(gcs)
         blob = client.bucket(BUCKET).get_blob(name)
         client.close()
-        return blob.content_type
+        return blob.content_type, blob.content_disposition
 
-    assert kind == await asyncio.to_thread(content_type)
+    # RFC 7303 makes the two names of XML one.
+    expected = (kind, disposition)
+    assert expected == tuple(text.replace("application/xml", "text/xml") for text in await asyncio.to_thread(look))
 
 
 # --- when calls go wrong ---------------------------------------------------------------------------------------------
@@ -400,6 +422,229 @@ async def test_deletion_of_what_is_being_replaced_wins(gcs: Gcs, blobs: GcsBlobs
     assert 2 == gcs.calls[DELETE]
     with pytest.raises(BlobNotFound):
         await others.read("name")
+
+
+# --- files in parts --------------------------------------------------------------------------------------------------
+
+
+async def create_content(blobs: GcsBlobs, name: str = "name") -> int:
+    """Make an object of a file of several parts."""
+    return await blobs.create_from(name, io.BytesIO(CONTENT), size=len(CONTENT))
+
+
+async def test_large_file_goes_part_by_part(gcs: Gcs, blobs: GcsBlobs) -> None:
+    """A file costs one call to begin and one a part; one that fits a part costs one call in all."""
+    await create_content(blobs)
+    assert {CREATE: 1, PART: 4} == gcs.calls
+    gcs.calls.clear()
+    await blobs.create_from("small", io.BytesIO(bytes(GRAIN)), size=GRAIN)
+    assert {CREATE: 1} == gcs.calls
+
+
+@pytest.mark.parametrize("number", [1, 3], ids=["second", "last"])
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+async def test_passing_fault_of_a_part_is_not_noticed(gcs: Gcs, blobs: GcsBlobs, fault: Fault, number: int) -> None:
+    """Whatever goes wrong with a part, before or after it arrived, the upload goes on where the service says that it stands."""
+    gcs.fail(PART, *[FINE] * number, fault)
+    generation = await create_content(blobs)
+    assert Blob(CONTENT, generation) == await blobs.read("name")
+    # Begun once, and nothing sent twice: the service would have refused a part that it has.
+    assert 1 == gcs.calls[CREATE]
+    assert gcs.calls[PART] in (4, 5, 6)
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+async def test_passing_fault_of_the_beginning_is_not_noticed(gcs: Gcs, blobs: GcsBlobs, fault: Fault) -> None:
+    """An upload that may or may not have begun is begun again."""
+    gcs.fail(CREATE, fault)
+    generation = await create_content(blobs)
+    assert Blob(CONTENT, generation) == await blobs.read("name")
+
+
+async def test_question_may_fail_too(gcs: Gcs, blobs: GcsBlobs) -> None:
+    """A part that is lost, and then the question for it, cost no more than another question."""
+    gcs.fail(PART, FINE, Fault(status=503), Fault(reset="before"), Fault(status=500))
+    generation = await create_content(blobs)
+    assert Blob(CONTENT, generation) == await blobs.read("name")
+
+
+@pytest.mark.parametrize("fault", [Fault(kept_bytes=GRAIN, reset="before"), Fault(kept_bytes=GRAIN, status=503)])
+async def test_part_that_arrived_by_half_is_not_sent_again(gcs: Gcs, fault: Fault) -> None:
+    """Only what the service does not hold yet is sent after a part broke off."""
+    gcs.fail(PART, FINE, fault)
+    async with open_blobs(BUCKET, emulator=gcs.url, patience=HASTY, part_bytes=2 * GRAIN) as blobs:
+        content = bytes(range(256)) * (5 * 1024)
+        generation = await blobs.create_from("name", io.BytesIO(content), size=len(content))
+        assert Blob(content, generation) == await blobs.read("name")
+
+
+async def test_service_may_take_less_than_it_got(gcs: Gcs) -> None:
+    """An answer that the service holds only a part of a part is followed by the rest of it."""
+    async with open_blobs(BUCKET, emulator=gcs.url, patience=HASTY, part_bytes=4 * GRAIN) as blobs:
+        # It took a grain, and says so without any error.
+        gcs.fail(PART, Fault(status=308, headers={"Range": f"bytes=0-{GRAIN - 1}"}, kept_bytes=GRAIN))
+        content = bytes(range(256)) * (5 * 1024)
+        generation = await blobs.create_from("name", io.BytesIO(content), size=len(content))
+        assert Blob(content, generation) == await blobs.read("name")
+
+
+@pytest.mark.parametrize("number", [0, 3], ids=["first", "last"])
+@pytest.mark.parametrize("status", [404, 410])
+async def test_upload_that_is_forgotten_begins_anew(gcs: Gcs, blobs: GcsBlobs, status: int, number: int) -> None:
+    """When the service knows nothing of an upload any more, it is made from the file's beginning once more."""
+    gcs.fail(PART, *[FINE] * number, Fault(status=status))
+    file = io.BytesIO(b"before" + CONTENT)
+    file.seek(len(b"before"))
+    generation = await blobs.create_from("name", file, size=len(CONTENT))
+    assert Blob(CONTENT, generation) == await blobs.read("name")
+    assert 2 == gcs.calls[CREATE]
+
+
+async def test_upload_that_is_forgotten_again_and_again_is_given_up(gcs: Gcs, blobs: GcsBlobs) -> None:
+    """A service that loses each upload is told as what it is."""
+    gcs.fail_always(PART, Fault(status=410))
+    with pytest.raises(StorageError, match=r"Cloud Storage loses the upload again and again: try again later\."):
+        await create_content(blobs)
+    assert 3 == gcs.calls[CREATE]
+
+
+async def test_service_that_holds_less_than_it_did_has_lost_the_upload(gcs: Gcs, blobs: GcsBlobs) -> None:
+    """What is not in memory any more and not with the service either is read from the file again."""
+    # Once could be a mistake; then it is asked.
+    gcs.fail(PART, FINE, FINE, Fault(status=308), Fault(status=308))
+    generation = await create_content(blobs)
+    assert Blob(CONTENT, generation) == await blobs.read("name")
+    assert 2 == gcs.calls[CREATE]
+
+
+async def test_end_whose_answer_is_lost_is_made_once(gcs: Gcs, blobs: GcsBlobs, others: GcsBlobs) -> None:
+    """When the last answer and then all knowledge of the upload are lost, the object is known by the write that made it."""
+    gcs.fail(PART, FINE, FINE, FINE, Fault(reset="after"), Fault(status=410))
+    generation = await create_content(blobs)
+    assert Blob(CONTENT, generation) == await others.read("name")
+    assert (2, 1) == (gcs.calls[CREATE], gcs.calls[GET])
+
+
+async def test_object_that_comes_before_the_last_part_stays(gcs: Gcs, blobs: GcsBlobs, others: GcsBlobs) -> None:
+    """Somebody else's object, made while the parts are under way, is neither written over nor taken for one's own."""
+    gcs.fail(PART, FINE, FINE, FINE, Fault(delay_seconds=0.2))
+    creating = asyncio.create_task(create_content(blobs))
+    await until(lambda: gcs.calls[PART] == 4)
+    generation = await others.create("name", CONTENT)
+    with pytest.raises(BlobExists):
+        await creating
+    assert Blob(CONTENT, generation) == await others.read("name")
+
+
+async def test_taken_name_costs_no_part(gcs: Gcs, blobs: GcsBlobs) -> None:
+    """Where there is an object already, nothing is sent."""
+    await blobs.create("name", b"")
+    with pytest.raises(BlobExists):
+        await create_content(blobs)
+    assert 0 == gcs.calls[PART]
+
+
+async def test_file_that_changes_makes_no_object_in_the_end(gcs: Gcs, blobs: GcsBlobs) -> None:
+    """The last part, which would make the object, is not sent of a file that goes on behind it."""
+    with pytest.raises(FileUnreadable):
+        await blobs.create_from("name", io.BytesIO(CONTENT + b"!"), size=len(CONTENT))
+    assert 3 == gcs.calls[PART]
+    with pytest.raises(BlobNotFound):
+        await blobs.read("name")
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (Fault(status=503), "Cloud Storage is out of order (503): try again later."),
+        (HANG, "Cloud Storage does not answer in time: check the network."),
+        (Fault(reset="before"), "Cloud Storage cannot be reached: check the network."),
+        (Fault(status=308), "Cloud Storage does not answer in time: check the network."),
+        (Fault(status=308, headers={"Range": f"bytes=0-{GRAIN - 1}"}), "Cloud Storage does not answer in time: check"),
+        (Fault(status=200, body="<html>"), "What answers is not Cloud Storage: check the network."),
+        (Fault(status=302, headers={"Location": "/"}), "What answers is not Cloud Storage: check the network."),
+        (Fault(status=400), f"Cloud Storage refuses the call (400): check the bucket {BUCKET}."),
+        (
+            Fault(status=403),
+            f"Cloud Storage refuses: check that the service account has {CREATE} on the bucket {BUCKET}.",
+        ),
+    ],
+    ids=["503", "hang", "reset", "308", "308 with a range", "200", "302", "400", "403"],
+)
+async def test_lasting_fault_of_parts_is_told_in_bounded_time(
+    gcs: Gcs, blobs: GcsBlobs, fault: Fault, sentence: str
+) -> None:
+    """What does not pass ends an upload with a `StorageError` when the patience for one part is used up."""
+    gcs.fail_always(PART, fault)
+    began = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        await create_content(blobs)
+    assert caught.value.message.startswith(sentence)
+    assert 5.0 > time.monotonic() - began
+
+
+async def test_missing_bucket_is_told_for_a_large_file(gcs: Gcs) -> None:
+    """An upload in parts to a bucket that is not there says which setting to look at."""
+    gcs.fail_always(CREATE, Fault(status=404))
+    async with open_blobs("no-such-bucket", emulator=gcs.url, part_bytes=GRAIN) as blobs:
+        with pytest.raises(StorageError, match="Cloud Storage does not know the bucket no-such-bucket: check GCS_LOGS"):
+            await create_content(blobs)
+
+
+async def test_upload_can_be_cancelled(gcs: Gcs, blobs: GcsBlobs) -> None:
+    """Who goes away in the middle of an upload is not held up, and makes no object."""
+    gcs.fail(PART, FINE, HANG)
+    creating = asyncio.create_task(create_content(blobs))
+    await until(lambda: gcs.calls[PART] == 2)
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(creating, 0.2)
+    with pytest.raises(BlobNotFound):
+        await blobs.read("name")
+
+
+MEASURE: Final = """
+import asyncio, io, resource, sys
+from ccrun.gcp.blobs import open_blobs
+
+class Zeros(io.BufferedIOBase):
+    \"\"\"A file of zeros; it cannot be sparse on a disk that fills.\"\"\"
+    def __init__(self, size):
+        self.left = size
+    def read(self, size=-1):
+        size = min(size, self.left)
+        self.left -= size
+        return bytes(size)
+    def tell(self):
+        return 0
+    def seek(self, offset, whence=0):
+        return 0
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+async def main():
+    size = int(sys.argv[3])
+    async with open_blobs(sys.argv[2], emulator=sys.argv[1]) as blobs:
+        await blobs.create("warm", b"")
+        before = peak()
+        await blobs.create_from("large", Zeros(size), size=size)
+        print(peak() - before)
+
+asyncio.run(main())
+"""
+
+
+async def test_large_file_takes_little_memory(gcs: Gcs) -> None:
+    """A quarter of a gigabyte is uploaded in the memory of a few parts."""
+    gcs.discards = True
+    size = 256 * 1024 * 1024
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-c", MEASURE, gcs.url, BUCKET, str(size)), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert 64 > int(output)
+    assert 32 == gcs.calls[PART]
 
 
 # --- as others read it -----------------------------------------------------------------------------------------------

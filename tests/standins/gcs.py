@@ -1,7 +1,8 @@
 """Cloud Storage on a loopback socket: fake-gcs-server, behind a proxy that counts calls and makes them go wrong.
 
-What fake-gcs-server does not do, the proxy does: a deletion honours its precondition.
+What fake-gcs-server does not do, the proxy does: a deletion honours its precondition, and uploads in parts follow the protocol.
 https://cloud.google.com/storage/docs/json_api/v1
+https://cloud.google.com/storage/docs/performing-resumable-uploads
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import json
 import platform
 import re
+import secrets
 import socket
 import struct
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
+from urllib.parse import quote
 
 import aiohttp
 import attrs
@@ -31,7 +35,13 @@ BUCKET: Final = "logs-of-the-tests"
 #: Headers that belong to one connection; the proxy has two.
 HOP_BY_HOP: Final = frozenset({"connection", "content-length", "transfer-encoding", "content-encoding", "host"})
 
-Method = Literal["storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete"]
+#: Bytes. Every part of an upload but the last has a multiple of these.
+GRAIN: Final = 256 * 1024
+
+#: By the permission that a call needs; `part` needs none.
+Method = Literal[
+    "storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete", "part"
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -46,6 +56,7 @@ class Fault:
         delay_seconds: How late the call has its effect.
         silence_seconds: How late the answer to it comes.
         piece_seconds: How late each tenth of the answer comes.
+        kept_bytes: So many bytes of a part of an upload arrive all the same.
     """
 
     status: int | None = None
@@ -55,6 +66,20 @@ class Fault:
     delay_seconds: float = 0.0
     silence_seconds: float = 0.0
     piece_seconds: float = 0.0
+    kept_bytes: int | None = None
+
+
+@attrs.define(kw_only=True)
+class _Upload:
+    """An upload in parts: what was said of it at first, and what has arrived."""
+
+    query: dict[str, str]
+    description: dict[str, Any]
+    size: int
+    held: int = 0
+    content: bytearray = attrs.field(factory=bytearray)
+    #: The answer to the last part, given again to whoever asks.
+    answer: tuple[int, bytes] | None = None
 
 
 FINE: Final = Fault()
@@ -75,6 +100,9 @@ class Gcs:
         self.latest: web.BaseRequest | None = None
         self.url = ""
         self.direct = ""
+        #: Do not keep what is uploaded in parts, only count it.
+        self.discards = False
+        self._uploads: dict[str, _Upload] = {}
         self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
         self._always: dict[str, Fault] = {}
         self._objects: dict[tuple[str, str], deque[Fault]] = {}
@@ -92,6 +120,10 @@ class Gcs:
     def fail_object(self, method: Method, part: str, fault: Fault, *, times: int = 1) -> None:
         """Let the next calls of a method about an object whose name has that part go wrong."""
         self._objects[method, part] = deque(itertools.repeat(fault, times))
+
+    def forget_uploads(self) -> None:
+        """Know nothing more of the uploads in parts that are under way."""
+        self._uploads.clear()
 
     def heal(self) -> None:
         """Let everything go well again."""
@@ -133,6 +165,8 @@ class Gcs:
         body = await request.content.read()
         fault = self._fault(method, _object_name(request, body))
         await asyncio.sleep(fault.delay_seconds)
+        if fault.kept_bytes is not None:
+            self._keep(request, body[: fault.kept_bytes])
         if fault.reset == "before":
             return _reset(request)
         if fault.status is not None:
@@ -153,6 +187,10 @@ class Gcs:
         return faults.popleft() if faults else self._always.get(method, FINE)
 
     async def _carry_out(self, request: web.BaseRequest, method: str, body: bytes) -> web.Response:
+        if method == "part":
+            return await self._take_part(request, body)
+        if request.query.get("uploadType") == "resumable":
+            return await self._begin_upload(request, body)
         if method == "storage.objects.get" or method == "storage.objects.list":
             return await self._forward(request, body)
         async with self._deleting:
@@ -163,6 +201,69 @@ class Gcs:
                     if response.status == 200 and (await response.json())["generation"] != expected:
                         return web.Response(status=412)
             return await self._forward(request, body)
+
+    async def _begin_upload(self, request: web.BaseRequest, body: bytes) -> web.Response:
+        description = json.loads(body)
+        if request.query.get("ifGenerationMatch") == "0" and await self._is_there(description["name"]):
+            return web.Response(status=412)
+        number = f"upload {len(self._uploads)}/{secrets.token_hex(8)}"
+        self._uploads[number] = _Upload(
+            query=dict(request.query),
+            description=description,
+            size=int(request.headers["X-Upload-Content-Length"]),
+        )
+        # With the characters of an address that are easily spoiled.
+        return web.Response(headers={"Location": f"{self.url}/upload/parts?upload_id={quote(number, safe='')}"})
+
+    async def _is_there(self, name: str) -> bool:
+        url = URL(f"{self.direct}/storage/v1/b/{BUCKET}/o/{quote(name, safe='')}", encoded=True)
+        async with self._http.get(url) as response:
+            return response.status == 200
+
+    def _keep(self, request: web.BaseRequest, body: bytes) -> None:
+        upload = self._uploads[request.query["upload_id"]]
+        upload.held += len(body)
+        if not self.discards:
+            upload.content += body
+
+    async def _take_part(self, request: web.BaseRequest, body: bytes) -> web.Response:
+        assert "Authorization" not in request.headers
+        upload = self._uploads.get(request.query["upload_id"])
+        if upload is None:
+            return web.Response(status=410)
+        told = re.fullmatch(r"bytes (?:\*|([0-9]+)-([0-9]+))/([0-9]+)", request.headers["Content-Range"])
+        if told is None or int(told[3]) != upload.size:
+            return web.Response(status=400)
+        if told[1] is not None and upload.answer is None:
+            first, last = int(told[1]), int(told[2])
+            is_last = last + 1 == upload.size
+            if len(body) != last + 1 - first or first != upload.held or (len(body) % GRAIN and not is_last):
+                return web.Response(status=400, text="The test did not want that.")
+            self._keep(request, body)
+            if is_last:
+                upload.answer = await self._complete(upload)
+        if upload.answer is not None:
+            return web.Response(status=upload.answer[0], body=upload.answer[1], content_type="application/json")
+        # Of a part that breaks off, whole grains stay.
+        upload.held -= upload.held % GRAIN
+        del upload.content[upload.held :]
+        return web.Response(status=308, headers={"Range": f"bytes=0-{upload.held - 1}"} if upload.held else {})
+
+    async def _complete(self, upload: _Upload) -> tuple[int, bytes]:
+        if self.discards:
+            return 200, json.dumps({"generation": "1", "size": str(upload.held)}).encode()
+        boundary = secrets.token_hex(16)
+        head = (
+            f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps(upload.description)}\r\n"
+            f"--{boundary}\r\nContent-Type: {upload.description['contentType']}\r\n\r\n"
+        )
+        body = head.encode() + upload.content + f"\r\n--{boundary}--\r\n".encode()
+        upload.content.clear()
+        query = {**upload.query, "uploadType": "multipart"}
+        headers = {"Content-Type": f"multipart/related; boundary={boundary}"}
+        url = f"{self.direct}/upload/storage/v1/b/{BUCKET}/o"
+        async with self._http.post(url, params=query, data=io.BytesIO(body), headers=headers) as response:
+            return response.status, await response.read()
 
     async def _forward(self, request: web.BaseRequest, body: bytes) -> web.Response:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
@@ -176,6 +277,8 @@ def _method(request: web.BaseRequest) -> str:
     match request.method, request.path.partition("/o/")[2]:
         case "POST", _:
             return "storage.objects.create"
+        case "PUT", _:
+            return "part"
         case "DELETE", _:
             return "storage.objects.delete"
         case "GET", "":
@@ -193,9 +296,9 @@ def _object_name(request: web.BaseRequest, body: bytes) -> str:
 
 
 async def _in_pieces(request: web.BaseRequest, answer: web.Response, fault: Fault) -> web.StreamResponse:
-    body = answer.body
+    body = answer.body or b""
     assert isinstance(body, bytes)
-    response = web.StreamResponse(headers=answer.headers)
+    response = web.StreamResponse(status=answer.status, headers=answer.headers)
     response.content_length = len(body)
     await response.prepare(request)
     for number in range(10):
