@@ -27,8 +27,8 @@ _WANTED: Final = (Reader.SHELL | Reader.NODE | Reader.PYTHON, Reader.SHELL | Rea
 
 #: Needs no quotes, which simpler readers would keep. No tilde: a shell takes it for a home folder.
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./:@%+,=-]+")
-#: What a shell does not take literally between double quotes.
-_SHELL_DOUBLE: Final = re.compile(r'[$`"]|\\(?=[\\\n]|\Z)')
+#: What a shell does not take literally between double quotes. The two control characters are marks that bash itself uses there.
+_SHELL_DOUBLE: Final = re.compile(r'[$`"]|\\(?=[\\\n\x01\x7f]|\Z)')
 #: What the others do not take literally there of that which a shell does.
 _NODE_DOUBLE: Final = re.compile(r"\\[nr]")
 _PYTHON_DOUBLE: Final = re.compile(r"\\['abfnrtv]")

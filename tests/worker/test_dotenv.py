@@ -31,14 +31,12 @@ PEM: Final = "-----BEGIN PRIVATE KEY-----\nMIIE/+==\n-----END PRIVATE KEY-----\n
 ACCOUNT: Final = json.dumps({"type": "service_account", "private_key": PEM, "client_email": "a@b.example"}, indent=2)
 
 #: Pieces that mean something to one of the readers.
-PIECES: Final = st.sampled_from(
-    [
-        *r"""' " ` \ \\ # = $ ${X} ${X:-y} $X $$ $( ` ) \n \r \t \' \" \$ \` { } ~ ~/ : :~ ; & | < > * ? ! !! [ ] ( % ^ - --""".split(),
-        *r"""export X= X=' X=" é € 😀 a b 0""".split(),
-        *" \t\n\r\x01\x0b\x0c\x1c\x7f\x81\x85\xa0\u2028\u2029\ufeff",
-        *("\r\n", " #", "export X=", "$(echo no)", "`echo no`"),
-    ]
-)
+WORDS: Final = r"""
+    ' " ` \ \\ # = $ ${X} ${X:-y} $X $$ $( ` ) \n \r \t \' \" \$ \` { } ~ ~/ : :~ ; & | < > * ? ! !! [ ] ( % ^ - --
+    export X= X=' X=" é € 😀 a b 0
+"""
+BLANKS: Final = " \t\n\r\x01\x02\x0b\x0c\x1c\x7f\x81\x85\xa0\u2028\u2029\ufeff"
+PIECES: Final = st.sampled_from([*WORDS.split(), *BLANKS, "\r\n", " #", "export X=", "$(echo no)", "`echo no`"])
 TEXTS: Final = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 VALUES: Final = st.lists(PIECES | TEXTS, max_size=7).map("".join)
 NAMES: Final = st.sampled_from(
@@ -125,8 +123,8 @@ def by_shell(argv: list[str], path: Path) -> dict[str, str]:
 
 def who(name: str, value: str) -> Reader:
     """Return who reads a variable back as it is spelled, as far as that is known."""
-    content = spell({name: value}).content.decode().removeprefix(f"{name}=").removesuffix("\n")
-    readers = dict(spellings(value))[content]
+    text = spell({name: value}).content.decode().removeprefix(f"{name}=").removesuffix("\n")
+    readers = dict(spellings(value))[text]
     return readers & ~Reader.NODE if name == "__proto__" else readers
 
 
@@ -157,6 +155,8 @@ def read_back(read: Read, spelled: Dotenv, variables: Mapping[str, str]) -> dict
 @example(value="${X}'")
 @example(value="~")
 @example(value="a:~b")
+@example(value="it's \\\x7f~")
+@example(value="it's \\\x01\x7f")
 def test_readers_are_known(read: Read, value: str) -> None:
     """Of each spelling it is known who reads it back, and a shell always does."""
     for text, readers in spellings(value):
@@ -208,12 +208,21 @@ def test_all_three_read_what_real_life_has(read: Read, value: str) -> None:
         ('{"a": "it\'s"}', Reader.SHELL | Reader.PYTHON),
         ("it's \\", Reader.SHELL | Reader.PYTHON),
         ("it's \\n", Reader.SHELL | Reader.PYTHON),
+        ("it's \\r", Reader.SHELL | Reader.PYTHON),
     ],
 )
 def test_two_read_what_three_cannot(read: Read, value: str, readers: Reader) -> None:
     """What no spelling makes all three read is read by a shell and Node, or else by a shell and Python."""
     variables = {"A": value, "B": "# after", "C": "\n"}
     assert {"A": readers, "B": ALL, "C": ALL} == read_back(read, spell(variables), variables)
+
+
+def test_one_name_is_none_to_node(read: Read) -> None:
+    """What Node cannot have by its name is spelled for a shell and Python."""
+    variables = {"__proto__": "C:\\", "A": "C:\\"}
+    assert {"__proto__": Reader.SHELL | Reader.PYTHON, "A": Reader.SHELL | Reader.NODE} == read_back(
+        read, spell(variables), variables
+    )
 
 
 @pytest.mark.parametrize("value", ["it's $5", "'`'", "${A}'", "a\rb", "line\r\n"])
@@ -353,7 +362,7 @@ def test_ours_win(read: Read, before: dict[str, str], ours: dict[str, str]) -> N
         ),
     ],
 )
-@pytest.mark.parametrize("value", ["", "# 'x", "\n", '"', "x", "# \\"])
+@pytest.mark.parametrize("value", ["", "# 'x", "\n", '"', "x", "# \\", "`# x"])
 def test_stray_lines_above_take_nothing(read: Read, existing: bytes, value: str) -> None:
     """Whatever stands above, even a quote that nobody closed, the variables are read as if they stood alone."""
     ours = {"A": value, "B": value, "C": "it's"}
