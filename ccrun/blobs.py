@@ -33,6 +33,8 @@ LOCK_PAUSE_SECONDS: Final = 0.005
 LOCK_FILES: Final = 64
 #: Bytes of a file that are copied at once.
 PIECE_BYTES: Final = 1024 * 1024
+#: A file without content has this size and takes no room on a disk: a trap, if it were copied as it reads.
+_HOLE: Final = bytes(PIECE_BYTES)
 
 T = TypeVar("T")
 
@@ -291,8 +293,14 @@ class DirectoryBlobs:
         scratch = self._scratch / secrets.token_hex(16)
         try:
             with os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                file.writelines([content] if isinstance(content, bytes) else content)
-                file.flush()
+                for piece in [content] if isinstance(content, bytes) else content:
+                    if piece == _HOLE:
+                        # What takes no room in one place shall take none in the other.
+                        file.seek(len(piece), os.SEEK_CUR)
+                    else:
+                        file.write(piece)
+                # A file may end in a hole. Flushes, too.
+                file.truncate()
                 os.fsync(file.fileno())
                 os.utime(file.fileno(), ns=(generation, generation))
                 yield scratch, os.fstat(file.fileno()).st_mtime_ns

@@ -1,4 +1,4 @@
-"""The bucket's map: every object name, the task records, the payloads, the log.
+"""The bucket's map: every object name, the task records, the payloads, the log, the uploads.
 
 Records change only by compare-and-swap, in `Store.update`. Log chunks are gapless and their names sort in time order. Nothing
 here opens a payload.
@@ -13,7 +13,7 @@ import re
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Self
+from typing import BinaryIO, Final, Self
 
 import attrs
 import stamina
@@ -47,6 +47,11 @@ def record_name(task_id: TaskId) -> str:
 def payload_name(task_id: TaskId) -> str:
     """Return the name of the sealed request."""
     return f"{folder(task_id)}encrypted-payload.bin"
+
+
+def upload_name(task_id: TaskId, path: str) -> str:
+    """Return the name of a file that a task left, under its path in the place for uploads."""
+    return f"{folder(task_id)}uploads/{path}"
 
 
 def active_name(task_id: TaskId) -> str:
@@ -319,6 +324,27 @@ class Store:
             if not more:
                 return Page(tasks=tasks, next_cursor=None)
         return Page(tasks=tasks, next_cursor=after.removeprefix("index/"))
+
+    # Uploads.
+
+    async def add_upload(self, task_id: TaskId, path: str, file: BinaryIO, *, size: int) -> str:
+        """Keep what a file holds under a path among the uploads, and return where it is found from outside.
+
+        Args:
+            task_id: The task that left the file.
+            path: In the place for uploads of the task.
+            file: Opened for reading bytes, with a buffer; it is free again when this returns.
+            size: Its bytes.
+
+        Raises:
+            BlobExists: There is one of that path.
+            FileUnreadable: The file cannot be read, or has another size than that.
+            StorageError: The storage does not take it.
+            ValueError: The path leads out of that place, or is no name of an object.
+        """
+        name = upload_name(task_id, path)
+        await self._blobs.create_from(name, file, size=size)
+        return self._blobs.url(name)
 
     # The log, for readers.
 

@@ -474,6 +474,19 @@ async def test_full_disk_is_told_and_left_clean(tmp_path: Path) -> None:
     assert [] == [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+async def test_hole_stays_a_hole(tmp_path: Path) -> None:
+    """A file that is large only by its size takes no room as an object, and reads the same; also where a hole is its end."""
+    (tmp_path / "file").write_bytes(b"begin")
+    size = 50 * PIECE_BYTES + 1
+    os.truncate(tmp_path / "file", size)
+    with (tmp_path / "file").open("rb") as file:
+        await DirectoryBlobs(tmp_path / "root").create_from("name", file, size=size)
+    status = (tmp_path / "root" / "name").stat()
+    assert size == status.st_size
+    assert 5 * PIECE_BYTES > status.st_blocks * 512
+    assert b"begin" + bytes(size - 5) == (tmp_path / "root" / "name").read_bytes()
+
+
 async def test_broken_folder_is_a_storage_error_without_its_path(tmp_path: Path) -> None:
     """Where the file system refuses, each call raises a `StorageError` that names no local path."""
     (tmp_path / "root").write_bytes(b"a file where the folder should be")
