@@ -257,6 +257,7 @@ class Config:
     callback_allowed_hosts: tuple[str, ...] = _setting("CALLBACK_ALLOWED_HOSTS", _hosts, default=())
 
     claude_cli: Path | None = _setting("CLAUDE_CLI", _path)
+    agent_user: str | None = _setting("CCRUN_AGENT_USER")
     anthropic_base_url: str = _setting("ANTHROPIC_BASE_URL", _url, default="https://api.anthropic.com")
     anthropic_api_key: Secret | None = _setting("ANTHROPIC_API_KEY", _credential)
     claude_code_oauth_token: Secret | None = _setting("CLAUDE_CODE_OAUTH_TOKEN", _credential)

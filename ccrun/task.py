@@ -217,6 +217,7 @@ class TaskSpec:
     git_repo: str | None = None
     git_branch: str | None = None
     git_depth: int = DEFAULT_GIT_DEPTH
+    git_submodules: bool = False
     ssh_key: Secret | None = None
     git_token: Secret | None = None
     environment_secrets: Mapping[str, Secret] = attrs.field(factory=dict)
@@ -231,7 +232,10 @@ class TaskSpec:
     @property
     def secrets(self) -> tuple[Secret, ...]:
         """Every value that may not appear in a log, a record or a callback."""
-        named = (self.anthropic_api_key, self.anthropic_oauth_token, self.ssh_key, self.git_token)
+        named = [self.anthropic_api_key, self.anthropic_oauth_token, self.ssh_key, self.git_token]
+        if self.git_token is not None and ":" in self.git_token.reveal():
+            # With the name of its user in front.
+            named.append(Secret(self.git_token.reveal().rpartition(":")[2]))
         return (*(secret for secret in named if secret is not None), *self.environment_secrets.values())
 
 

@@ -189,6 +189,7 @@ def _request_fields(defaults: Defaults) -> Mapping[str, _Check]:
         "gitRepo": functools.partial(_git_repo, local=defaults.backend_is_local),
         "gitBranch": _branch,
         "gitDepth": _whole(1, MAX_GIT_DEPTH),
+        "gitSubmodules": _flag,
         "sshKey": _text(MAX_SSH_KEY_BYTES),
         "gitToken": _credential,
         "environmentSecrets": _environment,

@@ -36,6 +36,7 @@ POLL_SECONDS: Final = 0.2
 #: From an object's name, or the prefix of a listing, to what stands for it in the documentation.
 RESOURCES: Final = (
     (re.compile(r"(sessions)/[^/]+/[0-9]{3,}-[0-9]{8}-[0-9]{6}\.jsonl"), r"\1/{taskId}/NNN-YYYYMMDD-HHMMSS.jsonl"),
+    (re.compile(r"(sessions)/[^/]+/uploads/.+"), r"\1/{taskId}/uploads/{path}"),
     (re.compile(r"(sessions)/[^/]+/(.*)"), r"\1/{taskId}/\2"),
     (re.compile(r"(active)/.+"), r"\1/{taskId}"),
     (re.compile(r"(index)/.+"), r"\1/{time}-{taskId}"),

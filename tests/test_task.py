@@ -96,11 +96,11 @@ def test_secrets_of_a_request_are_all_that_must_be_masked() -> None:
         anthropic_api_key=Secret("api"),
         anthropic_oauth_token=Secret("oauth"),
         ssh_key=Secret("ssh"),
-        git_token=Secret("git"),
+        git_token=Secret("user:git"),
         environment_secrets={"A": Secret("one"), "B": Secret("two")},
         callback_url=Secret("https://example.com"),
     )
-    assert {"api", "oauth", "ssh", "git", "one", "two"} == {secret.reveal() for secret in spec.secrets}
+    assert {"api", "oauth", "ssh", "user:git", "git", "one", "two"} == {secret.reveal() for secret in spec.secrets}
 
 
 def test_every_secret_field_of_a_request_is_covered() -> None:

@@ -21,8 +21,6 @@ from ccrun import task, wire
 from ccrun.errors import (
     Busy,
     CcrunError,
-    Fault,
-    InvalidRequest,
     LaunchFailed,
     NotRedeliverable,
     TaskExists,
@@ -90,13 +88,10 @@ class Dispatcher:
         """Store a task and launch its worker.
 
         Raises:
-            InvalidRequest: It asks for something that this version cannot do.
             TaskExists: The ID is in use, by another request.
             Busy: There is no room now, or a repeat came while the first is on its way.
             LaunchFailed: The worker cannot be started; the task is kept as failed.
         """
-        if faults := [Fault(name, f"{name} is not available in this version") for name in _not_available(spec)]:
-            raise InvalidRequest(faults)
         self.jobs.check_room()
         record = self._first_record(spec, idempotency_digest)
         data_key = await new_data_key(self.wrapper)
@@ -230,19 +225,6 @@ class Dispatcher:
         if buried.status.is_final:
             await self.store.delete_payload(record.task_id)
         return buried
-
-
-def _not_available(spec: TaskSpec) -> list[str]:
-    """Return the fields of the request that no worker of this version acts on; to ignore them would be to lie."""
-    asked = {
-        "gitRepo": spec.git_repo,
-        "sshKey": spec.ssh_key,
-        "gitToken": spec.git_token,
-        "preExecutionCommands": spec.pre_execution_commands,
-        "postExecutionActions.git": spec.post_execution_actions.git,
-        "postExecutionActions.uploadFiles": spec.post_execution_actions.upload_files,
-    }
-    return [name for name, value in asked.items() if value]
 
 
 def shown_url(url: str) -> str:

@@ -18,9 +18,11 @@ from ccrun.backend import marker, open_backend, sign_of_life
 from ccrun.config import Config
 from ccrun.errors import CcrunError, ConfigError, exit_status
 from ccrun.liveness import AlreadyHeld
+from ccrun.process import User
 from ccrun.store import Pace, payload_name
 from ccrun.task import TaskId
 from ccrun.worker import claude
+from ccrun.worker.git import SYSTEM_PATH
 from ccrun.worker.run import Parts, run
 
 logger = structlog.get_logger()
@@ -38,8 +40,9 @@ def main() -> int:
             raise ConfigError("TASK_ID must be set: a worker is started by ccrun, with the task it is for.")
         if settings.encrypted_payload_path not in (None, payload_name(settings.task_id)):
             raise ConfigError("ENCRYPTED_PAYLOAD_PATH must name the payload of the task that TASK_ID names.")
+        agent_user = process.find_user(settings.agent_user, SYSTEM_PATH) if settings.agent_user else None
         with log.bound(task_id=settings.task_id), _sign_of_life(settings, settings.task_id):
-            asyncio.run(_work(settings, settings.task_id))
+            asyncio.run(_work(settings, settings.task_id, agent_user))
     except AlreadyHeld:
         return 0
     except CcrunError as error:
@@ -57,7 +60,7 @@ def _sign_of_life(settings: Config, task_id: TaskId) -> Iterator[None]:
         yield
 
 
-async def _work(settings: Config, task_id: TaskId) -> None:
+async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> None:
     shutdown = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -77,6 +80,8 @@ async def _work(settings: Config, task_id: TaskId) -> None:
             marker=marker(settings.data_dir, task_id),
             pace=Pace(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),
             execution_name=settings.cloud_run_execution,
+            agent_user=agent_user,
+            git_protocols="https:ssh:http:file" if settings.is_local else "https:ssh",
         )
         await run(parts, task_id, shutdown=shutdown)
 

@@ -39,6 +39,9 @@ COPY_SECONDS: Final = 20.0
 #: The file that ccrun itself writes into the workspace.
 DOTENV: Final = ".env"
 
+#: With which git exits when it gives up; with 1 it has done what it could.
+FATAL: Final = 128
+
 _GITLINK: Final = "160000"
 _NOTHING: Final = "000000"
 
@@ -94,6 +97,8 @@ class Changes:
     """The tree as the agent left it. `examine` makes it.
 
     Args:
+        git: In our own folder, without a work tree: there git reads no `.gitmodules`, which would stop it when it is broken.
+        tree: The same with the agent's tree.
         base: The commit that was cloned; None when there was none.
         head: The agent's last commit; None when there is none.
         shallow: At which commits the history is cut off, in the agent's repository.
@@ -101,6 +106,7 @@ class Changes:
     """
 
     git: Git
+    tree: Git
     base: str | None
     head: str | None
     shallow: bytes = attrs.field(repr=False)
@@ -202,21 +208,15 @@ class Changes:
 
     async def _add(self) -> str | None:
         """Add all that there is to the index; return git's words when it could not read all of it."""
-        arguments = (
-            "add",
-            "--all",
-            "--ignore-errors",
-            "--",
-            ".",
-            *((f":(top,exclude){DOTENV}",) if self.hides_dotenv else ()),
-        )
-        ran = await self.git.run(*arguments)
-        if ran.exit.ok:
-            return None
-        if re.search(rb"index file|bad signature|index uses|sharedindex", ran.stderr):
-            # The agent's own index, which only saves time, is no good.
+        hidden = (f":(top,exclude){DOTENV}",) if self.hides_dotenv else ()
+        arguments = ("add", "--all", "--ignore-errors", "--", ".", *hidden)
+        ran = await self.tree.run(*arguments)
+        if ran.exit.code == FATAL:
+            # The agent's own index, which only saves time, may be no good.
             await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
-            ran = await self.git.run(*arguments)
+            ran = await self.tree.run(*arguments)
+        if ran.exit.code == FATAL:
+            raise GitError(f"git add failed: {said(ran.stderr)}")
         return None if ran.exit.ok else said(ran.stderr) or "git add failed"
 
     async def _modules(self) -> frozenset[str]:
@@ -250,13 +250,9 @@ async def examine(git: Git, repository: Path, *, base: str | None, hides_dotenv:
         raise GitError("The repository keeps its objects under a name that git cannot be told.")
     own = room / f"changes-{secrets.token_hex(8)}"
     await git("init", "--quiet", "--bare", "--template=", str(own))
-    ours = here.at(
-        repository,
-        # Of the settings that a repository has of its own, only those of the file system.
-        GIT_DIR=str(own),
-        GIT_WORK_TREE=str(repository),
-        GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects),
-    )
+    # Its settings are those of the file system, and none of the agent's.
+    ours = git.at(own, GIT_DIR=str(own), GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects))
+    tree = ours.at(repository, "core.bare=false", GIT_WORK_TREE=str(repository))
     for source, name in ((index, "index"), (shallow, "shallow")):
         # Not by our own hand: as the agent's user, a link leads nowhere that the agent could not go.
         await _copy(ours, source, own / name)
@@ -267,7 +263,7 @@ async def examine(git: Git, repository: Path, *, base: str | None, hides_dotenv:
             raise GitError("The repository no longer has the commit that was cloned, so what changed cannot be told.")
     boundary = await ours.run("rev-parse", "--is-shallow-repository")
     listed = await _read(ours, own / "shallow") if boundary.stdout.strip() == b"true" else b""
-    return Changes(git=ours, base=base, head=head, shallow=listed, hides_dotenv=hides_dotenv)
+    return Changes(git=ours, tree=tree, base=base, head=head, shallow=listed, hides_dotenv=hides_dotenv)
 
 
 async def _paths(here: Git) -> bytes:

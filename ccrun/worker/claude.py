@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import codecs
 import importlib.util
-import itertools
 import json
 import math
 import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from ccrun.errors import CcrunError
 from ccrun.process import MARKER, Exit
 from ccrun.task import EXIT_FAILED, ConfigFile, Outcome, Reason, Secret, Status, TaskSpec, is_reserved_variable
+from ccrun.worker.lines import slices, text_line
 
 #: Lines are parsed up to here. Longer ones (a tool that printed much) are looked at without a copy, so memory stays flat.
 MAX_PARSED_LINE_BYTES: Final = 1024 * 1024
@@ -37,7 +37,6 @@ MAX_FIGURE: Final = 2**40
 #: The figures of a result are three levels deep; a line that is made to hurt could nest a thousand.
 MAX_USAGE_DEPTH: Final = 8
 
-_SLICE_BYTES: Final = 64 * 1024
 _CONTROL: Final = re.compile(rb"[\x00-\x1f]")
 #: Items between commas; a comma in parentheses belongs to the item, as in `Bash(git log:*, -n)`.
 _LISTED: Final = re.compile(r"(?:[^,(]|\([^)]*\)?)+")
@@ -305,7 +304,7 @@ def _looks_like_object(line: bytes | bytearray) -> bool:
         return False
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        for piece in _slices(line):
+        for piece in slices(line):
             decoder.decode(piece)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
@@ -314,19 +313,7 @@ def _looks_like_object(line: bytes | bytearray) -> bool:
 
 
 def _as_text(line: bytes | bytearray) -> bytes | bytearray:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    wrapped = bytearray(b'{"type":"text","content":"')
-    for piece in itertools.chain(_slices(line), (b"",)):
-        text = decoder.decode(piece, final=not piece)
-        wrapped += json.dumps(text, ensure_ascii=False)[1:-1].encode()
-    wrapped += b'"}'
-    return wrapped
-
-
-def _slices(line: bytes | bytearray) -> Iterator[bytes]:
-    with memoryview(line) as view:
-        for start in range(0, len(view), _SLICE_BYTES):
-            yield bytes(view[start : start + _SLICE_BYTES])
+    return text_line(line, type="text")
 
 
 # --- how a run is judged ---------------------------------------------------------------------------------------------

@@ -184,10 +184,19 @@ _PREFIX: Final = re.compile(r"(?:(?:remote|fatal|error):\s*)+", re.IGNORECASE)
 
 def said(stderr: bytes) -> str:
     """Return what git complained of last, on one line; empty when it said nothing."""
+    return _complaints(stderr)[-1]
+
+
+def first_fault(stderr: bytes) -> str:
+    """Return what git complained of first, which often tells more than that it gives up."""
+    return _complaints(stderr)[0]
+
+
+def _complaints(stderr: bytes) -> list[str]:
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
     told = [line for line in lines if line and not line.startswith(("hint:", "warning:", "Cloning into"))]
     faults = [line for line in told if line.startswith(("fatal:", "error:"))]
-    return shortened(_PREFIX.sub("", (faults or told or [""])[-1]))
+    return [shortened(_PREFIX.sub("", line)) for line in faults or told or [""]]
 
 
 def shortened(text: str) -> str:

@@ -18,7 +18,7 @@ import attrs
 
 from ccrun.worker.changes import Identity
 from ccrun.worker.clone import COMMIT, Clone, Keepsake
-from ccrun.worker.git import Git, GitError, said, shortened
+from ccrun.worker.git import Git, GitError, first_fault, said, shortened
 from ccrun.worker.remote import Access, RemoteError, network_error, refusal
 
 #: Tries at a branch that others push to at the same time.
@@ -122,7 +122,11 @@ async def take_in(
         await ours("update-ref", "refs/ccrun/base", clone.base)
     placed = vault / "objects" / "pack" / f"pack-{commit}.pack"
     await asyncio.to_thread(pack.rename, placed)
-    await ours("index-pack", f"--strict={','.join(f'{fault}=ignore' for fault in _OLD_FAULTS)}", str(placed))
+    checked = await ours.run(
+        "index-pack", f"--strict={','.join(f'{fault}=ignore' for fault in _OLD_FAULTS)}", str(placed)
+    )
+    if not checked.exit.ok:
+        raise GitError(f"The agent's commit holds what no server should get: {first_fault(checked.stderr)}")
     # Nothing is missing: each object is there, down to what was cloned.
     await ours("rev-list", "--objects", "--quiet", commit, "--not", "--all")
     await ours("update-ref", RESULT, commit)

@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import datetime as dt
 import enum
-import json
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 import stamina
@@ -20,11 +19,10 @@ import structlog
 from ccrun import task, wire
 from ccrun.courier import LEASE, Courier
 from ccrun.errors import BlobNotFound, CcrunError, IllegalTransition, SealError, StorageError, TaskNotFound
-from ccrun.process import Child, spawn
+from ccrun.process import Child, User, spawn
 from ccrun.seal import KeyWrapper, Purpose, unseal
 from ccrun.store import LogWriter, Pace, Store
 from ccrun.task import (
-    EXIT_FAILED,
     EXIT_TERMINATED,
     EXIT_TIMEOUT,
     Outcome,
@@ -35,13 +33,22 @@ from ccrun.task import (
     TaskRecord,
     TaskSpec,
 )
-from ccrun.worker import claude
+from ccrun.worker import claude, git
+from ccrun.worker.actions import Actor, Bounds, Checkout, Deeds
+from ccrun.worker.clone import Keepsake, clone
+from ccrun.worker.lines import text_line, worker_line
+from ccrun.worker.preparation import command_files, run_commands, write_dotenv
 from ccrun.worker.proxy import CredentialKind, CredentialProxy
 from ccrun.worker.redaction import Redactor
-from ccrun.worker.workspace import Workspace, furnish, workspace
+from ccrun.worker.remote import Access, remote_of
+from ccrun.worker.workspace import Workspace, furnish, hand_over, private_room, workspace
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
+#: Of the time that is left after a SIGTERM, what the end of a rescue that is broken off takes.
+RESCUE_MARGIN_SECONDS: Final = 0.5
 #: Seconds for which the final record is offered to a storage that does not take it.
 RECORD_SECONDS: Final = 60.0
 
@@ -50,6 +57,14 @@ RECORD_SECONDS: Final = 60.0
 class Times:
     """How long the worker waits, in seconds."""
 
+    #: For the clone.
+    clone: float = 300.0
+    #: For each of the commands before the agent.
+    command: float = 300.0
+    #: For each kind of action after the agent.
+    actions: Bounds = attrs.field(factory=Bounds)
+    #: For the patch that keeps what would be lost.
+    rescue: float = 60.0
     #: Between SIGTERM and SIGKILL for the agent.
     term_grace: float = 5.0
     #: The CLI prints its first line within a second; MCP servers that it starts first may take a while.
@@ -65,6 +80,11 @@ class Times:
     #: Of those, what the callback has.
     shutdown_callback: float = 3.0
 
+    @property
+    def winding_up(self) -> float:
+        """Of those, what there is until the outcome has to be recorded, which takes less than one."""
+        return self.shutdown - self.shutdown_callback - 1.0
+
 
 @attrs.frozen(kw_only=True)
 class Parts:
@@ -78,6 +98,8 @@ class Parts:
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
         marker: By which the processes of this task, and of no other on this machine, are found.
         execution_name: What the platform calls this execution.
+        agent_user: Whom the agent runs as, None where that is the worker's own user.
+        git_protocols: Those that a repository may come by, as git lists them.
     """
 
     store: Store
@@ -92,6 +114,8 @@ class Parts:
     pace: Pace = attrs.field(factory=Pace)
     times: Times = attrs.field(factory=Times)
     execution_name: str | None = None
+    agent_user: User | None = None
+    git_protocols: str = "https:ssh"
 
 
 class Cause(enum.Enum):
@@ -102,22 +126,66 @@ class Cause(enum.Enum):
     SHUTDOWN = enum.auto()
 
 
+class Ended(Exception):
+    """The task is to be ended before this is done."""
+
+
 class Ending:
-    """The first wish to end the task; later ones change nothing."""
+    """The first wish to end the task. Later ones change nothing, but for the one to hurry."""
 
     def __init__(self) -> None:
         self.cause: Cause | None = None
+        #: When this process was told to end, on the loop's clock.
+        self.hurried_at: float | None = None
         self._wished = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._deadline: asyncio.TimerHandle | None = None
 
     def wish(self, cause: Cause) -> None:
         """Ask for the end of the task."""
+        if cause is Cause.SHUTDOWN and self.hurried_at is None:
+            self.hurried_at = asyncio.get_running_loop().time()
+            self._hurry.set()
         if self.cause is None:
             self.cause = cause
             self._wished.set()
 
+    def limit(self, at: float) -> None:
+        """End the task at this time."""
+        self._deadline = asyncio.get_running_loop().call_at(at, self.wish, Cause.TIMEOUT)
+
+    def lift_limit(self) -> None:
+        """Let what follows take its time: the agent has done its work, and what keeps it has bounds of its own."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self.cause is Cause.TIMEOUT:
+            self.cause = None
+            self._wished.clear()
+
     async def wait(self) -> None:
         """Wait for the first wish."""
         await self._wished.wait()
+
+    async def wait_for_hurry(self) -> None:
+        """Wait until this process is told to end."""
+        await self._hurry.wait()
+
+    async def before(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what the work returns; break it off when the task is to be ended first.
+
+        Raises:
+            Ended: It was broken off.
+        """
+        doing, wished = asyncio.create_task(work), asyncio.create_task(self.wait())
+        try:
+            await asyncio.wait({doing, wished}, return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                raise Ended
+            return doing.result()
+        finally:
+            for waiting in (doing, wished):
+                waiting.cancel()
+            await asyncio.gather(doing, wished, return_exceptions=True)
 
 
 async def run(parts: Parts, task_id: TaskId, *, shutdown: asyncio.Event) -> None:
@@ -145,8 +213,8 @@ async def run(parts: Parts, task_id: TaskId, *, shutdown: asyncio.Event) -> None
         spec: TaskSpec | None = None
         try:
             spec = await _open_payload(parts, task_id)
-            asyncio.get_running_loop().call_at(began + spec.timeout_minutes * 60, ending.wish, Cause.TIMEOUT)
-            rooms = await story.enter_async_context(workspace(task_id))
+            ending.limit(began + spec.timeout_minutes * 60)
+            rooms = await story.enter_async_context(workspace(task_id, parts.agent_user))
             outcome = await _hurried(_perform(parts, spec, rooms, ending), ending, parts.times)
         except StorageError as error:
             outcome = task.failed(Reason.KILLED, f"The storage failed, so the task was ended: {error.message}")
@@ -194,13 +262,12 @@ async def _watching(parts: Parts, task_id: TaskId, ending: Ending, shutdown: asy
 
 async def _hurried(work: Coroutine[Any, Any, Outcome], ending: Ending, times: Times) -> Outcome:
     """Return the outcome of the work; after a SIGTERM, give it up while there is still time to record that."""
-    performing, wished = asyncio.create_task(work), asyncio.create_task(ending.wait())
+    performing, hurry = asyncio.create_task(work), asyncio.create_task(ending.wait_for_hurry())
     try:
-        await asyncio.wait({performing, wished}, return_when=asyncio.FIRST_COMPLETED)
-        bound = times.shutdown - times.shutdown_callback - 1 if ending.cause is Cause.SHUTDOWN else None
-        await asyncio.wait({performing}, timeout=bound)
+        await asyncio.wait({performing, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({performing}, timeout=times.winding_up)
     finally:
-        wished.cancel()
+        hurry.cancel()
         performing.cancel()
     try:
         return await performing
@@ -237,41 +304,188 @@ async def _perform(parts: Parts, spec: TaskSpec, rooms: Workspace, ending: Endin
             base_url=proxy.url,
             run_token=proxy.run_token,
             is_oauth=kind is CredentialKind.OAUTH,
-            is_root=os.geteuid() == 0,
+            is_root=rooms.agent is None and os.geteuid() == 0,
             marker=parts.marker,
         )
-        files = await furnish(rooms, commands=spec.slash_commands, inputs=claude.inputs(spec, environment))
-        cli, start_folder = await asyncio.to_thread(lambda: (parts.cli(), rooms.start_folder(spec.cwd_relative)))
-        child = await story.enter_async_context(
-            spawn(
-                claude.argv(spec, cli=cli, files=files),
-                env=environment,
-                cwd=start_folder,
-                stdin=spec.prompt.encode(),
-                term_grace_seconds=parts.times.term_grace,
-            )
-        )
-        log.info("The agent began")
         redactor = Redactor((*spec.secrets, credential, proxy.run_token))
-        agent = Agent(child=child, writer=writer, redactor=redactor, proxy=proxy)
-        outcome = await _follow(agent, ending, parts.times, timeout_minutes=spec.timeout_minutes)
+
+        async def say(line: bytes | bytearray) -> None:
+            await writer.write(redactor.line(line))
+
+        agent = Agent(writer=writer, say=say, redactor=redactor, proxy=proxy, environment=environment)
+        checkout: Checkout | None = None
+        try:
+            inputs = {**claude.inputs(spec, environment), **command_files(spec.pre_execution_commands)}
+            checkout = await ending.before(_check_out(parts, spec, rooms, story, say))
+            files = await furnish(rooms, commands=spec.slash_commands, inputs=inputs)
+            await hand_over(rooms)
+            commands = run_commands(
+                spec.pre_execution_commands, rooms, environment=environment, say=say, seconds=parts.times.command
+            )
+            await ending.before(commands)
+            outcome = await _run_agent(parts, spec, rooms, agent, files, ending)
+        except Ended:
+            outcome = _ended(ending.cause, spec.timeout_minutes)
+        except StorageError:
+            raise
+        except CcrunError as error:
+            outcome = task.failed(Reason.PREPARE_FAILED, error.message)
+        actor = Actor(
+            store=parts.store,
+            spec=spec,
+            rooms=rooms,
+            checkout=checkout,
+            deeds=Deeds(),
+            redactor=redactor,
+            say=say,
+            bounds=parts.times.actions,
+        )
+        outcome = await _keep_work(actor, outcome, ending, parts.times)
     return attrs.evolve(outcome, error=redactor.value(outcome.error), result=redactor.value(outcome.result))
+
+
+async def _check_out(
+    parts: Parts, spec: TaskSpec, rooms: Workspace, story: AsyncExitStack, say: Callable[[bytes], Awaitable[None]]
+) -> Checkout | None:
+    """Clone, and lay out what the agent finds beside the code; None where git has nothing to do."""
+    action = spec.post_execution_actions.git
+    checkout: Checkout | None = None
+    here: git.Git | None = None
+    if spec.git_repo is not None or (action is not None and (action.commit or action.push)):
+        program = await asyncio.to_thread(git.find_git, git.SYSTEM_PATH)
+
+        def git_at(home: Path, user: User | None, protocols: str = "") -> git.Git:
+            environment = git.environment(
+                program=program, inherited=parts.inherited, home=home, marker=parts.marker, protocols=protocols
+            )
+            return git.Git(program=program, environment=environment, cwd=home, user=user)
+
+        checkout = Checkout(
+            rooms=rooms,
+            agent_git=git_at(rooms.root, rooms.agent),
+            worker_git=lambda home: git_at(home, None, parts.git_protocols),
+            hides_dotenv=bool(spec.environment_secrets),
+        )
+        if spec.git_repo is not None:
+            checkout = await _clone(parts, spec, checkout, story, say)
+            here = git_at(rooms.root, None).at(rooms.repository)
+    if spec.environment_secrets:
+        left_out = await write_dotenv(rooms, spec.environment_secrets, here)
+        if left_out:
+            names = ", ".join(left_out)
+            await say(worker_line("dotenv", content=f"Not in .env, which could not tell them rightly: {names}."))
+    return checkout
+
+
+async def _clone(
+    parts: Parts, spec: TaskSpec, checkout: Checkout, story: AsyncExitStack, say: Callable[[bytes], Awaitable[None]]
+) -> Checkout:
+    assert spec.git_repo is not None  # noqa: S101 - the caller has looked
+    remote = remote_of(spec.git_repo, prefers_ssh=spec.ssh_key is not None)
+    access = Access(remote=remote, ssh_key=spec.ssh_key, git_token=spec.git_token, marker=parts.marker)
+    repository = checkout.rooms.repository
+    async with private_room(spec.task_id) as room:
+        cloned = await clone(
+            checkout.worker_git(room),
+            access,
+            repository,
+            revision=spec.git_branch,
+            depth=spec.git_depth,
+            submodules=spec.git_submodules,
+            seconds=parts.times.clone,
+        )
+    await say(worker_line("clone", host=remote.host or None, revision=spec.git_branch, commit=cloned.base))
+    keepsake = None
+    action = spec.post_execution_actions.git
+    if action is not None and action.push:
+        keepsake = await Keepsake.of(repository)
+        story.callback(keepsake.close)
+    return attrs.evolve(checkout, access=access, clone=cloned, keepsake=keepsake)
+
+
+async def _run_agent(
+    parts: Parts, spec: TaskSpec, rooms: Workspace, agent: Agent, files: Mapping[str, Path], ending: Ending
+) -> Outcome:
+    """Run the CLI until it ends, or is ended; nothing of it runs afterwards."""
+    cli, start_folder = await asyncio.to_thread(lambda: (parts.cli(), rooms.start_folder(spec.cwd_relative)))
+    options = {option: path for option, path in files.items() if not option.startswith("command-")}
+    async with spawn(
+        claude.argv(spec, cli=cli, files=options),
+        env=agent.environment,
+        cwd=start_folder,
+        stdin=spec.prompt.encode(),
+        term_grace_seconds=parts.times.term_grace,
+        user=rooms.agent,
+    ) as child:
+        log.info("The agent began")
+        return await _follow(child, agent, ending, parts.times, timeout_minutes=spec.timeout_minutes)
+
+
+async def _keep_work(actor: Actor, outcome: Outcome, ending: Ending, times: Times) -> Outcome:
+    """Do the actions of a task that has succeeded, and keep the changes of one that has not."""
+    if outcome.status is Status.COMPLETED:
+        ending.lift_limit()
+        try:
+            await ending.before(actor.act())
+        except Ended:
+            if ending.cause is Cause.CANCEL:
+                outcome = task.cancelled(outcome)
+            else:
+                actor.deeds.fail("worker", "The worker was told to end before all actions were done.")
+    if outcome.status is not Status.COMPLETED or actor.deeds.is_unpushed:
+        await _rescue(actor, ending, times)
+    return actor.deeds.told_by(outcome, actor.redactor)
+
+
+async def _rescue(actor: Actor, ending: Ending, times: Times) -> None:
+    """Keep the changes as a patch, in the time that there is."""
+    loop = asyncio.get_running_loop()
+
+    async def hasten(bound: asyncio.Timeout) -> None:
+        await ending.wait_for_hurry()
+        at = (ending.hurried_at or 0.0) + times.winding_up - RESCUE_MARGIN_SECONDS
+        bound.reschedule(min(at, bound.when() or at))
+
+    try:
+        async with asyncio.timeout_at(loop.time() + times.rescue) as bound:
+            hastening = asyncio.create_task(hasten(bound))
+            try:
+                await actor.rescue()
+            finally:
+                hastening.cancel()
+    except TimeoutError:
+        actor.deeds.fail("rescue", "There was no time to keep the changes.")
+
+
+def _ended(cause: Cause | None, timeout_minutes: float) -> Outcome:
+    """Return what a task ends in that was ended from outside."""
+    match cause:
+        case Cause.TIMEOUT:
+            error = f"The task was not done within {timeout_minutes:g} minutes."
+            return task.failed(Reason.TIMEOUT, error, exit_code=EXIT_TIMEOUT)
+        case Cause.CANCEL:
+            return task.cancelled()
+        case Cause.SHUTDOWN | None:
+            error = "The worker was told to end before the task was done."
+            return task.failed(Reason.KILLED, error, exit_code=EXIT_TERMINATED)
 
 
 @attrs.frozen(kw_only=True)
 class Agent:
-    """The CLI at work, and what stands between it and the outside."""
+    """What stands between the agent and the outside."""
 
-    child: Child
     writer: LogWriter
+    #: Takes a line for the log, and masks what is secret in it.
+    say: Callable[[bytes | bytearray], Awaitable[None]]
     redactor: Redactor
     proxy: CredentialProxy
+    environment: Mapping[str, str] = attrs.field(repr=False)
 
 
-async def _follow(agent: Agent, ending: Ending, times: Times, *, timeout_minutes: float) -> Outcome:
+async def _follow(child: Child, agent: Agent, ending: Ending, times: Times, *, timeout_minutes: float) -> Outcome:
     """Write down what the CLI prints until it ends, or is ended; say how that counts."""
     transcript = claude.Transcript()
-    printing = asyncio.create_task(_keep_lines(agent, transcript, times))
+    printing = asyncio.create_task(_keep_lines(child, agent, transcript, times))
     wished = asyncio.create_task(ending.wait())
     given_up = asyncio.create_task(agent.writer.until_given_up())
     try:
@@ -279,50 +493,50 @@ async def _follow(agent: Agent, ending: Ending, times: Times, *, timeout_minutes
         cause = None if printing.done() else ending.cause
         if not printing.done():
             # What the CLI still prints on its way out is kept.
-            agent.child.terminate()
+            child.terminate()
         if cause is Cause.SHUTDOWN:
-            asyncio.get_running_loop().call_later(times.shutdown_term_grace, agent.child.kill)
+            asyncio.get_running_loop().call_later(times.shutdown_term_grace, child.kill)
         must_end = await printing
     finally:
         for waiting in (printing, wished, given_up):
             waiting.cancel()
     if must_end:
-        agent.child.terminate()
-    ended = await agent.child.wait()
-    if agent.child.stderr_tail:
-        complaint = agent.redactor.text(agent.child.stderr_tail.decode(errors="replace"))
-        await agent.writer.write(json.dumps({"type": "stderr", "content": complaint}).encode())
+        child.terminate()
+    ended = await child.wait()
+    if child.stderr_tail:
+        await agent.say(text_line(child.stderr_tail, type="stderr"))
     was_ended = must_end or cause is not None
     outcome = claude.judge(transcript, ended, stopped_by_us=was_ended, rejected=agent.proxy.rejected)
     if outcome.status is Status.COMPLETED or not was_ended:
         return outcome
-    match cause:
-        case Cause.TIMEOUT:
-            code, reason = EXIT_TIMEOUT, Reason.TIMEOUT
-            error = f"The task was not done within {timeout_minutes:g} minutes."
-        case Cause.CANCEL:
-            return task.cancelled(outcome)
-        case Cause.SHUTDOWN:
-            code, reason, error = EXIT_TERMINATED, Reason.KILLED, "The worker was told to end before the task was done."
-        case None if transcript.has_lines:
-            return outcome
-        case None:
-            code, reason = EXIT_FAILED, Reason.STALLED
-            error = f"The Claude CLI printed nothing within {times.first_line:g} s."
-    return attrs.evolve(outcome, status=Status.FAILED, reason=reason, exit_code=code, error=error)
+    if cause is Cause.CANCEL:
+        return task.cancelled(outcome)
+    if cause is not None:
+        ending_of = _ended(cause, timeout_minutes)
+    elif transcript.has_lines:
+        return outcome
+    else:
+        ending_of = task.failed(Reason.STALLED, f"The Claude CLI printed nothing within {times.first_line:g} s.")
+    return attrs.evolve(
+        outcome,
+        status=ending_of.status,
+        reason=ending_of.reason,
+        exit_code=ending_of.exit_code,
+        error=ending_of.error,
+    )
 
 
-async def _keep_lines(agent: Agent, transcript: claude.Transcript, times: Times) -> bool:
+async def _keep_lines(child: Child, agent: Agent, transcript: claude.Transcript, times: Times) -> bool:
     """Write down each line; return whether the CLI has to be ended: it fell silent when it should have spoken or ended."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(times.first_line) as silence:
-            async for line in agent.child.lines():
+            async for line in child.lines():
                 # A storage that is slow is no silence of the CLI.
                 silence.reschedule(None)
                 transcript.feed(line)
                 if kept := claude.line_for_log(line):
-                    await agent.writer.write(agent.redactor.line(kept))
+                    await agent.say(kept)
                 # A line can have many megabytes; none may live on here while the next one comes.
                 del line, kept
                 if transcript.result is None and transcript.is_refused:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -17,6 +18,7 @@ import attrs
 import frontmatter
 
 from ccrun.errors import CcrunError
+from ccrun.process import User
 from ccrun.removal import remove_tree
 from ccrun.task import ConfigFile, TaskId
 
@@ -30,9 +32,14 @@ class WorkspaceError(CcrunError):
 
 @attrs.frozen(kw_only=True)
 class Workspace:
-    """The folders of a task. `repository` is the agent's; the others belong to the CLI that serves it."""
+    """The folders of a task. `repository` is the agent's; the others belong to the CLI that serves it.
+
+    Args:
+        agent: Whom the agent runs as, None where that is the worker's own user.
+    """
 
     root: Path
+    agent: User | None = None
 
     @property
     def repository(self) -> Path:
@@ -76,17 +83,57 @@ class Workspace:
 
 
 @contextlib.asynccontextmanager
-async def workspace(task_id: TaskId) -> AsyncIterator[Workspace]:
+async def workspace(task_id: TaskId, agent: User | None = None) -> AsyncIterator[Workspace]:
     """Make the rooms of a task, and remove them with all that the agent left in them.
+
+    They are the worker's own until `hand_over`.
 
     Raises:
         WorkspaceError: They cannot be made.
     """
-    rooms = await asyncio.to_thread(_make, task_id)
+    rooms = attrs.evolve(await asyncio.to_thread(_make, task_id), agent=agent)
     try:
         yield rooms
     finally:
         await asyncio.shield(asyncio.to_thread(remove_tree, rooms.root))
+
+
+@contextlib.asynccontextmanager
+async def private_room(task_id: TaskId) -> AsyncIterator[Path]:
+    """Make a folder for what the agent may not have: a new one each time, for one that was there before may have been found.
+
+    Raises:
+        WorkspaceError: It cannot be made.
+    """
+    try:
+        # Its name is one that whoever clears up after a worker knows: see `ccrun.jobs`.
+        room = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=f"ws-{task_id}."))
+    except OSError as error:
+        raise WorkspaceError(f"A folder cannot be made: {error.strerror}.") from error
+    try:
+        yield room
+    finally:
+        await asyncio.shield(asyncio.to_thread(remove_tree, room))
+
+
+async def hand_over(rooms: Workspace) -> None:
+    """Make all that is in the rooms the agent's. From here on nothing may be written there by the worker's own hand.
+
+    Raises:
+        WorkspaceError: It cannot be done.
+    """
+    if rooms.agent is not None:
+        await asyncio.to_thread(_give, rooms.root, rooms.agent)
+
+
+def _give(root: Path, agent: User) -> None:
+    try:
+        for folder, folders, files in os.walk(root):
+            for name in (*folders, *files):
+                os.chown(Path(folder, name), agent.uid, agent.gid, follow_symlinks=False)
+        os.chown(root, agent.uid, agent.gid, follow_symlinks=False)
+    except OSError as error:
+        raise WorkspaceError(f"The workspace cannot be given to the agent's user: {error.strerror}.") from error
 
 
 async def furnish(

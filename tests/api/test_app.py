@@ -493,26 +493,6 @@ async def test_the_operators_credential_stands_in_for_one(tmp_path: Path) -> Non
         assert 202 == answer.status
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("gitRepo", "https://example.com/x.git"),
-        ("gitToken", "made-up"),
-        ("sshKey", "made-up"),
-        ("preExecutionCommands", ["true"]),
-        ("postExecutionActions.uploadFiles", {"uploadFiles": {"globPatterns": ["*"]}}),
-    ],
-)
-async def test_what_this_version_cannot_do_is_refused(api: Api, field: str, value: Any) -> None:
-    """A request for it answers 400 rather than run without it, on both calls, and stores nothing."""
-    for path in ("/run", "/run-async"):
-        body = api.body(callbackUrl=CALLBACK, **{field.partition(".")[0]: value})
-        answer = await api.call("POST", path, json=body)
-        assert (400, f"{field} is not available in this version") == (answer.status, answer.body["error"])
-        assert [field] == [fault["field"] for fault in answer.body["details"]]
-    assert [] == list((await api.store.page(limit=10)).tasks)
-
-
 async def chunked(body: bytes) -> AsyncIterator[bytes]:
     """Give a body in pieces, so that its length is not told beforehand."""
     for start in range(0, len(body), 64 * 1024):

@@ -18,7 +18,7 @@ from sides import Call, Sides, open_sides
 from standins import cloudrun
 from standins.gcs import FINE, Fault
 
-from ccrun.demo.model import Conversation, Hang, Reply, Say
+from ccrun.demo.model import Conversation, Hang, Reply, Say, UseTool
 from ccrun.task import Status, TaskRecord, WebhookState
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "permissions.md"
@@ -80,7 +80,9 @@ def granted() -> dict[str, dict[str, str]]:
 
 
 def script(conversation: Conversation) -> Reply:
-    """Wait for ever when told to, else be done."""
+    """Wait for ever when told to, or make some files, else be done."""
+    if "Make" in conversation.prompt and conversation.turn == 0:
+        return UseTool("Bash", {"command": "touch 1.txt 2.txt"})
     return Hang() if "Wait" in conversation.prompt else Say("Done.")
 
 
@@ -160,6 +162,7 @@ async def scene() -> AsyncIterator[Scene]:
 async def test_each_side_calls_what_the_document_lists(scene: Scene) -> None:
     """Over all that ccrun does, each side makes the calls that its table lists, and no other, with those permissions."""
     await ordinary_life(scene)
+    await uploads(scene)
     await deliveries(scene)
     await cancels(scene)
     await deaths(scene)
@@ -179,6 +182,18 @@ async def ordinary_life(scene: Scene) -> None:
         assert 200 == response.status
     async with service.http.post(f"{service.url}/run", json=service.body(taskId="plain")) as response:
         assert 409 == response.status
+
+
+async def uploads(scene: Scene) -> None:
+    """Keep what a task makes, while the answer to one of the uploads is lost."""
+    service, gcs = scene.sides.service, scene.sides.place.gcs
+    gcs.fail_object("storage.objects.create", "uploads/1.txt", LOST)
+    body = {"allowedTools": ["Bash"], "postExecutionActions": {"uploadFiles": {"globPatterns": ["*.txt"]}}}
+    await service.submit(taskId="kept", prompt="Make files.", callbackUrl=scene.receiver, **body)
+    record = await service.until_over("kept")
+    assert 2 == len(record.uploaded_files or ())
+    await scene.until_delivered("kept")
+    gcs.heal()
 
 
 async def deliveries(scene: Scene) -> None:

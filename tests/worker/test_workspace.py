@@ -13,8 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ccrun.process import find_user
 from ccrun.task import ConfigFile, TaskId
-from ccrun.worker.workspace import Workspace, WorkspaceError, furnish, workspace
+from ccrun.worker.git import SYSTEM_PATH
+from ccrun.worker.workspace import Workspace, WorkspaceError, furnish, hand_over, private_room, workspace
 
 TASK = TaskId("t-1")
 #: A user who owns nothing.
@@ -246,3 +248,32 @@ async def test_configuration_that_cannot_be_written_is_told(rooms: Workspace) ->
     """A name that the disk does not take is an error without a local path."""
     with pytest.raises(WorkspaceError, match=r"^The CLI's configuration cannot be written: File name too long\.$"):
         await furnish(rooms, commands={"x" * 300: ConfigFile(content="")}, inputs={})
+
+
+# --- rooms for another user -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+async def test_what_is_handed_over_is_the_agents(tmp_path: Path) -> None:
+    """All of it, links as links; what they lead to stays whose it was."""
+    user = await asyncio.to_thread(find_user, "61239", SYSTEM_PATH)
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    async with workspace(TASK, user) as rooms:
+        (rooms.repository / "deep").mkdir()
+        (rooms.repository / "deep" / "file").write_text("x")
+        (rooms.repository / "link").symlink_to(outside)
+        await hand_over(rooms)
+        owners = {path.lstat().st_uid for path in (rooms.root, *rooms.root.rglob("*"))}
+    assert ({61239}, 0) == (owners, outside.stat().st_uid)
+
+
+async def test_a_private_room_is_new_each_time_and_goes(tmp_path: Path) -> None:
+    """For its owner's eyes alone, under a name that whoever clears up after a worker knows."""
+    async with private_room(TASK) as one, private_room(TASK) as other:
+        assert one != other
+        assert 0o700 == stat.S_IMODE(one.stat().st_mode)
+        assert one.name.startswith(f"ws-{TASK}.")
+        (one / "file").write_text("x")
+    assert not one.exists()
+    assert not other.exists()

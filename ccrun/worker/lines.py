@@ -1,0 +1,39 @@
+"""Lines that ccrun itself puts into the log of a task, beside the CLI's own. Pure."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+_SLICE_BYTES: Final = 64 * 1024
+
+
+def text_line(content: bytes | bytearray, **fields: Any) -> bytearray:
+    """Return an object with these fields and a last one, `content`, that holds bytes of any size as text.
+
+    What is no UTF-8 becomes replacement characters. Memory stays near one copy: a line can have many megabytes.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    opened = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))[:-1]
+    wrapped = bytearray(f'{opened}{"," if fields else ""}"content":"'.encode())
+    for piece in itertools.chain(slices(content), (b"",)):
+        text = decoder.decode(piece, final=not piece)
+        wrapped += json.dumps(text, ensure_ascii=False)[1:-1].encode()
+    wrapped += b'"}'
+    return wrapped
+
+
+def worker_line(step: str, **fields: Any) -> bytes:
+    """Return what the worker says of a step of its own: `clone`, `command`, `git`, `upload` or `rescue`."""
+    line = {"type": "worker", "step": step, **{name: value for name, value in fields.items() if value is not None}}
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def slices(line: bytes | bytearray) -> Iterator[bytes]:
+    """Yield the line in pieces."""
+    with memoryview(line) as view:
+        for start in range(0, len(view), _SLICE_BYTES):
+            yield bytes(view[start : start + _SLICE_BYTES])
