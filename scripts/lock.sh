@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pins again what scripts/test.sh installs, after pyproject.toml changed: every package with its version and hashes, for Python
-# from 3.11 on, on Linux and macOS. With --upgrade, to the newest versions. Needs uv (pip install uv).
+# Pins again what scripts/test.sh and the images in containers/ install, after pyproject.toml changed: every package with its
+# version and hashes, for Python from 3.11 on, on Linux and macOS. With --upgrade, to the newest versions. Needs uv (pip install uv).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,3 +23,8 @@ pin --output-file scripts/requirements.txt --constraint "$build" --extra claude 
 cryptography<49 ; sys_platform == "darwin" and platform_machine == "x86_64"
 cryptography>=49 ; sys_platform != "darwin" or platform_machine != "x86_64"
 END
+
+# What each image needs of it: the same versions, since the tests ran with them. The API runs no CLI.
+all=scripts/requirements.txt
+pin --output-file containers/requirements-api.txt --constraint "$all" --extra gcp pyproject.toml
+pin --output-file containers/requirements-worker.txt --constraint "$all" --extra gcp --extra claude pyproject.toml
