@@ -137,6 +137,13 @@ def _tools(value: str) -> tuple[str, ...]:
     return tuple(tools)
 
 
+def _names_of_secrets(value: str) -> frozenset[str]:
+    names = frozenset(name.strip() for name in value.split(",") if name.strip())
+    if not names <= _SECRETS_OF_WORKERS:
+        raise ValueError(f"some of {', '.join(sorted(_SECRETS_OF_WORKERS))}, separated by commas")
+    return names
+
+
 def _permission_mode(value: str) -> str:
     return _one_of(*PERMISSION_MODES)(value)
 
@@ -173,6 +180,8 @@ def _tokens(value: str) -> tuple[Secret, ...]:
     return tuple(Secret(token) for token in tokens)
 
 
+#: What a service in the cloud need not have itself, since only its workers use it.
+_SECRETS_OF_WORKERS: Final = frozenset({"CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
 #: Their values are never shown, not even wrong ones.
 _READERS_OF_SECRETS: Final = (_secret, _credential, _tokens)
 
@@ -242,6 +251,8 @@ class Config:
 
     host: str = _setting("HOST", default=attrs.Factory(_usual_host, takes_self=True))
     port: int = _setting("PORT", _whole(0, 65535), default=8080)
+    #: Names of settings that the job has and the service, in the cloud, does not: it keeps no secret that it does not use.
+    worker_has: frozenset[str] = _setting("CCRUN_WORKER_HAS", _names_of_secrets, default=frozenset())
     api_tokens: tuple[Secret, ...] = _setting("CCRUN_API_TOKENS", _tokens, default=())
     max_request_bytes: int = _setting(
         "MAX_REQUEST_BYTES", _whole(1024, LARGEST_REQUEST_BYTES), default=DEFAULT_REQUEST_BYTES
@@ -277,7 +288,18 @@ class Config:
     @property
     def operator_has_credential(self) -> bool:
         """Whether a request may come without a credential for the model API."""
-        return bool(self.anthropic_api_key or self.claude_code_oauth_token)
+        mine = self.anthropic_api_key or self.claude_code_oauth_token
+        return bool(mine or self._of_workers & {"ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
+
+    @property
+    def signs_callbacks(self) -> bool:
+        """Whether whoever delivers callbacks has a secret to sign them with."""
+        return bool(self.is_local or self.callback_secret or "CLOUDRUN_CALLBACK_SECRET" in self._of_workers)
+
+    @property
+    def _of_workers(self) -> frozenset[str]:
+        # On one machine workers have the environment of the service.
+        return frozenset() if self.is_local else self.worker_has
 
 
 def load(environment: Mapping[str, str] = os.environ, *, on_terminal: bool | None = None) -> Config:

@@ -175,7 +175,7 @@ def _parts(config: Config, backend: Backend, jobs: Jobs, news: asyncio.Event) ->
         # In the cloud the API neither decrypts nor calls receivers: the sweep runs under the worker's identity.
         companions=[sweeping] if config.is_local else [],
         unavailable=why_unavailable(config),
-        callbacks_unavailable=None if backend.callback_secret else UNSIGNED_CALLBACKS,
+        callbacks_unavailable=None if config.signs_callbacks else UNSIGNED_CALLBACKS,
     )
 
 

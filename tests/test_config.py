@@ -162,6 +162,17 @@ def test_google_cloud_without_a_bucket_is_no_error_at_the_start() -> None:
     assert config.load({"K_SERVICE": "api"}).gcs_logs_bucket is None
 
 
+def test_a_service_in_the_cloud_may_leave_secrets_to_its_workers() -> None:
+    """It is told their names, so that it takes what the workers can do; on one machine workers have what it has."""
+    names = {"CCRUN_WORKER_HAS": "CLOUDRUN_CALLBACK_SECRET, ANTHROPIC_API_KEY"}
+    cloud, local = config.load({"K_SERVICE": "api", **names}), config.load(names)
+    assert (True, True) == (cloud.signs_callbacks, cloud.operator_has_credential)
+    assert (True, False) == (local.signs_callbacks, local.operator_has_credential)
+    assert not config.load({"K_SERVICE": "api"}).signs_callbacks
+    assert config.load({"K_SERVICE": "api", "CLOUDRUN_CALLBACK_SECRET": "made up"}).signs_callbacks
+    assert fault(CCRUN_WORKER_HAS="PORT").startswith("CCRUN_WORKER_HAS must be some of ANTHROPIC_API_KEY, ")
+
+
 def test_a_service_on_cloud_run_listens_to_all() -> None:
     """The platform guards the door there; elsewhere only this machine can call, unless `HOST` says otherwise."""
     assert "0.0.0.0" == config.load({"K_SERVICE": "api"}).host
