@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Makes the key that seals requests, with a rotation every 90 days, and lets the identities use it: the API seals, worker and sweep
+# open. Can be run again at any time: it changes what differs.
+#   scripts/setup-kms.sh [--dry-run]
+# Settings come from the environment and from .env; .env.example explains them.
+set -euo pipefail
+# shellcheck source=scripts/cloud.sh
+. "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+begin "" "$@"
+
+ROTATION_DAYS=90
+ON_RING=(--keyring="$KMS_KEY_RING" --location="$KMS_LOCATION")
+
+make_key() {
+  local found purpose period next state version
+  if ! look found kms keyrings describe "$KMS_KEY_RING" --location="$KMS_LOCATION" --format='value(name)'; then
+    say "Key ring $KMS_KEY_RING"
+    change kms keyrings create "$KMS_KEY_RING" --location="$KMS_LOCATION"
+  fi
+  if ! look found kms keys describe "$KMS_KEY_NAME" "${ON_RING[@]}" \
+    --format='value[separator="|"](purpose,rotationPeriod,nextRotationTime,primary.state)'; then
+    say "Key $KMS_KEY_NAME"
+    change kms keys create "$KMS_KEY_NAME" "${ON_RING[@]}" --purpose=encryption \
+      --rotation-period="${ROTATION_DAYS}d" --next-rotation-time="+P${ROTATION_DAYS}D"
+    return
+  fi
+  IFS='|' read -r purpose period next state <<<"$found"
+  [ "$purpose" = ENCRYPT_DECRYPT ] ||
+    fail "The key $KMS_KEY_NAME is for $purpose, not for encryption: set KMS_KEY_NAME to another name."
+  if [ "$period" != "$((ROTATION_DAYS * 24 * 60 * 60))s" ] || [ -z "$next" ]; then
+    say "Key $KMS_KEY_NAME: rotation"
+    change kms keys update "$KMS_KEY_NAME" "${ON_RING[@]}" \
+      --rotation-period="${ROTATION_DAYS}d" --next-rotation-time="+P${ROTATION_DAYS}D"
+  fi
+  if [ "$state" != ENABLED ]; then
+    # As scripts/teardown.sh --data leaves it. Keys cannot be deleted, so it gets a new version.
+    say "Key $KMS_KEY_NAME: a new version, since the last one is ${state:-gone}"
+    change kms keys versions create --key="$KMS_KEY_NAME" "${ON_RING[@]}" --primary
+  fi
+}
+
+let_identities_use_it() {
+  local address found
+  for address in "$API" "$WORKER" "$SWEEP"; do
+    if ! look found iam service-accounts describe "$address" --format='value(email)'; then
+      say "Who may use the key is set by scripts/setup-service-account.sh, which makes the service accounts."
+      return
+    fi
+  done
+  on_key || missing "The key $KMS_KEY_NAME" setup-kms.sh
+  grant_key
+}
+
+make_key
+let_identities_use_it
+finish

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Deletes the deployment: schedule, service, jobs, images, secrets, roles and identities. Says first what it will delete, and asks
+# for the ID of the project. The bucket and the key stay unless --data is given: without the key what the bucket holds of sealed
+# requests can never be opened. Key rings and keys cannot be deleted, so of them only the versions go, 30 days later.
+#   scripts/teardown.sh [--dry-run] [--data] [--yes]
+# Settings come from the environment and from .env; .env.example explains them.
+set -euo pipefail
+# shellcheck source=scripts/cloud.sh
+. "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+begin "--data --yes" "$@"
+
+# shellcheck disable=SC2034 # read by `look`
+WHEN_OFF=absent
+FOUND=$'\n'
+ON_RING=(--keyring="$KMS_KEY_RING" --location="$KMS_LOCATION")
+SECRETS="CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN"
+ACCOUNTS="ccrun-api ccrun-worker ccrun-sweep ccrun-scheduler"
+ROLES="ccrunAdd ccrunReplace ccrunList ccrunLaunch ccrunLook ccrunStart"
+
+# look_for "what it is" gcloud-words…: notes that it is there.
+look_for() {
+  local what=$1 found
+  shift
+  if look found "$@"; then
+    FOUND=$FOUND$what$'\n'
+    say "  $what"
+  fi
+}
+
+is_there() { [[ $FOUND == *$'\n'"$1"$'\n'* ]]; }
+
+# drop "what it is" gcloud-words…: deletes it, if it was found.
+drop() {
+  local what=$1
+  shift
+  is_there "$what" || return 0
+  say "Deleting: $what"
+  change "$@"
+}
+
+look_around() {
+  local name deleted found
+  say "In the project $PROJECT_ID this will be deleted:"
+  look_for "schedule $CLOUDRUN_SWEEP_NAME" scheduler jobs describe "$CLOUDRUN_SWEEP_NAME" --location="$SCHEDULER_LOCATION" --format='value(name)'
+  look_for "service $CLOUDRUN_SERVICE_NAME" run services describe "$CLOUDRUN_SERVICE_NAME" --region="$REGION" --format='value(metadata.name)'
+  for name in "$CLOUDRUN_JOB_NAME" "$CLOUDRUN_SWEEP_NAME"; do
+    look_for "job $name, with what is running of it" run jobs describe "$name" --region="$REGION" --format='value(metadata.name)'
+  done
+  look_for "repository $ARTIFACT_REPOSITORY, with its images" artifacts repositories describe "$ARTIFACT_REPOSITORY" --location="$REGION" --format='value(format)'
+  for name in $SECRETS; do
+    look_for "secret $name" secrets describe "$name" --format='value(name)'
+  done
+  for name in $ACCOUNTS; do
+    look_for "service account $name" iam service-accounts describe "$(account "$name")" --format='value(email)'
+  done
+  for name in $ROLES; do
+    if look deleted iam roles describe "$name" --format='value(deleted)' && [ "$deleted" != True ]; then
+      FOUND=$FOUND"role $name"$'\n'
+      say "  role $name"
+    fi
+  done
+  if option --data; then
+    look_for "bucket $GCS_LOGS_BUCKET, with all tasks and logs" storage buckets describe "gs://$GCS_LOGS_BUCKET" --format='value(name)'
+    VERSIONS=
+    if look found kms keys versions list --key="$KMS_KEY_NAME" "${ON_RING[@]}" --format='value[separator="|"](name,state)'; then
+      VERSIONS=$(printf %s "$found" | sed -En 's/^.*\/([0-9]+)\|(ENABLED|DISABLED)$/\1/p')
+    fi
+    if [ -n "$VERSIONS" ]; then
+      FOUND=$FOUND"versions of the key $KMS_KEY_NAME"$'\n'
+      say "  versions of the key $KMS_KEY_NAME (they can be restored for 30 days; the key itself can never be deleted)"
+    fi
+  else
+    say "These stay: the bucket $GCS_LOGS_BUCKET and the key $KMS_KEY_NAME (--data deletes what can be deleted of them)."
+  fi
+}
+
+# On what stays nobody of ours may do anything any more; otherwise the grants would be there for ever, of accounts that are gone.
+take_away_grants() {
+  local name
+  for name in $ACCOUNTS; do
+    revoke_all "serviceAccount:$(account "$name")"
+  done
+}
+
+delete_all() {
+  local name version
+  # First what starts things, then what runs, then what those need.
+  drop "schedule $CLOUDRUN_SWEEP_NAME" scheduler jobs delete "$CLOUDRUN_SWEEP_NAME" --location="$SCHEDULER_LOCATION"
+  drop "service $CLOUDRUN_SERVICE_NAME" run services delete "$CLOUDRUN_SERVICE_NAME" --region="$REGION"
+  for name in "$CLOUDRUN_JOB_NAME" "$CLOUDRUN_SWEEP_NAME"; do
+    drop "job $name, with what is running of it" run jobs delete "$name" --region="$REGION"
+  done
+  if on_key; then
+    take_away_grants
+  fi
+  if is_there "bucket $GCS_LOGS_BUCKET, with all tasks and logs"; then
+    say "Deleting: bucket $GCS_LOGS_BUCKET, with all tasks and logs"
+    change storage rm --recursive "gs://$GCS_LOGS_BUCKET"
+  elif on_bucket; then
+    take_away_grants
+  fi
+  if is_there "versions of the key $KMS_KEY_NAME"; then
+    for version in $VERSIONS; do
+      say "Deleting in 30 days: version $version of the key $KMS_KEY_NAME"
+      change kms keys versions destroy "$version" --key="$KMS_KEY_NAME" "${ON_RING[@]}"
+    done
+  fi
+  drop "repository $ARTIFACT_REPOSITORY, with its images" artifacts repositories delete "$ARTIFACT_REPOSITORY" --location="$REGION"
+  for name in $SECRETS; do
+    drop "secret $name" secrets delete "$name"
+  done
+  for name in $ACCOUNTS; do
+    drop "service account $name" iam service-accounts delete "$(account "$name")"
+  done
+  for name in $ROLES; do
+    drop "role $name" iam roles delete "$name"
+  done
+}
+
+look_around
+if [ "$FOUND" = $'\n' ]; then
+  say "  nothing: there is nothing left."
+  exit
+fi
+confirm
+delete_all
+finish
