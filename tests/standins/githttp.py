@@ -140,8 +140,8 @@ class GitHttp:
                 stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
                 context = _server_context(self._folder)
             # git-http-backend unpacks bodies by itself.
-            server = web.Server(self._answer, access_log=None, auto_decompress=False)
-            runner = web.ServerRunner(server, handler_cancellation=True, shutdown_timeout=0.05)
+            server = web.Server(self._answer, access_log=None, auto_decompress=False, handler_cancellation=True)
+            runner = web.ServerRunner(server, shutdown_timeout=0.05)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
@@ -213,20 +213,27 @@ class GitHttp:
             head = (await git.stdout.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
             headers = {name: value for name, _, value in (line.partition(": ") for line in head if line)}
             response = web.StreamResponse(status=int(headers.pop("Status", "200").split()[0]), headers=headers)
-            await response.prepare(request)
-            sent = 0
-            while piece := await git.stdout.read(CHUNK_BYTES):
-                if self.drop_after_bytes is not None and sent + len(piece) > self.drop_after_bytes:
-                    await response.write(piece[: self.drop_after_bytes - sent])
-                    _break_off(request)
-                    break
-                sent += len(piece)
-                await response.write(piece)
+            # A client that leaves is no error of ours.
+            with contextlib.suppress(ConnectionResetError):
+                await self._send(request, response, git.stdout)
             return response
         finally:
             for work in working:
                 work.cancel()
             await asyncio.wait(working)
+
+    async def _send(
+        self, request: web.BaseRequest, response: web.StreamResponse, content: asyncio.StreamReader
+    ) -> None:
+        await response.prepare(request)
+        sent = 0
+        while piece := await content.read(CHUNK_BYTES):
+            if self.drop_after_bytes is not None and sent + len(piece) > self.drop_after_bytes:
+                await response.write(piece[: self.drop_after_bytes - sent])
+                _break_off(request)
+                return
+            sent += len(piece)
+            await response.write(piece)
 
 
 def _cgi(request: web.BaseRequest, root: Path, path: str) -> dict[str, str]:
@@ -256,7 +263,8 @@ async def _feed(request: web.BaseRequest, stdin: asyncio.StreamWriter) -> None:
         async for piece in request.content.iter_any():
             stdin.write(piece)
             await stdin.drain()
-    stdin.close()
+        # Not when the client has left: its request has no end, and git is not to take what there is for all.
+        stdin.close()
 
 
 async def _drop(piece: bytes) -> None: ...

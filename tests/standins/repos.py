@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import attrs
+import psutil
 
 #: Seconds. No git of a test is longer at work than this, however busy the machine is.
 GIT_SECONDS: Final = 60.0
@@ -188,6 +189,23 @@ def _out(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
 def _err(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
     assert process.stderr is not None
     return process.stderr
+
+
+def descendants() -> set[psutil.Process]:
+    """Return what this process has started, and what that has, as far as it lives."""
+    return {process for process in psutil.Process().children(recursive=True) if _command(process)}
+
+
+def is_at_work(word: str) -> bool:
+    """Return whether a descendant of this process has that argument, `upload-pack` say."""
+    return any(word in _command(process) for process in descendants())
+
+
+def _command(process: psutil.Process) -> list[str]:
+    # A zombie has none.
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 # --- repositories ------------------------------------------------------------------------------------------------------

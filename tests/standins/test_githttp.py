@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
-import psutil
 import pytest
 from standins.githttp import TOKEN, GitHttp, Mode, Redirect, needs_backend
-from standins.repos import Repos, Repository, environment, git, run_git
+from standins.repos import GIT_SECONDS, Repos, Repository, descendants, environment, git, is_at_work, run_git
 
 pytestmark = needs_backend
 
@@ -47,9 +47,11 @@ async def refused(*args: str | Path, env: dict[str, str] | None = None) -> str:
     return result.stderr
 
 
-def children() -> list[psutil.Process]:
-    """Return what this process has started and what lives of it."""
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(GIT_SECONDS):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 async def test_clone_commit_and_push(server: GitHttp, repository: Repository, tmp_path: Path) -> None:
@@ -198,9 +200,7 @@ async def test_silence_lasts_until_somebody_leaves(server: GitHttp, repository: 
     """A silent server answers nothing, and is closed at once all the same."""
     server.mode = Mode.HANG
     asking = asyncio.create_task(run_git("ls-remote", server.url(repository.name, user=USER)))
-    async with asyncio.timeout(60):
-        while not server.requests:
-            await asyncio.sleep(0.01)
+    await until(lambda: bool(server.requests))
     done, _ = await asyncio.wait({asking}, timeout=0.2)
     assert set() == done
     asking.cancel()
@@ -209,36 +209,34 @@ async def test_silence_lasts_until_somebody_leaves(server: GitHttp, repository: 
 
 async def test_connections_break_in_mid_transfer(server: GitHttp, repos: Repos, tmp_path: Path) -> None:
     """A broken connection fails a clone, and leaves no git at work."""
-    before = children()
+    before = descendants()
     await repos.create("big", {"big.bin": BIG})
     server.drop_after_bytes = 5000
     errors = await refused("clone", server.url("big", user=USER), tmp_path / "work")
     assert re.search(r"early EOF|unexpected disconnect|Recv failure|curl", errors)
-    async with asyncio.timeout(60):
-        while set(children()) - set(before):
-            await asyncio.sleep(0.01)
+    await until(lambda: not descendants() - before)
 
 
-async def test_nothing_is_left(repos: Repos, repository: Repository) -> None:
-    """A server that is closed in the middle of a request leaves no process."""
-    before = children()
+@pytest.mark.parametrize("leaves", ["server", "client"])
+async def test_nothing_is_left(repos: Repos, repository: Repository, leaves: str) -> None:
+    """Whoever leaves in the middle of a request, no git stays at work."""
+    before = descendants()
 
     async def body() -> AsyncIterator[bytes]:
         yield b"0014command=ls-refs\n"
         await asyncio.Event().wait()
 
-    async with GitHttp(repos, token=None) as server, aiohttp.ClientSession() as http:
+    async with contextlib.AsyncExitStack() as servers, contextlib.AsyncExitStack() as clients:
+        server = await servers.enter_async_context(GitHttp(repos, token=None))
+        http = await clients.enter_async_context(aiohttp.ClientSession())
         url = f"{server.url(repository.name)}/git-upload-pack"
         headers = {"Content-Type": "application/x-git-upload-pack-request", "Git-Protocol": "version=2"}
         asking = asyncio.create_task(http.post(url, data=body(), headers=headers).__aenter__())
-        async with asyncio.timeout(60):
-            while not any("upload-pack" in child.cmdline() for child in children()):
-                await asyncio.sleep(0.01)
-    asking.cancel()
-    await asyncio.wait({asking})
-    async with asyncio.timeout(60):
-        while set(children()) - set(before):
-            await asyncio.sleep(0.01)
+        await until(lambda: is_at_work("upload-pack"))
+        await (servers if leaves == "server" else clients).aclose()
+        await until(lambda: not descendants() - before)
+        asking.cancel()
+        await asyncio.wait({asking})
 
 
 async def test_https_is_spoken_to_who_trusts_the_certificate(repos: Repos, repository: Repository) -> None:

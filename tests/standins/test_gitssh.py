@@ -3,13 +3,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from standins.gitssh import GitSsh, KeyPair, Mode, key_pair, needs_ssh, new_host_key
-from standins.repos import Repos, Repository, backend, environment, git, run_git
+from standins.repos import GIT_SECONDS, Repos, Repository, backend, descendants, environment, git, is_at_work, run_git
 
 pytestmark = needs_ssh
 
@@ -46,9 +46,11 @@ async def refused(
     return result.stderr
 
 
-def children() -> list[psutil.Process]:
-    """Return what this process has started and what lives of it."""
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(GIT_SECONDS):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 async def test_clone_commit_and_push(server: GitSsh, repository: Repository, tmp_path: Path) -> None:
@@ -200,9 +202,7 @@ async def test_silence_lasts_until_somebody_leaves(
     server.mode = mode
     env = server.client_environment(tmp_path / "client")
     asking = asyncio.create_task(git("ls-remote", server.url(repository.name), env=env))
-    async with asyncio.timeout(60):
-        while not (server.connections if mode is Mode.SILENT else server.sessions):
-            await asyncio.sleep(0.01)
+    await until(lambda: bool(server.connections if mode is Mode.SILENT else server.sessions))
     done, _ = await asyncio.wait({asking}, timeout=0.2)
     assert set() == done
     asking.cancel()
@@ -221,33 +221,21 @@ async def test_connections_break_in_mid_transfer(server: GitSsh, repos: Repos, t
     await git("clone", "--quiet", server.url("big"), tmp_path / "work", env=env)
 
 
-async def test_nothing_is_left(repos: Repos, repository: Repository, tmp_path: Path) -> None:
-    """A server that is closed in the middle of a clone leaves no process and no connection."""
-    before = children()
-    started = asyncio.Event()
-    async with contextlib.AsyncExitStack() as clients, contextlib.AsyncExitStack() as servers:
+@pytest.mark.parametrize("leaves", ["server", "client"])
+async def test_nothing_is_left(repos: Repos, repository: Repository, tmp_path: Path, leaves: str) -> None:
+    """Whoever leaves in the middle of a clone, no git stays at work."""
+    before = descendants()
+    async with contextlib.AsyncExitStack() as servers, contextlib.AsyncExitStack() as clients:
         server = await servers.enter_async_context(GitSsh(repos))
-
-        async def hold(command: str) -> None:
-            started.set()
-
-        server.before = hold
         # Git waits for the client's word, and the client for the end of its input.
         ssh = server.client_environment(tmp_path / "client")["GIT_SSH_COMMAND"]
         command = f"alias.go=!{ssh} -T -p {server.port} git@127.0.0.1 \"git-upload-pack 'group/sub/repo'\""
         client = await clients.enter_async_context(backend(["git", "-c", command, "go"], env=environment()))
-        async with asyncio.timeout(60):
-            await started.wait()
-            while not any("upload-pack" in child.cmdline() for child in children()):
-                await asyncio.sleep(0.01)
-        await servers.aclose()
-        async with asyncio.timeout(60):
-            while any("upload-pack" in child.cmdline() for child in children()):
-                await asyncio.sleep(0.01)
-            assert 255 == await client.wait()
-    async with asyncio.timeout(60):
-        while set(children()) - set(before):
-            await asyncio.sleep(0.01)
+        await until(lambda: is_at_work("upload-pack"))
+        await (servers if leaves == "server" else clients).aclose()
+        await until(lambda: not is_at_work("upload-pack"))
+        assert (255 if leaves == "server" else -signal.SIGKILL) == await client.wait()
+    await until(lambda: not descendants() - before)
 
 
 async def test_somebody_is_faster(server: GitSsh, repository: Repository, tmp_path: Path) -> None:
