@@ -80,12 +80,13 @@ settings() {
   "$1" ANTHROPIC_API_KEY '' '[!-~]*' 'printable ASCII characters without blanks'
   "$1" CLAUDE_CODE_OAUTH_TOKEN '' '[!-~]*' 'printable ASCII characters without blanks'
   "$1" CCRUN_API_TOKENS '' "$any" 'one line'
+  "$1" AUTH_TOKEN '' '[!-~]*' 'printable ASCII characters without blanks'
 }
 
 # Of ccrun on one machine; the deployment has no use for them, but the same file may name them.
 OTHER_SETTINGS=" HOST PORT CCRUN_BACKEND CCRUN_DATA_DIR MAX_CONCURRENT_TASKS CLAUDE_CLI LOG_FORMAT STORAGE_EMULATOR_HOST
 KMS_EMULATOR_HOST CLOUD_RUN_EMULATOR_HOST "
-SECRET_SETTINGS=' CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN CCRUN_API_TOKENS '
+SECRET_SETTINGS=' CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN CCRUN_API_TOKENS AUTH_TOKEN '
 KNOWN_SETTINGS=' '
 
 # Reads .env and checks every setting. The environment wins over the file, the file over the default.
@@ -502,11 +503,15 @@ variables() {
   say "$list"
 }
 
-# Prints the same as the container shows it: NAME=VALUE, or NAME of a SECRET:VERSION, a line each.
+# Prints the same as the container shows it: NAME|VALUE|| or NAME||SECRET|VERSION, a line each.
 as_shown() {
-  local pairs=${1#"^$BETWEEN^"}
+  local rest=${1#"^$BETWEEN^"}$BETWEEN pair
   {
-    printf '%s\n' "${pairs//"$BETWEEN"/$'\n'}" | sed 's/=/|/; s/$/||/'
+    while [ -n "$rest" ]; do
+      pair=${rest%%"$BETWEEN"*}
+      rest=${rest#*"$BETWEEN"}
+      say "${pair%%=*}|${pair#*=}||"
+    done
     [ -z "$2" ] || printf '%s\n' "$2" | tr ',' '\n' | sed -E 's/^([^=]+)=([^:]+):(.*)$/\1||\2|\3/'
   } | LC_ALL=C sort
 }

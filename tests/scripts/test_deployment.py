@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from scripts.conftest import IN_ORDER, OPERATOR, PROJECT, ROOT, SETTINGS, Clone, Walk, fresh_project, put_command
+from deployharness import IN_ORDER, OPERATOR, PROJECT, ROOT, SETTINGS, Clone, Walk, fresh_project, put_command
 
 DOCUMENT: Final = ROOT / "docs" / "permissions.md"
 BUCKET: Final = f"{PROJECT}-claude-logs"
@@ -685,7 +685,7 @@ def test_the_example_explains_every_setting() -> None:
         "ENCRYPTED_PAYLOAD_PATH",
         "CCRUN_WORKER_HAS",
     }
-    assert sorted(read | {"AUTH_TOKEN"}) == sorted(explained)
+    assert sorted(read) == sorted(explained)
 
 
 def test_the_example_is_a_file_that_the_scripts_take(clone: Clone) -> None:

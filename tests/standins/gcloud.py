@@ -344,7 +344,9 @@ def pairs(text: str) -> dict[str, str]:
 
 
 def container(call: Command) -> Any:
-    environment = [{"name": name, "value": value} for name, value in pairs(call["set-env-vars"]).items()]
+    environment: list[dict[str, Any]] = [
+        {"name": name, "value": value} for name, value in pairs(call["set-env-vars"]).items()
+    ]
     for name, secret in pairs(call["set-secrets"]).items() if "set-secrets" in call.flags else ():
         secret, version = secret.split(":")
         found(key("secret", secret))
