@@ -37,6 +37,9 @@ _SCP_LIKE: Final = re.compile(r"(?P<user>[^@/]+)@(?P<host>[^:/]+):(?P<path>.*)",
 #: The password is the token; the user is one that the servers take with it. GitHub and GitLab take any, Bitbucket this one:
 #: https://support.atlassian.com/bitbucket-cloud/docs/using-access-tokens/
 _TOKEN_USERS: Final = {"bitbucket.org": "x-token-auth"}
+#: Where a host is reached over SSH, when not under its own name. Bitbucket moved by November 2026:
+#: https://support.atlassian.com/bitbucket-cloud/docs/configure-ssh-and-two-step-verification/
+_SSH_HOSTS: Final = {"bitbucket.org": "ssh.bitbucket.org"}
 _DEFAULT_USER: Final = "x-access-token"
 #: Prints what git asks its credential helpers for. The token comes by the environment; git itself has it in memory alone.
 _HELPER: Final = (
@@ -81,6 +84,7 @@ def remote_of(url: str, *, prefers_ssh: bool) -> Remote:
     if prefers_ssh and parts.scheme == "https":
         # Paths of SSH are not decoded by the other side.
         path = unquote(parts.path).rstrip("/")
+        host = _SSH_HOSTS.get(host, host)
         literal = f"[{host}]" if ":" in host else host
         return Remote(url=f"ssh://git@{literal}{path}", scheme="ssh", host=host)
     return Remote(url=url, scheme=parts.scheme, host=host)

@@ -18,7 +18,7 @@ from ccrun.worker.remote import Access, Remote, _ssh_config, network_error, refu
         ("https://github.com/org/repo.git", "ssh://git@github.com/org/repo.git", "github.com"),
         ("https://github.com/org/repo/", "ssh://git@github.com/org/repo", "github.com"),
         ("https://gitlab.com/group/sub/deep/repo.git", "ssh://git@gitlab.com/group/sub/deep/repo.git", "gitlab.com"),
-        ("https://bitbucket.org/team/repo", "ssh://git@bitbucket.org/team/repo", "bitbucket.org"),
+        ("https://bitbucket.org/team/repo", "ssh://git@ssh.bitbucket.org/team/repo", "ssh.bitbucket.org"),
         ("https://Git.Example.com:8443/a/b.git", "ssh://git@git.example.com/a/b.git", "git.example.com"),
         ("https://[2001:db8::1]/a/b.git", "ssh://git@[2001:db8::1]/a/b.git", "2001:db8::1"),
         ("https://example.com/a%20b/c.git", "ssh://git@example.com/a b/c.git", "example.com"),
