@@ -2,6 +2,7 @@
 # Runs the whole test suite, after installing ccrun into .venv where that is needed. Arguments go to pytest:
 #   scripts/test.sh -k webhook
 #   scripts/test.sh -n 0 -x tests/test_wire.py
+#   scripts/test.sh -n 0 -m slow    (what else is left out: builds the images in folders; takes root, debootstrap, minutes)
 # Or checks a service from outside, as its callers see it:
 #   scripts/test.sh local                  starts one here, with a scripted model unless there is a credential
 #   scripts/test.sh remote                 is the deployed one well, does it stream a task to its end?
