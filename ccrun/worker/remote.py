@@ -28,6 +28,8 @@ from ccrun.worker.git import Git, GitError, said
 
 #: Seconds for ssh-agent to listen and to take a key.
 AGENT_SECONDS: Final = 10.0
+#: Seconds for which ssh-agent has the key at most: longer than any exchange with a server.
+AGENT_LIFE_SECONDS: Final = 900
 #: Seconds for the connection to a server over SSH.
 CONNECT_SECONDS: Final = 20
 #: Seconds of silence, four of which end a connection over SSH whose other end has gone.
@@ -169,17 +171,21 @@ def _private_key(secret: Secret) -> bytes:
 @contextlib.asynccontextmanager
 async def _ssh_agent(git: Git, socket: Path, key: bytes) -> AsyncIterator[None]:
     """Run an ssh-agent that holds the key; it lets no other process look into its memory."""
-    argv = ["ssh-agent", "-D", "-a", str(socket)]
+    # It ends with the program that it starts, and the key goes by itself: should this process be killed, neither stays for long.
+    # Whoever clears up after that may not even see that the agent is ours, since it hides its environment.
+    argv = ["ssh-agent", "-a", str(socket), "sh", "-c", f"echo ready; exec sleep {AGENT_LIFE_SECONDS}"]
     async with spawn(argv, env=git.environment, cwd=socket.parent, term_grace_seconds=1.0) as agent:
         try:
             async with asyncio.timeout(AGENT_SECONDS):
-                # It says where it listens once it does.
+                # Once it listens.
                 async for _ in agent.lines():
                     break
         except TimeoutError:
             raise GitError("ssh-agent did not start.") from None
         environment = {**git.environment, "SSH_AUTH_SOCK": str(socket)}
-        async with spawn(["ssh-add", "-q", "-"], env=environment, cwd=socket.parent, stdin=key) as adding:
+        async with spawn(
+            ["ssh-add", "-q", "-t", str(AGENT_LIFE_SECONDS), "-"], env=environment, cwd=socket.parent, stdin=key
+        ) as adding:
             try:
                 async with asyncio.timeout(AGENT_SECONDS):
                     ended = await adding.wait()
