@@ -689,11 +689,12 @@ def test_the_example_explains_every_setting() -> None:
 
 
 def test_the_example_is_a_file_that_the_scripts_take(clone: Clone) -> None:
-    """Copied as it is, it lacks the project alone; with all that it has commented out, it gives what is the default anyway."""
+    """Copied as it is, it lacks the project alone; every name that it has commented out is one that may be set."""
     example = (ROOT / ".env.example").read_text()
-    (clone.folder / ".env").write_text(example)
-    run = clone.run("setup-project.sh")
-    assert "PROJECT_ID is not set: copy .env.example to .env and set it there.\n" == run.complaints
+    for text in (example, re.sub(r"(?m)^# ([A-Z][A-Z_]+=).*$", r"\1", example)):
+        (clone.folder / ".env").write_text(text)
+        run = clone.run("setup-project.sh")
+        assert "PROJECT_ID is not set: copy .env.example to .env and set it there.\n" == run.complaints
 
 
 # --- the end --------------------------------------------------------------------------------------------------------------
