@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,22 @@ async def test_a_repository_comes_over_http(ground: Ground, http: GitHttp) -> No
     assert http.url("demo") == await read(ground, "remote", "get-url", "origin")
     for path in ground.into.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+async def test_the_token_is_in_no_argument(ground: Ground, http: GitHttp) -> None:
+    """While git talks to the server, the list of processes does not tell it."""
+    await ground.repos.create("demo", {"a.txt": "one"})
+    seen: list[bytes] = []
+
+    async def look(request: str) -> None:
+        for arguments in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                seen.append(arguments.read_bytes())
+
+    http.before = look
+    await ground.clone(http_access(http.url("demo")))
+    assert any(b"git-remote-http" in arguments for arguments in seen)
+    assert not [arguments for arguments in seen if TOKEN.encode() in arguments]
 
 
 async def test_a_token_may_bring_its_own_user(ground: Ground, http: GitHttp) -> None:
