@@ -74,10 +74,14 @@ class Checkout:
 
 @attrs.frozen(kw_only=True)
 class Bounds:
-    """How long an action may take, in seconds, and how large a patch may be, in bytes."""
+    """How long an action may take, in seconds, and how large a patch may be, in bytes.
+
+    With a minute each for a patch, the record and the callback, all of it fits the 15 minutes that the job has beside the
+    agent's time (`scripts/deploy-job.sh`).
+    """
 
     push: float = 300.0
-    uploads: float = 600.0
+    uploads: float = 420.0
     #: Of a larger patch the files that fit are kept.
     rescue_bytes: int = MAX_RESCUE_BYTES
 
