@@ -279,6 +279,13 @@ async def test_files_are_uploaded_and_told(scene: Scene, agent: Agent) -> None:
     assert record.git_commit["pushed"]
 
 
+async def test_our_dotenv_is_never_uploaded(scene: Scene, agent: Agent) -> None:
+    """Whatever the patterns say."""
+    keeps = Actions(upload_files=UploadAction(glob_patterns=("**", ".env")))
+    record = await scene.run(agent("true"), actions=keeps, environment_secrets={"SECRET_ONE": Secret("made-up-value")})
+    assert {"a.txt", "b.txt"} == set(await scene.stored(record))
+
+
 async def test_an_action_that_fails_lets_the_others_run(scene: Scene, agent: Agent) -> None:
     """Git first; then the uploads, although git has failed."""
     scene.repository.protect("main")
