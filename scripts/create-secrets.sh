@@ -34,9 +34,9 @@ put() {
   fi
   if [ -n "$value" ] && ! is_latest "$name" "$value"; then
     say "Secret $name: a new version"
-    # By standard input: whoever is on this machine can read command lines.
-    printf %s "$value" | INPUT=/dev/stdin change secrets versions add "$name" --data-file=-
-    CHANGES=$((CHANGES + 1))
+    # By standard input: whoever is on this machine can read command lines. Not by a pipe: a rehearsal reads nothing, and whoever
+    # writes to a pipe that nobody reads is killed.
+    INPUT=/dev/stdin change secrets versions add "$name" --data-file=- < <(printf %s "$value")
   fi
   on_secret "$name" || missing "The secret $name" create-secrets.sh
   for member; do
