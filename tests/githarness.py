@@ -39,13 +39,13 @@ def git_at(home: Path, user: User | None = None, protocols: str = PROTOCOLS) -> 
 def ssh_access(url: str, key: KeyPair | str | None = None) -> Access:
     """Return how to get into a server over SSH, by default with the key that it takes."""
     text = key if isinstance(key, str) else (key or key_pair()).openssh
-    return Access(remote=remote_of(url, prefers_ssh=False), ssh_key=Secret(text), marker=MARKER)
+    return Access(remote=remote_of(url, prefers_ssh=False), ssh_key=Secret(text))
 
 
 def http_access(url: str, token: str | None = TOKEN) -> Access:
     """Return how to get into a server over HTTP, by default with the token that it takes."""
     secret = None if token is None else Secret(token)
-    return Access(remote=remote_of(url, prefers_ssh=False), git_token=secret, marker=MARKER)
+    return Access(remote=remote_of(url, prefers_ssh=False), git_token=secret)
 
 
 @attrs.frozen(kw_only=True)

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import attrs
 
@@ -61,14 +61,6 @@ _SETTINGS: Final = (
 
 class GitError(CcrunError):
     """git could not do what it was asked to."""
-
-
-class Redacts(Protocol):
-    """Takes secrets out of a text."""
-
-    def text(self, text: str) -> str:
-        """Return the text with every secret masked."""
-        ...
 
 
 @attrs.frozen(kw_only=True)

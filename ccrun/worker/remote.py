@@ -102,7 +102,6 @@ class Access:
     remote: Remote
     ssh_key: Secret | None = None
     git_token: Secret | None = None
-    marker: str
     #: Lines of a known_hosts(5); a server that was new to us at the clone has to be the same one at the push.
     _seen: bytes = attrs.field(default=b"", init=False, repr=False)
 

@@ -382,7 +382,7 @@ async def _clone(
 ) -> Checkout:
     assert spec.git_repo is not None  # noqa: S101 - the caller has looked
     remote = remote_of(spec.git_repo, prefers_ssh=spec.ssh_key is not None)
-    access = Access(remote=remote, ssh_key=spec.ssh_key, git_token=spec.git_token, marker=parts.marker)
+    access = Access(remote=remote, ssh_key=spec.ssh_key, git_token=spec.git_token)
     repository = checkout.rooms.repository
     async with private_room(spec.task_id) as room:
         cloned = await clone(

@@ -78,7 +78,7 @@ def test_a_credential_is_for_scheme_host_and_port() -> None:
 def test_a_refusal_is_one_clear_sentence(stderr: bytes, sentence: str) -> None:
     """Which says what to check, and repeats no URL."""
     remote = Remote(url="ssh://git@h/x", scheme="ssh", host="h")
-    access = Access(remote=remote, ssh_key=Secret("made-up"), marker="m")
+    access = Access(remote=remote, ssh_key=Secret("made-up"))
     ran = Ran(exit=Exit(code=128), stdout=b"", stderr=stderr)
     assert sentence == refusal(remote, ran, access, "cloned").message
 
@@ -87,7 +87,7 @@ def test_the_field_that_is_missing_is_named() -> None:
     """The token for https, the key for SSH."""
     ran = Ran(exit=Exit(code=128), stdout=b"", stderr=b"fatal: Authentication failed for 'x'")
     remote = remote_of("https://h/x", prefers_ssh=False)
-    access = Access(remote=remote, marker="m")
+    access = Access(remote=remote)
     assert "h refused the login: the request brings no gitToken." == refusal(remote, ran, access, "cloned").message
 
 
@@ -110,5 +110,5 @@ def test_only_unknown_hosts_may_show_a_new_key(host: str, checking: str) -> None
 
 def test_a_key_shows_itself_nowhere() -> None:
     """Not in what a debugger or a log would print of the access."""
-    access = Access(remote=remote_of("git@h:x", prefers_ssh=False), ssh_key=Secret("made-up"), marker="m")
+    access = Access(remote=remote_of("git@h:x", prefers_ssh=False), ssh_key=Secret("made-up"))
     assert "made-up" not in repr(access)
