@@ -102,6 +102,8 @@ def test_nothing_is_granted_on_the_project() -> None:
                 "age = var.log_retention_days",
                 'matches_suffix = ["/encrypted-payload.bin"]',
                 "retention_duration_seconds = 0",
+                "keep_count = 10",
+                'older_than = "7776000s"',
             ],
         ),
         ("service.tf", ['timeout = "3600s"', 'path = "/health"']),
