@@ -254,6 +254,8 @@ class Actor:
                 path = room / RESCUE
                 kept = await self._patch(found, path)
                 size = (await asyncio.to_thread(path.stat)).st_size
+                if not size:
+                    raise CcrunError(f"The changes are lost: no file's patch fits {self.bounds.rescue_bytes} bytes.")
                 with await asyncio.to_thread(path.open, "rb") as file:
                     url = await self.store.add_upload(self.task_id, RESCUE, file, size=size)
             uploaded = UploadedFile(original_path=RESCUE, gcs_path=url, size_bytes=size)

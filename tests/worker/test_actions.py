@@ -393,6 +393,18 @@ async def test_a_patch_that_is_too_large_keeps_whole_files(scene: Scene, agent: 
     assert ["rescue"] == [error["action"] for error in record.action_errors]
 
 
+async def test_a_patch_of_which_nothing_fits_is_told(scene: Scene, agent: Agent) -> None:
+    """And none is kept."""
+    await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
+    times = Times(term_grace=0.3, cancel_poll=0.02, actions=Bounds(rescue_bytes=5000))
+    cli = agent("seq 100000 >z.txt", ending="exit 1")
+    record = await scene.bench.run(cli=cli, agent_user=scene.user, times=times)
+    assert None is record.uploaded_files
+    assert [{"action": "rescue", "error": "The changes are lost: no file's patch fits 5000 bytes."}] == list(
+        record.action_errors
+    )
+
+
 class FullBlobs(DirectoryBlobs):
     """A place that takes records and logs, and no files."""
 
