@@ -1,7 +1,7 @@
 """The push: what the agent changed goes to the server from a repository of the worker's own.
 
 That repository is new, stands where the agent never was, and takes in the agent's work as data: a pack whose objects git
-checks. (A bundle would do the same, but git before 2.45 checks none of its objects.) Only here git has a secret, and nothing
+checks. (A bundle would do the same, but of a bundle git 2.39 checks no object.) Only here git has a secret, and nothing
 that the task has started runs any more.
 """
 
