@@ -9,8 +9,9 @@ terraform {
 
   required_providers {
     google = {
-      source  = "hashicorp/google"
-      version = ">= 6.0, < 8.0"
+      source = "hashicorp/google"
+      # tests/terraform plans against the schema of this one.
+      version = "~> 8.7"
     }
   }
 }

@@ -1,4 +1,4 @@
-"""The Terraform of the deployment says what documents and scripts say. No provider can be had offline, so it is read as text."""
+"""The Terraform of the deployment says what documents and scripts say; read as text. tests/terraform has Terraform plan it."""
 
 from __future__ import annotations
 
