@@ -255,6 +255,9 @@ class Actor:
                 kept = await self._patch(found, path)
                 size = (await asyncio.to_thread(path.stat)).st_size
                 if not size:
+                    if kept:
+                        # All that was changed is what nobody may see.
+                        return
                     raise CcrunError(f"The changes are lost: no file's patch fits {self.bounds.rescue_bytes} bytes.")
                 with await asyncio.to_thread(path.open, "rb") as file:
                     url = await self.store.add_upload(self.task_id, RESCUE, file, size=size)
