@@ -76,12 +76,21 @@ class Courier:
                 guard=self.guard,
                 patience=self.patience,
             )
-        log.info(
-            "A callback was delivered" if delivery.delivered else "A callback was not delivered",
-            taskId=record.task_id,
-            attempts=delivery.attempts,
-            fault=delivery.error,
-        )
+        if delivery.delivered:
+            log.info(
+                "callback_delivered",
+                message="Callback delivered",
+                taskId=record.task_id,
+                attempts=delivery.attempts,
+            )
+        else:
+            log.warning(
+                "callback_failed",
+                message="Callback not delivered",
+                taskId=record.task_id,
+                attempts=delivery.attempts,
+                error=delivery.error,
+            )
         now = dt.datetime.now(dt.UTC)
         return await self.store.update(
             record.task_id,

@@ -152,7 +152,7 @@ class SubprocessJobs:
             if child is not None:
                 child.let_go()
         if self._running:
-            log.info("Workers go on by themselves", tasks=sorted(self._running))
+            log.info("workers_left_running", message="Workers keep running", taskIds=sorted(self._running))
 
     def check_room(self) -> None:
         if len(self._queue) >= MAX_QUEUED:
@@ -206,9 +206,11 @@ class SubprocessJobs:
             self._running[task_id] = child
             ended = await child.wait()
             if not ended.ok:
-                log.warning("A worker failed", taskId=task_id, exit_code=ended.code)
+                log.warning("worker_failed", message="Worker failed", taskId=task_id, exitCode=ended.code)
         except CcrunError as error:
-            log.warning("A worker cannot be started", taskId=task_id, fault=error.message)
+            log.warning(
+                "worker_start_failed", message="Worker could not be started", taskId=task_id, error=error.message
+            )
         del self._running[task_id]
         self._ended[task_id] = None
         while len(self._ended) > MAX_REMEMBERED:

@@ -1,7 +1,8 @@
-"""One structured line an event on standard output: JSON in the names of Cloud Logging, or plain text for a terminal.
+"""One structured line per event on standard output: JSON with the names of Cloud Logging, or plain text on a terminal.
 
-Modules log by `structlog.get_logger()`; this one decides how a line looks and where it goes. Logging neither raises into the
-program nor makes it wait: a line that cannot be written is lost.
+Modules call `log.info("task_started", message="Task started", taskId=…)`: first a stable key for programs, then a sentence for
+people, which may change, then fields. This module decides how a line looks and where it goes. Logging neither raises an
+exception in the program nor blocks it: a line that cannot be written is dropped.
 """
 
 from __future__ import annotations
@@ -12,21 +13,12 @@ import logging
 import os
 import queue
 import re
-import sys
 import threading
 import traceback
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Final
 
-if "rich" not in sys.modules:
-    # structlog loads rich where it finds it, for tracebacks with local variables, which may hold secrets and are never
-    # printed here; that takes 60 ms of the start of every worker. None makes its import fail, as if it were not installed.
-    sys.modules["rich"] = None  # type: ignore[assignment]
-    import structlog
-
-    del sys.modules["rich"]
-else:
-    import structlog
+import structlog
 
 from ccrun.config import LogFormat
 from ccrun.task import TaskId
@@ -58,6 +50,7 @@ def configure(log_format: LogFormat, level: str, *, fd: int = _STDOUT) -> None:
     output = _Output(fd)
     chain: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _require_message,
         structlog.processors.ExceptionRenderer(_stack_trace),
     ]
     match log_format:
@@ -68,7 +61,9 @@ def configure(log_format: LogFormat, level: str, *, fd: int = _STDOUT) -> None:
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper("%H:%M:%S", utc=False),
                 _plain,
-                structlog.dev.ConsoleRenderer(colors=os.isatty(fd), exception_formatter=structlog.dev.plain_traceback),
+                structlog.dev.ConsoleRenderer(
+                    event_key="message", colors=os.isatty(fd), exception_formatter=structlog.dev.plain_traceback
+                ),
             ]
     structlog.configure(
         processors=chain,
@@ -118,9 +113,11 @@ def trace_name(project_id: str | None, *headers: str | None) -> str | None:
 
 
 class _Output:
-    """Writes lines to a file descriptor, on a thread of its own: a reader that stops may not stop the event loop.
+    """Writes lines to a file descriptor in a separate thread, so that a stalled reader does not block the event loop.
 
-    Not through `sys.stdout`: what that could not write stays in its buffer and makes the exit of Python fail.
+    `logging.handlers.QueueListener` is not used: its `stop` waits for a stalled reader without a timeout, and a full queue makes
+    `QueueHandler` print a traceback for each dropped line. `sys.stdout` is not used: what it could not write stays in its
+    buffer and makes the interpreter fail at exit.
     """
 
     def __init__(self, fd: int) -> None:
@@ -201,9 +198,18 @@ def _frames(error: BaseException) -> str:
     return "\n".join(["Traceback (most recent call last):", *frames, told, *(_frames(part) for part in parts)])
 
 
+def _require_message(_: Any, __: str, event: _Event) -> _Event:
+    """Give records of other libraries, which have only a text, a message in place of an event key."""
+    if "message" not in event:
+        event["message"] = event.pop("event", "")
+    return event
+
+
 def _json_line(_: Any, method: str, event: _Event) -> str:
     severity = method.upper() if method.upper() in _SEVERITIES else "DEFAULT"
-    line = {"severity": severity, "message": _shown(event.pop("event", "")), "time": event["time"]}
+    line = {"severity": severity, "message": _shown(event.pop("message")), "time": event["time"]}
+    if "event" in event:
+        line["event"] = _shown(event.pop("event"))
     if "exception" in event:
         line["stack_trace"] = event.pop("exception")
     # A field of a caller's may not take the place of one of ours.

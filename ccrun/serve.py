@@ -56,13 +56,19 @@ async def serve(config: Config) -> None:
     # The agents of the local backend run as the same user; they must not read the operator's key here.
     process.harden()
     async with serving(config, environment()) as address:
-        log.info("ccrun listens", url=address, version=__version__, backend=config.backend)
+        log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)
         if config.is_local and config.callback_secret is None:
-            log.info("Callbacks are signed with a secret made here", file=str(callback_secret_file(config.data_dir)))
+            log.info(
+                "callback_secret_generated",
+                message="Callbacks are signed with a generated secret",
+                file=str(callback_secret_file(config.data_dir)),
+            )
         if config.is_local and not config.api_tokens and not _is_loopback(config.host):
-            log.warning("Whoever reaches this address can run tasks here: set CCRUN_API_TOKENS")
+            log.warning(
+                "api_unprotected", message="Anyone who can reach this address can run tasks; set CCRUN_API_TOKENS"
+            )
         await _told_to_end()
-        log.info("ccrun ends")
+        log.info("service_stopping", message="Shutting down")
 
 
 @contextlib.asynccontextmanager
@@ -128,7 +134,7 @@ async def sweep_once(config: Config) -> None:
     async with open_backend(config) as backend, _open_jobs(config, environment(), lambda: None) as jobs:
         # Without a service there is nobody to keep the bound on workers at once, so none is started.
         report = await _sweeper(backend, jobs, relaunches=False).sweep()
-    log.info("A sweep is through", **attrs.asdict(report))
+    log.info("sweep_finished", message="Sweep finished", **attrs.asdict(report))
 
 
 def _sweeper(backend: Backend, jobs: Jobs, *, relaunches: bool) -> Sweeper:

@@ -78,9 +78,13 @@ class Sweeper:
             except TaskNotFound:
                 return Report()
             except CcrunError as error:
-                log.warning("A task could not be swept", taskId=mark.task_id, fault=error.message)
+                log.warning(
+                    "task_sweep_failed", message="Task could not be swept", taskId=mark.task_id, error=error.message
+                )
             except Exception:
-                log.exception("A task broke its sweep", taskId=mark.task_id)
+                log.exception(
+                    "task_sweep_crashed", message="Unexpected error while sweeping a task", taskId=mark.task_id
+                )
         return Report(failed=1)
 
     async def _look(self, record: TaskRecord) -> Report:
@@ -91,7 +95,9 @@ class Sweeper:
                 await self.jobs.launch(present.task_id)
                 report += Report(started=1)
             if present.status.is_final:
-                log.warning("A task was settled", taskId=present.task_id, reason=present.reason)
+                log.warning(
+                    "task_settled", message="Task settled by the sweep", taskId=present.task_id, reason=present.reason
+                )
                 report += Report(settled=1)
             record = present
         if not record.status.is_final:
@@ -133,10 +139,10 @@ class Sweeper:
             try:
                 await self.sweep()
             except CcrunError as error:
-                log.warning("A sweep failed", fault=error.message)
+                log.warning("sweep_failed", message="Sweep failed", error=error.message)
             except Exception:
                 # Without sweeps nothing would be settled any more, and nobody would see why.
-                log.exception("A sweep broke")
+                log.exception("sweep_crashed", message="Unexpected error in a sweep")
             finally:
                 places.release()
 

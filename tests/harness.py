@@ -265,7 +265,7 @@ async def _listening(log: IO[bytes], process: asyncio.subprocess.Process) -> str
         while True:
             log.seek(0)
             for line in log.read().splitlines():
-                if b'"ccrun listens"' in line:
+                if b'"service_listening"' in line:
                     return str(json.loads(line)["url"])
             assert process.returncode is None, "the service ended before it listened"
             await asyncio.sleep(0.02)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import structlog
 
+import ccrun
 from ccrun import log
 from ccrun.config import LogFormat
 from ccrun.task import Secret, TaskId
@@ -67,13 +70,14 @@ def text_lines(tmp_path: Path) -> Iterator[Lines]:
 
 def test_a_line_has_the_names_of_cloud_logging(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
     """Severity, message and time come first, then the fields."""
-    structlog.get_logger().warning("Storage is slow.", seconds=1.5, name="é")
+    structlog.get_logger().warning("storage_slow", message="Storage is slow", seconds=1.5, name="é")
 
     (line,) = json_lines()
-    assert ["severity", "message", "time", "seconds", "name"] == list(line)
-    assert ("WARNING", "Storage is slow.", 1.5, "é") == (
+    assert ["severity", "message", "time", "event", "seconds", "name"] == list(line)
+    assert ("WARNING", "Storage is slow", "storage_slow", 1.5, "é") == (
         line["severity"],
         line["message"],
+        line["event"],
         line["seconds"],
         line["name"],
     )
@@ -191,11 +195,11 @@ def test_configuring_again_replaces_what_was(tmp_path: Path) -> None:
 
 
 def test_a_field_cannot_take_the_place_of_another(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
-    """Whatever a field is called, severity, message and time are those of the event."""
-    structlog.get_logger().info("Ours.", message="theirs", severity="DEBUG", time="never")
+    """Fields named like severity and time do not replace those of the event."""
+    structlog.get_logger().info("ours", message="Ours", severity="DEBUG", time="never")
 
     (line,) = json_lines()
-    assert ("INFO", "Ours.") == (line["severity"], line["message"])
+    assert ("INFO", "Ours") == (line["severity"], line["message"])
     assert "never" != line["time"]
 
 
@@ -345,9 +349,25 @@ def test_lines_that_nobody_reads_take_bounded_memory() -> None:
     assert log.MAX_WAITING_LINES < count < 2 * log.MAX_WAITING_LINES
 
 
-def test_logging_does_not_load_rich() -> None:
-    """A worker starts without it, and whoever wants it later can still have it."""
-    program = "import sys; from ccrun import log; print([name for name in sys.modules if 'rich' in name]); import rich.console"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-
-    assert "[]\n" == done.stdout
+def test_every_event_has_a_stable_key_and_a_message() -> None:
+    """Each call in the package passes a literal key in snake_case and a `message`: operations documents rely on the key."""
+    package = Path(ccrun.__file__).parent
+    methods = {"debug", "info", "warning", "error", "critical", "exception"}
+    calls = [
+        node
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in methods
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id in ("log", "logger")
+    ]
+    for call in calls:
+        key = call.args[0]
+        assert isinstance(key, ast.Constant), ast.unparse(call)
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)+", str(key.value)), ast.unparse(call)
+        fields = [keyword.arg for keyword in call.keywords]
+        assert "message" in fields, ast.unparse(call)
+        assert not [name for name in fields if name and name != "exc_info" and "_" in name], ast.unparse(call)
+    assert len(calls) > 20

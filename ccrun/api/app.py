@@ -246,7 +246,7 @@ class _Api:
             # The answer has begun, so that its end can be told by breaking off alone. A client that left or stalled is no
             # fault; what such a one has not taken cannot be sent, and closing in order would wait for it.
             if not isinstance(error, ConnectionError | TimeoutError):
-                log.warning("An answer broke off", path=request.path, fault=_sentence(error))
+                log.warning("response_aborted", message="Response aborted", path=request.path, error=_sentence(error))
             if request.transport is not None:
                 request.transport.abort()
             return web.Response()
@@ -259,7 +259,13 @@ class _Api:
             case CcrunError():
                 status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
                 if status >= 500:
-                    log.warning("A request failed", path=request.path, status=status, fault=error.message)
+                    log.warning(
+                        "request_failed",
+                        message="Request failed",
+                        path=request.path,
+                        status=status,
+                        error=error.message,
+                    )
                 return _error(status, error.message, retry_after=_retry_after(error) if status == 503 else None)
             case web.HTTPMethodNotAllowed():
                 allowed = ", ".join(sorted(error.allowed_methods))
@@ -272,7 +278,9 @@ class _Api:
             case web.HTTPException():
                 return _error(error.status, f"{error.reason}.")
             case _:
-                log.exception("A request broke", path=request.path, exc_info=error)
+                log.exception(
+                    "request_crashed", message="Unexpected error in a request", path=request.path, exc_info=error
+                )
                 return _error(500, "Something went wrong inside ccrun; its log tells what.")
 
     @web.middleware
@@ -395,11 +403,16 @@ class _Api:
             return
         try:
             await self._parts.dispatcher.cancel(task_id)
-            log.info("A task was cancelled, since its client left", taskId=task_id)
+            log.info("task_abandoned", message="Task cancelled because its client left", taskId=task_id)
         except (TaskOver, TaskNotFound):
             pass
         except CcrunError as error:
-            log.warning("A task whose client left could not be cancelled", taskId=task_id, fault=error.message)
+            log.warning(
+                "abandoned_task_cancel_failed",
+                message="Task whose client left could not be cancelled",
+                taskId=task_id,
+                error=error.message,
+            )
 
     async def _begin(self, request: web.Request, kind: TaskType) -> asyncio.Task[Submitted]:
         """Check a request and begin what it asks for; that goes on when the client leaves."""

@@ -208,7 +208,7 @@ class Dispatcher:
                 raise
             # Only the answer was lost: a worker has taken the task up.
             return buried
-        log.info("A task was launched", taskId=record.task_id, type=record.type)
+        log.info("task_launched", message="Task launched", taskId=record.task_id, type=record.type)
         return attrs.evolve(record, execution_name=execution_name)
 
     async def _bury(self, record: TaskRecord, error: CcrunError) -> TaskRecord:

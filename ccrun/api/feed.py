@@ -252,7 +252,7 @@ class _Tail:
                         settled_at = loop.time()
                         await self._settle(self.record)
                 except StorageError as error:
-                    log.warning("A poll failed", taskId=self._task_id, fault=error.message)
+                    log.warning("poll_failed", message="Poll failed", taskId=self._task_id, error=error.message)
         finally:
             self._tell()
 

@@ -111,10 +111,10 @@ async def _read_log(child: Child, address: asyncio.Future[str], complaints: dequ
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry.get("message") == "ccrun listens" and not address.done():
+        if entry.get("event") == "service_listening" and not address.done():
             address.set_result(entry["url"])
         elif entry.get("severity") not in ("DEBUG", "INFO"):
-            complaints.append(f"{entry.get('message')}: {entry.get('fault', '')}")
+            complaints.append(f"{entry.get('message')}: {entry.get('error', '')}")
 
 
 @contextlib.asynccontextmanager

@@ -45,7 +45,9 @@ T = TypeVar("T")
 
 
 def _tell(details: stamina.instrumentation.RetryDetails) -> None:
-    log.warning("A call is made again", fault=type(details.caused_by).__name__, retry=details.retry_num)
+    log.warning(
+        "call_retried", message="Retrying call", error=type(details.caused_by).__name__, attempt=details.retry_num
+    )
 
 
 # In the place of stamina's own hook, which logs the error's `repr`: aiohttp puts the access token into that.

@@ -135,9 +135,10 @@ class CloudRunJobs:
             if error.grpc_status_code not in (StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION):
                 # The cancel holds all the same: the worker watches the record of its task.
                 log.warning(
-                    "Cloud Run did not cancel an execution: check the permission run.executions.cancel",
+                    "execution_cancel_failed",
+                    message="Cloud Run did not cancel the execution; check the permission run.executions.cancel",
                     taskId=task_id,
-                    fault=_fault(error),
+                    error=_fault(error),
                 )
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
@@ -153,9 +154,10 @@ class CloudRunJobs:
             if error.grpc_status_code is StatusCode.NOT_FOUND:
                 return ExecutionState.UNKNOWN
             log.warning(
-                "Cloud Run does not tell about an execution: check the permission run.executions.get",
+                "execution_state_unavailable",
+                message="Cloud Run did not return the execution; check the permission run.executions.get",
                 taskId=task_id,
-                fault=_fault(error),
+                error=_fault(error),
             )
             return ExecutionState.UNREACHABLE
         return execution_state(execution)

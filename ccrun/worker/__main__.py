@@ -9,11 +9,9 @@ import signal
 import sys
 from collections.abc import Iterator
 
-# The log first: it keeps structlog from importing what a worker never needs.
-from ccrun import log  # isort: skip
 import structlog
 
-from ccrun import config, liveness, process
+from ccrun import config, liveness, log, process
 from ccrun.backend import marker, open_backend, sign_of_life
 from ccrun.config import Config
 from ccrun.errors import CcrunError, ConfigError, exit_status
@@ -46,7 +44,7 @@ def main() -> int:
     except AlreadyHeld:
         return 0
     except CcrunError as error:
-        logger.warning("The worker failed", fault=error.message)
+        logger.warning("worker_failed", message="Worker failed", error=error.message)
         return exit_status(error)
     return 0
 

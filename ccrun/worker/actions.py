@@ -167,7 +167,7 @@ class Actor:
             self.deeds.fail(action, error.message)
         except Exception as error:
             # Whatever it is, it may not cost the task its outcome.
-            log.exception("An action failed in a way that nobody thought of", action=action)
+            log.exception("action_crashed", message="Unexpected error in a post-run action", action=action)
             self.deeds.fail(action, f"A fault inside ccrun ({type(error).__name__}): see the log of the worker.")
 
     async def _tell(self, step: str, sentence: str, **fields: Any) -> None:

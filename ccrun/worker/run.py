@@ -204,9 +204,9 @@ async def run(parts: Parts, task_id: TaskId, *, shutdown: asyncio.Event) -> None
             lambda record: task.start(record, at=dt.datetime.now(dt.UTC), execution_name=parts.execution_name),
         )
     except (IllegalTransition, TaskNotFound) as error:
-        log.info("There is nothing to do", fault=error.message)
+        log.info("task_not_claimed", message="Task not claimed; nothing to do", error=error.message)
         return
-    log.info("A task began")
+    log.info("task_started", message="Task started")
     ending = Ending()
     async with AsyncExitStack() as story:
         await story.enter_async_context(_watching(parts, task_id, ending, shutdown))
@@ -223,11 +223,18 @@ async def run(parts: Parts, task_id: TaskId, *, shutdown: asyncio.Event) -> None
         try:
             record = await _record_outcome(parts, task_id, outcome)
         except IllegalTransition as error:
-            log.warning("Somebody else has ended the task", fault=error.message)
+            log.warning("task_already_final", message="The task was finished by another process", error=error.message)
             return
-        log.info("A task ended", status=record.status, reason=record.reason)
+        _log_finished(record)
         if record.owes_callback and parts.courier is not None:
             await _call_back(parts.courier, record, spec, shutdown, parts.times)
+
+
+def _log_finished(record: TaskRecord) -> None:
+    write = log.warning if record.status is Status.FAILED else log.info
+    write(
+        "task_finished", message="Task finished", status=record.status, reason=record.reason, exitCode=record.exit_code
+    )
 
 
 # --- what goes on beside -----------------------------------------------------------------------------------------------
@@ -417,7 +424,7 @@ async def _run_agent(
         term_grace_seconds=parts.times.term_grace,
         user=rooms.agent,
     ) as child:
-        log.info("The agent began")
+        log.info("agent_started", message="Agent started")
         return await _follow(child, agent, ending, parts.times, timeout_minutes=spec.timeout_minutes)
 
 
@@ -603,4 +610,6 @@ async def _call_back(
     except asyncio.CancelledError:
         await courier.hand_over(record.task_id)
     except CcrunError as error:
-        log.warning("What became of the callback could not be recorded", fault=error.message)
+        log.warning(
+            "callback_record_failed", message="Result of the callback could not be recorded", error=error.message
+        )

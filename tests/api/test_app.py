@@ -769,7 +769,7 @@ async def test_what_breaks_inside_stays_inside(api: Api, part: str, fault: type[
     with structlog.testing.capture_logs() as logs:
         answer = await api.call("POST", "/run-async", json=api.body(callbackUrl=CALLBACK))
     assert (500, {"error": BROKEN}) == (answer.status, answer.body)
-    assert ["A request broke"] == [entry["event"] for entry in logs if entry["log_level"] == "error"]
+    assert ["request_crashed"] == [entry["event"] for entry in logs if entry["log_level"] == "error"]
     getattr(api, part).fault = None
     assert 202 == (await api.call("POST", "/run-async", json=api.body(callbackUrl=CALLBACK))).status
 

@@ -506,7 +506,7 @@ async def test_a_log_that_cannot_be_read_on_breaks_off(api: Api, caplog: pytest.
         received = await break_in_the_middle(api, task_id, "logs", StorageError())
     assert 1 == received.count(b"HTTP/1.1 ")
     assert not received.endswith(b"0\r\n\r\n")
-    assert [("An answer broke off", "The storage does not answer.")] == [(log["event"], log["fault"]) for log in logs]
+    assert [("response_aborted", "The storage does not answer.")] == [(log["event"], log["error"]) for log in logs]
     assert [] == caplog.records
 
 
@@ -520,7 +520,7 @@ async def test_a_stream_that_breaks_is_cut(api: Api) -> None:
     assert 1 == received.count(b"HTTP/1.1 ")
     assert b"/srv" not in received
     assert not received.endswith(b"0\r\n\r\n")
-    assert ["An answer broke off"] == [log["event"] for log in logs]
+    assert ["response_aborted"] == [log["event"] for log in logs]
 
 
 # --- real services ---------------------------------------------------------------------------------------------------

@@ -95,11 +95,11 @@ async def run_served(http: aiohttp.ClientSession, url: str, log: Path) -> Served
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         if entry.get("taskId") == task_id:
-            said[entry["message"]] = (dt.datetime.fromisoformat(entry["time"]) - began_at).total_seconds()
+            said[entry["event"]] = (dt.datetime.fromisoformat(entry["time"]) - began_at).total_seconds()
     return Served(
         stream_opened=opened,
-        worker_claimed=said["A task began"],
-        cli_spawned=said["The agent began"],
+        worker_claimed=said["task_started"],
+        cli_spawned=said["agent_started"],
         first_line=first_line,
         whole=whole,
     )

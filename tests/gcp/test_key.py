@@ -168,6 +168,6 @@ async def test_the_access_token_is_in_no_log(server: Kms, key: KmsKey, capfd: py
     key._kms._api_is_dev = False
     await key.wrap(DATA_KEY)
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert ["A call is made again"] == [line["message"] for line in lines]
+    assert ["call_retried"] == [line["event"] for line in lines]
     assert "made-up-access-token" not in str(lines)
     assert "Bearer made-up-access-token" == server.authorization
