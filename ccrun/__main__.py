@@ -29,7 +29,7 @@ def serve(*, port: int | None = None, host: str | None = None, data_dir: Path | 
         host: Instead of HOST.
         data_dir: Instead of CCRUN_DATA_DIR.
     """
-    from ccrun.serve import serve
+    from ccrun.server import serve
 
     given = {"PORT": port, "HOST": host, "CCRUN_DATA_DIR": data_dir}
     return _run(serve, {name: str(value) for name, value in given.items() if value is not None})
@@ -46,7 +46,7 @@ def worker() -> int:
 @app.command
 def sweep() -> int:
     """Settle tasks that died and deliver callbacks that are owed, once. Part of `serve` on the local backend."""
-    from ccrun.serve import sweep_once
+    from ccrun.server import sweep_once
 
     return _run(sweep_once)
 
@@ -56,7 +56,7 @@ def demo(
     *, prompt: Annotated[str | None, cyclopts.Parameter(help="What to ask instead of the demo's own task.")] = None
 ) -> int:
     """Show a task from the request to the verified callback, on this machine alone."""
-    from ccrun.demo.show import show
+    from ccrun.cli.demo import show
 
     return asyncio.run(show(prompt))
 

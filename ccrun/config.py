@@ -23,7 +23,7 @@ from ccrun.task import PERMISSION_MODES, TASK_ID_PATTERN, Secret, TaskId
 
 #: `MAX_TIMEOUT_MINUTES` up to a day: agents that work for longer are better started again.
 LONGEST_TIMEOUT_MINUTES: Final = 24 * 60.0
-DEFAULT_TIMEOUT_MINUTES: Final = 60.0
+DEFAULT_MAX_TIMEOUT_MINUTES: Final = 60.0
 DEFAULT_REQUEST_BYTES: Final = 10 * 1024 * 1024
 #: A body is held in memory several times over while it is checked and sealed.
 LARGEST_REQUEST_BYTES: Final = 100 * 1024 * 1024
@@ -50,7 +50,7 @@ class LogFormat(enum.StrEnum):
 # --- how values are read: each returns the value, or raises ValueError with what "must be …" needs to be said ------------
 
 
-def _text(value: str) -> str:
+def _word(value: str) -> str:
     if not re.fullmatch(r"[^\x00-\x20\x7f\ud800-\udfff]+", value):
         raise ValueError("a word without blanks")
     return value
@@ -97,7 +97,7 @@ def _bucket(value: str) -> str:
 
 def _url(value: str) -> str:
     try:
-        parts = urlsplit(_text(value))
+        parts = urlsplit(_word(value))
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_url = False
@@ -137,10 +137,10 @@ def _tools(value: str) -> tuple[str, ...]:
     return tuple(tools)
 
 
-def _names_of_secrets(value: str) -> frozenset[str]:
+def _secret_names(value: str) -> frozenset[str]:
     names = frozenset(name.strip() for name in value.split(",") if name.strip())
-    if not names <= _SECRETS_OF_WORKERS:
-        raise ValueError(f"some of {', '.join(sorted(_SECRETS_OF_WORKERS))}, separated by commas")
+    if not names <= _WORKER_SECRETS:
+        raise ValueError(f"some of {', '.join(sorted(_WORKER_SECRETS))}, separated by commas")
     return names
 
 
@@ -181,12 +181,12 @@ def _tokens(value: str) -> tuple[Secret, ...]:
 
 
 #: What a service in the cloud need not have itself, since only its workers use it.
-_SECRETS_OF_WORKERS: Final = frozenset({"CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
+_WORKER_SECRETS: Final = frozenset({"CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
 #: Their values are never shown, not even wrong ones.
-_READERS_OF_SECRETS: Final = (_secret, _credential, _tokens)
+_SECRET_READERS: Final = (_secret, _credential, _tokens)
 
 
-def _setting(name: str, read: Callable[[str], Any] = _text, *, default: Any = None) -> Any:
+def _setting(name: str, read: Callable[[str], Any] = _word, *, default: Any = None) -> Any:
     def convert(value: Any) -> Any:
         if not isinstance(value, str):
             return value
@@ -194,7 +194,7 @@ def _setting(name: str, read: Callable[[str], Any] = _text, *, default: Any = No
             return read(value)
         except ValueError as error:
             # A URL can hold a password too.
-            is_secret = read in _READERS_OF_SECRETS or "@" in value
+            is_secret = read in _SECRET_READERS or "@" in value
             shown = "" if is_secret else f", not {json.dumps(value[:MAX_SHOWN_CHARS])}"
             raise ConfigError(f"{name} must be {error}{shown}.") from None
 
@@ -204,12 +204,12 @@ def _setting(name: str, read: Callable[[str], Any] = _text, *, default: Any = No
 # --- the settings ------------------------------------------------------------------------------------------------------
 
 
-def _usual_backend(config: Config) -> Backend:
+def _default_backend(config: Config) -> Backend:
     on_gcp = config.k_service or config.cloud_run_job or config.gcs_logs_bucket or config.project_id
     return Backend.GCP if on_gcp else Backend.LOCAL
 
 
-def _usual_host(config: Config) -> str:
+def _default_host(config: Config) -> str:
     return "0.0.0.0" if config.k_service else "127.0.0.1"  # noqa: S104 - Cloud Run guards the door.
 
 
@@ -244,21 +244,21 @@ class Config:
     backend: Backend = _setting(
         "CCRUN_BACKEND",
         lambda value: Backend(_one_of(*Backend)(value)),
-        default=attrs.Factory(_usual_backend, takes_self=True),
+        default=attrs.Factory(_default_backend, takes_self=True),
     )
     data_dir: Path = _setting("CCRUN_DATA_DIR", _path, default=".ccrun")
     max_concurrent_tasks: int = _setting("MAX_CONCURRENT_TASKS", _whole(1, 1000), default=attrs.Factory(_cores))
 
-    host: str = _setting("HOST", default=attrs.Factory(_usual_host, takes_self=True))
+    host: str = _setting("HOST", default=attrs.Factory(_default_host, takes_self=True))
     port: int = _setting("PORT", _whole(0, 65535), default=8080)
     #: Names of settings that the job has and the service, in the cloud, does not: it keeps no secret that it does not use.
-    worker_has: frozenset[str] = _setting("CCRUN_WORKER_HAS", _names_of_secrets, default=frozenset())
+    worker_has: frozenset[str] = _setting("CCRUN_WORKER_HAS", _secret_names, default=frozenset())
     api_tokens: tuple[Secret, ...] = _setting("CCRUN_API_TOKENS", _tokens, default=())
     max_request_bytes: int = _setting(
         "MAX_REQUEST_BYTES", _whole(1024, LARGEST_REQUEST_BYTES), default=DEFAULT_REQUEST_BYTES
     )
     max_timeout_minutes: float = _setting(
-        "MAX_TIMEOUT_MINUTES", _number(1, LONGEST_TIMEOUT_MINUTES), default=DEFAULT_TIMEOUT_MINUTES
+        "MAX_TIMEOUT_MINUTES", _number(1, LONGEST_TIMEOUT_MINUTES), default=DEFAULT_MAX_TIMEOUT_MINUTES
     )
     allowed_tools: tuple[str, ...] = _setting("ALLOWED_TOOLS", _tools, default=())
     permission_mode: str | None = _setting("PERMISSION_MODE", _permission_mode)

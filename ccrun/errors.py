@@ -35,7 +35,7 @@ def exit_status(error: CcrunError) -> int:
 
 
 @attrs.frozen
-class Fault:
+class FieldError:
     """One thing that is wrong with a request: where (in wire names) and what is allowed."""
 
     field: str
@@ -50,9 +50,9 @@ class InvalidRequest(CcrunError):
         message: The sentence for `error`; by default the message of the first fault.
     """
 
-    def __init__(self, faults: list[Fault], message: str | None = None) -> None:
-        self.faults = faults
-        super().__init__(message or faults[0].message)
+    def __init__(self, errors: list[FieldError], message: str | None = None) -> None:
+        self.errors = errors
+        super().__init__(message or errors[0].message)
 
 
 class NotConfigured(CcrunError):
@@ -67,7 +67,7 @@ class TaskExists(CcrunError):
     """The task ID is in use."""
 
 
-class TaskOver(CcrunError):
+class TaskAlreadyFinished(CcrunError):
     """The task is already over."""
 
 

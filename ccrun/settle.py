@@ -11,26 +11,27 @@ from collections.abc import Mapping
 from typing import Final, assert_never
 
 from ccrun.jobs import ExecutionState, Jobs
+from ccrun.lifecycle import failed_outcome, finish
 from ccrun.store import Store
-from ccrun.task import EXIT_KILLED, EXIT_TIMEOUT, Outcome, Reason, Status, TaskRecord, failed, finish
+from ccrun.task import EXIT_KILLED, EXIT_TIMEOUT, Outcome, Reason, Status, TaskRecord
 
-_NEVER_BEGAN: Final = failed(Reason.LAUNCH_FAILED, "The worker ended before it began the task.")
-_OVERDUE: Final = failed(Reason.LAUNCH_FAILED, "The worker was launched, but did not begin the task in time.")
-_LOST: Final = failed(Reason.WORKER_LOST, "The worker was lost before the task ended.")
+_NEVER_BEGAN: Final = failed_outcome(Reason.LAUNCH_FAILED, "The worker ended before it began the task.")
+_OVERDUE: Final = failed_outcome(Reason.LAUNCH_FAILED, "The worker was launched, but did not begin the task in time.")
+_LOST: Final = failed_outcome(Reason.WORKER_LOST, "The worker was lost before the task ended.")
 #: How a task that runs ends when its execution is over.
 _OVER: Final[Mapping[ExecutionState, Outcome]] = {
     ExecutionState.ENDED: _LOST,
-    ExecutionState.OUT_OF_MEMORY: failed(
+    ExecutionState.OUT_OF_MEMORY: failed_outcome(
         Reason.OUT_OF_MEMORY, "The task needed more memory than its worker has.", EXIT_KILLED
     ),
-    ExecutionState.TIMED_OUT: failed(
+    ExecutionState.TIMED_OUT: failed_outcome(
         Reason.TIMEOUT, "The platform ended the worker, which had run for as long as it may.", EXIT_TIMEOUT
     ),
-    ExecutionState.CANCELLED: failed(Reason.KILLED, "The worker was ended at the platform.", EXIT_KILLED),
+    ExecutionState.CANCELLED: failed_outcome(Reason.KILLED, "The worker was ended at the platform.", EXIT_KILLED),
 }
 
 
-def verdict(status: Status, state: ExecutionState, *, is_overdue: bool = False) -> Outcome | None:
+def lost_outcome(status: Status, state: ExecutionState, *, is_overdue: bool = False) -> Outcome | None:
     """Return how a task in that status ends when its execution is in that state; None when it may still end by itself.
 
     Args:
@@ -60,8 +61,8 @@ async def settle(store: Store, jobs: Jobs, record: TaskRecord) -> TaskRecord:
         return record
     state = await jobs.state(record.task_id, record.execution_name)
     age = dt.datetime.now(dt.UTC) - record.created_at
-    is_overdue = jobs.begins_within is not None and age > jobs.begins_within
-    outcome = verdict(record.status, state, is_overdue=is_overdue)
+    is_overdue = jobs.start_timeout is not None and age > jobs.start_timeout
+    outcome = lost_outcome(record.status, state, is_overdue=is_overdue)
     if outcome is None:
         return record
 

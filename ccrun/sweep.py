@@ -14,27 +14,27 @@ from typing import Final
 import attrs
 import structlog
 
-from ccrun import task
-from ccrun.courier import Courier
+from ccrun import lifecycle
+from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import CcrunError, TaskNotFound
 from ccrun.jobs import ExecutionState, Jobs
 from ccrun.settle import settle
-from ccrun.store import Mark, Store
-from ccrun.task import Status, TaskRecord, WebhookState
+from ccrun.store import ActiveTask, Store
+from ccrun.task import CallbackState, Status, TaskRecord
 
 log = structlog.get_logger()
 
 #: A birth takes well under a second, and two minutes when each of its writes is tried to the end of its patience; what has
 #: no record after this long was left by a process that died.
-BIRTH_BOUND: Final = dt.timedelta(minutes=5)
+INCOMPLETE_TASK_AGE: Final = dt.timedelta(minutes=5)
 #: Tasks looked at side by side, so that one receiver that does not answer holds up few others.
 PARALLEL_TASKS: Final = 20
 #: Sweeps at once, most of which only wait for receivers.
-PARALLEL_SWEEPS: Final = 10
+MAX_PARALLEL_SWEEPS: Final = 10
 
 
 @attrs.frozen(kw_only=True)
-class Report:
+class SweepReport:
     """What one sweep did: how many tasks it settled, started, and how many callbacks it delivered, failed to deliver."""
 
     settled: int = 0
@@ -43,9 +43,12 @@ class Report:
     undelivered: int = 0
     failed: int = 0
 
-    def __add__(self, other: Report) -> Report:
-        return Report(
-            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in attrs.fields(Report)}
+    def __add__(self, other: SweepReport) -> SweepReport:
+        return SweepReport(
+            **{
+                field.name: getattr(self, field.name) + getattr(other, field.name)
+                for field in attrs.fields(SweepReport)
+            }
         )
 
 
@@ -55,12 +58,12 @@ class Sweeper:
 
     store: Store
     jobs: Jobs
-    courier: Courier
+    callbacks: OwedCallbacks
     #: Whether a pending task of which the place that runs workers knows nothing is launched once more.
-    relaunches: bool
-    birth_bound: dt.timedelta = BIRTH_BOUND
+    restarts_pending: bool
+    incomplete_age: dt.timedelta = INCOMPLETE_TASK_AGE
 
-    async def sweep(self) -> Report:
+    async def sweep(self) -> SweepReport:
         """Look at all of them once."""
         marks = await self.store.active()
         records = await self.store.records([mark.task_id for mark in marks])
@@ -68,15 +71,15 @@ class Sweeper:
         found = zip(marks, records, strict=True)
         # The oldest first: queued tasks that nobody started are started in the order in which they came.
         oldest_first = sorted(found, key=lambda pair: pair[1].created_at if pair[1] else pair[0].since)
-        return sum(await asyncio.gather(*(self._guarded(gate, *pair) for pair in oldest_first)), Report())
+        return sum(await asyncio.gather(*(self._guarded(gate, *pair) for pair in oldest_first)), SweepReport())
 
-    async def _guarded(self, gate: asyncio.Semaphore, mark: Mark, record: TaskRecord | None) -> Report:
+    async def _guarded(self, gate: asyncio.Semaphore, mark: ActiveTask, record: TaskRecord | None) -> SweepReport:
         """One task that cannot be swept now, for whatever reason, must not keep the others from it."""
         async with gate:
             try:
-                return await (self._clear_unborn(mark) if record is None else self._look(record))
+                return await (self._remove_incomplete(mark) if record is None else self._look(record))
             except TaskNotFound:
-                return Report()
+                return SweepReport()
             except CcrunError as error:
                 log.warning(
                     "task_sweep_failed", message="Task could not be swept", taskId=mark.task_id, error=error.message
@@ -85,55 +88,55 @@ class Sweeper:
                 log.exception(
                     "task_sweep_crashed", message="Unexpected error while sweeping a task", taskId=mark.task_id
                 )
-        return Report(failed=1)
+        return SweepReport(failed=1)
 
-    async def _look(self, record: TaskRecord) -> Report:
-        report = Report()
+    async def _look(self, record: TaskRecord) -> SweepReport:
+        report = SweepReport()
         if not record.status.is_final:
             present = await settle(self.store, self.jobs, record)
             if await self._is_forgotten(present):
                 await self.jobs.launch(present.task_id)
-                report += Report(started=1)
+                report += SweepReport(started=1)
             if present.status.is_final:
                 log.warning(
                     "task_settled", message="Task settled by the sweep", taskId=present.task_id, reason=present.reason
                 )
-                report += Report(settled=1)
+                report += SweepReport(settled=1)
             record = present
         if not record.status.is_final:
             return report
         if not record.owes_callback:
             # Whoever wrote the final record died before the mark was gone.
-            await self.store.clear_away(record.task_id)
+            await self.store.delete_incomplete(record.task_id)
             return report
-        if task.is_callback_due(record, at=dt.datetime.now(dt.UTC)):
+        if lifecycle.is_callback_due(record, at=dt.datetime.now(dt.UTC)):
             # Its removal may have failed, and a receiver may be out of reach for a month.
             await self.store.delete_payload(record.task_id)
-            claimed = await self.courier.take_up(record.task_id)
+            claimed = await self.callbacks.claim(record.task_id)
             if claimed is not None:
-                carried = await self.courier.deliver(claimed)
-                delivered = carried.webhook is not None and carried.webhook.state is WebhookState.DELIVERED
-                report += Report(delivered=1) if delivered else Report(undelivered=1)
+                carried = await self.callbacks.deliver(claimed)
+                delivered = carried.webhook is not None and carried.webhook.state is CallbackState.DELIVERED
+                report += SweepReport(delivered=1) if delivered else SweepReport(undelivered=1)
         return report
 
     async def _is_forgotten(self, record: TaskRecord) -> bool:
         """Return whether the task waits in the queue of a service that is gone."""
-        if record.status is not Status.PENDING or not self.relaunches:
+        if record.status is not Status.PENDING or not self.restarts_pending:
             return False
         return await self.jobs.state(record.task_id, record.execution_name) is ExecutionState.UNKNOWN
 
-    async def _clear_unborn(self, mark: Mark) -> Report:
+    async def _remove_incomplete(self, mark: ActiveTask) -> SweepReport:
         """Remove what a submission left that died before its record was written; nobody was told of that task."""
-        if dt.datetime.now(dt.UTC) - mark.since > self.birth_bound:
-            await self.store.clear_away(mark.task_id)
-        return Report()
+        if dt.datetime.now(dt.UTC) - mark.since > self.incomplete_age:
+            await self.store.delete_incomplete(mark.task_id)
+        return SweepReport()
 
-    async def keep_sweeping(self, *, every_seconds: float, sooner: asyncio.Event) -> None:
+    async def run_forever(self, *, every_seconds: float, sooner: asyncio.Event) -> None:
         """Sweep until cancelled: every so many seconds, and at once when `sooner` is set.
 
         A receiver that does not answer holds up the sweep that called it, so the next one does not wait for that.
         """
-        places = asyncio.Semaphore(PARALLEL_SWEEPS)
+        places = asyncio.Semaphore(MAX_PARALLEL_SWEEPS)
 
         async def sweep() -> None:
             try:

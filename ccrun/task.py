@@ -1,6 +1,7 @@
-"""The vocabulary: what a task is asked to do, what is known of it, and which states may follow which.
+"""Facts about a task: what a request asks for, and what is known about the task.
 
-Pure values and functions. Nothing here reads the clock, the environment or the disk, and nothing knows JSON.
+Values only. Nothing here reads the clock, the environment or the disk, and nothing knows JSON. `ccrun.lifecycle` has the rules
+for how a record may change.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ import datetime as dt
 import enum
 import re
 from collections.abc import Mapping
-from typing import Any, Final, NewType, assert_never
+from typing import Any, Final, NewType
 
 import attrs
-
-from ccrun.errors import IllegalTransition
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -99,22 +98,7 @@ class Status(enum.StrEnum):
     @property
     def is_final(self) -> bool:
         """Whether nothing can follow."""
-        return not _NEXT[self]
-
-
-_NEXT: Final[Mapping[Status, frozenset[Status]]] = {
-    Status.PENDING: frozenset({Status.RUNNING, Status.FAILED, Status.CANCELLED}),
-    Status.RUNNING: frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED}),
-    Status.COMPLETED: frozenset(),
-    Status.FAILED: frozenset(),
-    Status.CANCELLED: frozenset(),
-}
-
-
-def check_transition(old: Status, new: Status) -> None:
-    """Raise `IllegalTransition` unless a task may go from `old` to `new`."""
-    if new not in _NEXT[old]:
-        raise IllegalTransition(f"A task that is {old} cannot become {new}.")
+        return self in (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
 class TaskType(enum.StrEnum):
@@ -142,7 +126,7 @@ class Reason(enum.StrEnum):
     WORKER_LOST = "worker_lost"
 
 
-class WebhookState(enum.StrEnum):
+class CallbackState(enum.StrEnum):
     """What became of a callback."""
 
     #: The task is not over yet.
@@ -188,7 +172,7 @@ class UploadAction:
 
 
 @attrs.frozen(kw_only=True)
-class Actions:
+class PostRunActions:
     """What happens after the agent has succeeded."""
 
     git: GitAction | None = None
@@ -227,7 +211,7 @@ class TaskSpec:
     subagents: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
     cwd_relative: str = "."
     metadata: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
-    post_execution_actions: Actions = attrs.field(factory=Actions)
+    post_execution_actions: PostRunActions = attrs.field(factory=PostRunActions)
 
     @property
     def secrets(self) -> tuple[Secret, ...]:
@@ -267,10 +251,10 @@ class UploadedFile:
 
 
 @attrs.frozen(kw_only=True)
-class Webhook:
+class CallbackInfo:
     """What became of a task's callback. `next_attempt_at`: when it is due, or until when a delivery has its lease."""
 
-    state: WebhookState = WebhookState.WAITING
+    state: CallbackState = CallbackState.WAITING
     attempts: int = 0
     #: Deliveries (each of some attempts) that failed; the pauses between them grow with it.
     rounds: int = 0
@@ -299,14 +283,14 @@ class TaskRecord:
     uploaded_files: tuple[UploadedFile, ...] | None = None
     git_commit: Mapping[str, Any] | None = None
     action_errors: tuple[Mapping[str, str], ...] = ()
-    webhook: Webhook | None = None
+    webhook: CallbackInfo | None = None
     metadata: Mapping[str, Any] | None = None
     #: The whole callback URL, sealed under the task's data key.
     sealed_callback_url: bytes | None = attrs.field(default=None, repr=False)
     #: Tells a repeat of the request apart from another request under the same Idempotency-Key.
     idempotency_digest: str | None = attrs.field(default=None, repr=False)
     #: Names the write that made this state, so that its writer knows it again; no part of what is known of the task.
-    swap: str | None = attrs.field(default=None, repr=False, eq=False)
+    write_id: str | None = attrs.field(default=None, repr=False, eq=False)
 
     @property
     def is_cancelling(self) -> bool:
@@ -319,7 +303,7 @@ class TaskRecord:
         return (
             self.status.is_final
             and self.webhook is not None
-            and self.webhook.state not in (WebhookState.DELIVERED, WebhookState.ABANDONED)
+            and self.webhook.state not in (CallbackState.DELIVERED, CallbackState.ABANDONED)
         )
 
 
@@ -340,163 +324,3 @@ class Outcome:
     uploaded_files: tuple[UploadedFile, ...] | None = None
     git_commit: Mapping[str, Any] | None = None
     action_errors: tuple[Mapping[str, str], ...] = ()
-
-
-def failed(reason: Reason, error: str, exit_code: int = EXIT_FAILED) -> Outcome:
-    """Return what a task ends in that failed without the CLI's own account of it."""
-    return Outcome(status=Status.FAILED, reason=reason, exit_code=exit_code, error=error)
-
-
-def cancelled(outcome: Outcome | None = None) -> Outcome:
-    """Return what a cancelled task ends in, with the figures of what it had done until then."""
-    ended = outcome or Outcome(status=Status.CANCELLED, reason=Reason.CANCELLED, exit_code=EXIT_CANCELLED)
-    return attrs.evolve(
-        ended,
-        status=Status.CANCELLED,
-        reason=Reason.CANCELLED,
-        exit_code=EXIT_CANCELLED,
-        error="The task was cancelled.",
-    )
-
-
-def start(record: TaskRecord, *, at: dt.datetime, execution_name: str | None = None) -> TaskRecord:
-    """Return the record of the same task, taken up by a worker.
-
-    Raises:
-        IllegalTransition: The task is not pending.
-    """
-    check_transition(record.status, Status.RUNNING)
-    return attrs.evolve(
-        record,
-        status=Status.RUNNING,
-        started_at=at,
-        execution_name=execution_name or record.execution_name,
-    )
-
-
-def request_cancel(record: TaskRecord, *, at: dt.datetime) -> TaskRecord:
-    """Return the record of the same task after a cancel: over when it had not begun, marked when it runs.
-
-    Raises:
-        IllegalTransition: The task is over.
-    """
-    match record.status:
-        case Status.PENDING:
-            return finish(attrs.evolve(record, cancelled_at=at), cancelled(), at=at)
-        case Status.RUNNING:
-            return attrs.evolve(record, cancelled_at=record.cancelled_at or at)
-        case Status.COMPLETED | Status.FAILED | Status.CANCELLED:
-            raise IllegalTransition(f"Task {record.task_id} is already {record.status}.")
-        case _ as never:
-            assert_never(never)
-
-
-def finish(
-    record: TaskRecord, outcome: Outcome, *, at: dt.datetime, lease_until: dt.datetime | None = None
-) -> TaskRecord:
-    """Return the final record of the same task.
-
-    A cancel that was answered stands: whatever the outcome, such a task ends as cancelled. The debt of the callback is
-    part of the same value, so that no crash falls between the final state and the debt.
-
-    Args:
-        lease_until: The writer delivers the callback itself and has until then; without, it is due at once for a sweep.
-
-    Raises:
-        IllegalTransition: The task is over.
-    """
-    if record.is_cancelling:
-        outcome = cancelled(outcome)
-    check_transition(record.status, outcome.status)
-    began = record.started_at or at
-    webhook = record.webhook
-    if webhook is not None:
-        state = WebhookState.OWED if lease_until is None else WebhookState.DELIVERING
-        webhook = attrs.evolve(webhook, state=state, next_attempt_at=lease_until or at)
-    return attrs.evolve(
-        record,
-        status=outcome.status,
-        completed_at=at,
-        exit_code=outcome.exit_code,
-        error=outcome.error,
-        reason=outcome.reason,
-        summary=Summary(
-            duration_ms=max(0, round((at - began).total_seconds() * 1000)),
-            turns=outcome.turns,
-            errors=outcome.errors,
-            started_at=record.started_at,
-            completed_at=at,
-            cost_usd=outcome.cost_usd,
-            usage=outcome.usage,
-            session_id=outcome.session_id,
-            result=outcome.result,
-        ),
-        uploaded_files=outcome.uploaded_files,
-        git_commit=outcome.git_commit,
-        action_errors=outcome.action_errors,
-        webhook=webhook,
-    )
-
-
-# --- the callback's debt ---------------------------------------------------------------------------------------------
-
-#: Pauses between deliveries of a callback that is owed: one minute, then twice as long each time, six hours at most.
-FIRST_CALLBACK_PAUSE: Final = dt.timedelta(minutes=1)
-LONGEST_CALLBACK_PAUSE: Final = dt.timedelta(hours=6)
-#: A receiver that was not there for so long after the task's end will not come back: the callback is given up.
-CALLBACK_PATIENCE: Final = dt.timedelta(days=30)
-
-
-def is_callback_due(record: TaskRecord, *, at: dt.datetime) -> bool:
-    """Return whether the callback is owed and nobody holds a lease on it that has not run out."""
-    due = record.webhook.next_attempt_at if record.webhook else None
-    return record.owes_callback and (due is None or due <= at)
-
-
-def take_up_callback(record: TaskRecord, *, lease_until: dt.datetime) -> TaskRecord:
-    """Return the record of the same task while somebody delivers its callback, until then."""
-    return _with_webhook(record, state=WebhookState.DELIVERING, next_attempt_at=lease_until)
-
-
-def owe_callback_again(record: TaskRecord, *, at: dt.datetime) -> TaskRecord:
-    """Return the record of the same task with its callback due now, whatever became of it before."""
-    return _with_webhook(record, state=WebhookState.OWED, next_attempt_at=at)
-
-
-def note_delivery(
-    record: TaskRecord,
-    *,
-    delivered: bool,
-    attempts: int,
-    error: str | None,
-    at: dt.datetime,
-    not_before: dt.datetime | None = None,
-    pauses: bool = True,
-) -> TaskRecord:
-    """Return the record of the same task after a delivery: settled, owed with a longer pause, or given up.
-
-    Args:
-        not_before: When the receiver itself wants to be asked again.
-        pauses: Whether a failure counts for the pause; without, the callback is due again at once.
-    """
-    before = record.webhook or Webhook()
-    after = attrs.evolve(before, attempts=before.attempts + attempts, last_error=error)
-    if delivered:
-        after = attrs.evolve(after, state=WebhookState.DELIVERED, last_error=None, next_attempt_at=None)
-    elif at - (record.completed_at or at) > CALLBACK_PATIENCE:
-        after = attrs.evolve(after, state=WebhookState.ABANDONED, next_attempt_at=None)
-    else:
-        pause = min(FIRST_CALLBACK_PAUSE * 2 ** min(before.rounds, 10), LONGEST_CALLBACK_PAUSE)
-        due = at + pause if pauses else at
-        after = attrs.evolve(
-            after,
-            state=WebhookState.OWED,
-            rounds=before.rounds + pauses,
-            next_attempt_at=max(due, not_before or due),
-        )
-    return attrs.evolve(record, webhook=after)
-
-
-def _with_webhook(record: TaskRecord, *, state: WebhookState, next_attempt_at: dt.datetime) -> TaskRecord:
-    webhook = attrs.evolve(record.webhook or Webhook(), state=state, next_attempt_at=next_attempt_at)
-    return attrs.evolve(record, webhook=webhook)

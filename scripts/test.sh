@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the whole test suite, after installing ccrun into .venv where that is needed. Arguments go to pytest:
 #   scripts/test.sh -k webhook
-#   scripts/test.sh -n 0 -x tests/test_wire.py
+#   scripts/test.sh -n 0 -x tests/test_store.py
 #   scripts/test.sh -n 0 -m slow    (what else is left out: builds the images in folders; takes root, debootstrap, minutes)
 # Or checks a service from outside, as its callers see it:
 #   scripts/test.sh local                  starts one here, with a scripted model unless there is a credential
@@ -39,7 +39,7 @@ check_service() {
     # By the environment, since command lines are there for all to read.
     [ -z "${!name:-}" ] || export "${name?}"
   done
-  "$VENV/bin/python" -P -m ccrun.demo.checks "$word" "$@"
+  "$VENV/bin/python" -P -m ccrun.cli.check "$word" "$@"
 }
 
 find_service() {

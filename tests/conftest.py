@@ -18,12 +18,12 @@ from typing import Final
 import aiohttp
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
-from harness import CALLBACK_SECRET, LocalPlace, Place, Service, StartService, cloud_place
+from helpers.service import CALLBACK_SECRET, LocalPlace, Place, Service, StartService, cloud_place
 
 from ccrun import config, log
 from ccrun.config import LogFormat
-from ccrun.demo.model import Say, Script, ScriptedModel, sequence
-from ccrun.serve import serving
+from ccrun.server import serving
+from ccrun.testing.model import Say, Script, ScriptedModel, sequence
 
 #: What a child needs of the environment of whoever runs the tests; everything else could change what is tested.
 KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"})

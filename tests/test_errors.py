@@ -12,7 +12,7 @@ from ccrun.errors import (
     BlobNotFound,
     Busy,
     CcrunError,
-    Fault,
+    FieldError,
     InvalidRequest,
     StorageError,
     TaskNotFound,
@@ -40,9 +40,9 @@ def test_own_sentence_replaces_that_of_the_class() -> None:
 
 def test_invalid_request_speaks_of_its_first_fault() -> None:
     """A request with many faults carries them all and says the first one."""
-    faults = [Fault("prompt", "prompt is required"), Fault("taskId", "taskId must be URL-safe")]
-    assert ("prompt is required", faults) == (InvalidRequest(faults).message, InvalidRequest(faults).faults)
-    assert InvalidRequest(faults, "The request is broken.").message == "The request is broken."
+    errors = [FieldError("prompt", "prompt is required"), FieldError("taskId", "taskId must be URL-safe")]
+    assert ("prompt is required", errors) == (InvalidRequest(errors).message, InvalidRequest(errors).errors)
+    assert InvalidRequest(errors, "The request is broken.").message == "The request is broken."
 
 
 def test_busy_tells_when_to_come_back() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ccrun import ijson
+from ccrun import ijson, javascript_json
 from ccrun.errors import CcrunError
 
 Restringify = Callable[[str], bytes]
@@ -46,8 +46,8 @@ def faults_of(text: str | bytes) -> list[tuple[str, str]]:
     with pytest.raises(ijson.NotIJson) as caught:
         ijson.parse(text.encode() if isinstance(text, str) else text)
     assert isinstance(caught.value, CcrunError)
-    assert caught.value.message == caught.value.faults[0].message
-    return [(fault.field, fault.message) for fault in caught.value.faults]
+    assert caught.value.message == caught.value.errors[0].message
+    return [(fault.field, fault.message) for fault in caught.value.errors]
 
 
 # --- what JavaScript prints ------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ NUMBER_LITERALS = st.from_regex(
 def test_prints_what_javascript_prints(javascript: Restringify, value: Any, ascii_only: bool, spaced: bool) -> None:
     """Any I-JSON text comes out byte for byte as JSON.stringify(JSON.parse(text)) prints it, however it was spelled."""
     text = json.dumps(value, ensure_ascii=ascii_only, separators=(" , ", " : ") if spaced else (",", ":"))
-    assert javascript(text) == ijson.dumps(ijson.parse(text.encode()))
+    assert javascript(text) == javascript_json.dumps(ijson.parse(text.encode()))
 
 
 @settings(max_examples=400, deadline=None)
@@ -98,25 +98,25 @@ def test_prints_what_javascript_prints(javascript: Restringify, value: Any, asci
 @example(literal="-0")
 def test_prints_numbers_as_javascript_does(javascript: Restringify, literal: str) -> None:
     """Any literal of a number comes out in JavaScript's spelling of the double that it means."""
-    assert javascript(literal) == ijson.dumps(ijson.parse(literal.encode()))
+    assert javascript(literal) == javascript_json.dumps(ijson.parse(literal.encode()))
 
 
 @pytest.mark.parametrize("literal", ["9007199254740993", "-9007199254740993", "18446744073709551616", "1" + "0" * 400])
 def test_prints_integers_beyond_a_double_as_javascript_does(javascript: Restringify, literal: str) -> None:
     """An integer that never passed `parse` is printed as the double that JavaScript would hold."""
-    assert javascript(literal) == ijson.dumps(int(literal))
+    assert javascript(literal) == javascript_json.dumps(int(literal))
 
 
 def test_prints_the_deepest_value_that_it_reads(javascript: Restringify) -> None:
     """A value at the limit of nesting is read and printed like any other."""
     text = '{"a":[' * (ijson.MAX_DEPTH // 2) + "]}" * (ijson.MAX_DEPTH // 2)
-    assert javascript(text) == ijson.dumps(ijson.parse(text.encode())) == text.encode()
+    assert javascript(text) == javascript_json.dumps(ijson.parse(text.encode())) == text.encode()
 
 
 def test_prints_lone_surrogates_as_javascript_does(javascript: Restringify) -> None:
     """A lone surrogate, which the output of another program can hold, is printed as an escape and never fails."""
     text = r'{"\ud83d":"a\udc00"}'
-    assert javascript(text) == ijson.dumps(json.loads(text)) == text.encode()
+    assert javascript(text) == javascript_json.dumps(json.loads(text)) == text.encode()
 
 
 def test_prints_values_nested_beyond_any_limit() -> None:
@@ -125,35 +125,35 @@ def test_prints_values_nested_beyond_any_limit() -> None:
     for _ in range(50_000):
         value = [value]
     expected = b"[" * 50_000 + b"1" + b"]" * 50_000
-    assert expected == ijson.dumps(value)
+    assert expected == javascript_json.dumps(value)
 
 
 def test_prints_what_json_does_not_have_as_javascript_does() -> None:
     """NaN and infinities, which JSON does not have, are printed as null."""
     expected = b"[null,null,null]"
-    assert expected == ijson.dumps([float("nan"), float("inf"), float("-inf")])
+    assert expected == javascript_json.dumps([float("nan"), float("inf"), float("-inf")])
 
 
 @given(value=VALUES)
 @example(value=1e16)
 def test_prints_the_same_after_storage(value: Any) -> None:
     """What was printed can be stored, read by any JSON reader and printed again without a byte changing."""
-    printed = ijson.dumps(value)
-    assert printed == ijson.dumps(json.loads(printed))
+    printed = javascript_json.dumps(value)
+    assert printed == javascript_json.dumps(json.loads(printed))
 
 
 def test_prints_tuples_and_mappings() -> None:
     """Frozen facts hold tuples and read-only mappings; they are printed as lists and objects, mapping in mapping."""
     value = MappingProxyType({"a": ({"b": {"c": 1}}, ()), "d": {"e": [True, False, None]}})
     expected = b'{"a":[{"b":{"c":1}},[]],"d":{"e":[true,false,null]}}'
-    assert expected == ijson.dumps(value)
+    assert expected == javascript_json.dumps(value)
 
 
 @pytest.mark.parametrize("value", [b"bytes", {1, 2}, {"a": object()}, {1: "a"}])
 def test_refuses_to_print_what_is_not_json(value: Any) -> None:
     """A value that JSON does not have is a mistake of the program and never printed as something else."""
     with pytest.raises(TypeError):
-        ijson.dumps(value)
+        javascript_json.dumps(value)
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -226,9 +226,9 @@ def test_path_has_one_reading() -> None:
 def test_path_and_number_of_faults_are_bounded() -> None:
     """A hostile text cannot make the answer large: neither one long path nor very many."""
     text = ('{"' + "k" * 10_000 + '":') * 200 + "[" + ",".join(["NaN"] * 1000) + "]" + "}" * 200
-    faults = faults_of(text)
-    expected = [ijson.MAX_PATH_CHARS + len("…")] * ijson.MAX_FAULTS
-    assert expected == [len(field) for field, _ in faults]
+    errors = faults_of(text)
+    expected = [ijson.MAX_PATH_CHARS + len("…")] * ijson.MAX_JSON_ERRORS
+    assert expected == [len(field) for field, _ in errors]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from standins.kms import Kms, key_of
 
+from ccrun.backends.local.key import LocalKey, load_or_create_secret
 from ccrun.errors import KeyServiceError, SealError
-from ccrun.seal import MAGIC, DataKey, KeyWrapper, LocalKey, Purpose, Sealed, kept_secret, new_data_key, unseal
+from ccrun.seal import MAGIC, DataKey, KeyWrapper, Purpose, Sealed, new_data_key
 from ccrun.task import TaskId
+from ccrun.unseal import unseal
 
 TASK = TaskId("t-1")
 PLAIN = '{"prompt": "ünïcödé", "anthropicApiKey": "made-up-key"}'.encode()
@@ -229,7 +231,7 @@ async def test_threads_that_ask_first_get_one_secret(tmp_path: Path) -> None:
     """Twenty who ask at once for a secret that is not there yet all get the same."""
     count = iter(range(20))
     secrets = await asyncio.gather(
-        *(asyncio.to_thread(kept_secret, tmp_path / "secret", lambda: b"%d" % next(count)) for _ in range(20))
+        *(asyncio.to_thread(load_or_create_secret, tmp_path / "secret", lambda: b"%d" % next(count)) for _ in range(20))
     )
     assert {(tmp_path / "secret").read_bytes()} == set(secrets)
     assert [tmp_path / "secret"] == list(tmp_path.iterdir())
@@ -238,10 +240,10 @@ async def test_threads_that_ask_first_get_one_secret(tmp_path: Path) -> None:
 ASK = """
 import secrets, sys
 from pathlib import Path
-from ccrun.seal import kept_secret
+from ccrun.backends.local.key import load_or_create_secret
 print("ready", flush=True)
 sys.stdin.readline()
-print(kept_secret(Path(sys.argv[1]), lambda: secrets.token_bytes(32)).hex())
+print(load_or_create_secret(Path(sys.argv[1]), lambda: secrets.token_bytes(32)).hex())
 """
 
 

@@ -9,24 +9,14 @@ from pathlib import Path
 import attrs
 import pytest
 
-from ccrun.blobs import DirectoryBlobs
+from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.errors import BlobNotFound
 from ccrun.jobs import ExecutionState
+from ccrun.lifecycle import finish, request_cancel, start
 from ccrun.seal import Sealed
-from ccrun.settle import settle, verdict
+from ccrun.settle import lost_outcome, settle
 from ccrun.store import Store
-from ccrun.task import (
-    Outcome,
-    Reason,
-    Status,
-    TaskId,
-    TaskRecord,
-    TaskType,
-    Webhook,
-    finish,
-    request_cancel,
-    start,
-)
+from ccrun.task import CallbackInfo, Outcome, Reason, Status, TaskId, TaskRecord, TaskType
 
 TASK = TaskId("t-1")
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
@@ -37,7 +27,7 @@ class KnownJobs:
     """A place that runs workers, whose knowledge of them a test decides."""
 
     max_running: int | None = None
-    begins_within: dt.timedelta | None = None
+    start_timeout: dt.timedelta | None = None
 
     def __init__(self, state: ExecutionState) -> None:
         self.known = state
@@ -45,7 +35,7 @@ class KnownJobs:
         self.cleared: list[TaskId] = []
         self.while_looking: Callable[[], Awaitable[object]] | None = None
 
-    def check_room(self) -> None: ...
+    def check_capacity(self) -> None: ...
 
     async def launch(self, task_id: TaskId) -> str | None:
         raise AssertionError
@@ -75,7 +65,7 @@ PENDING = TaskRecord(
     status=Status.PENDING,
     created_at=NOW,
     logs_path="file:///sessions/t-1/",
-    webhook=Webhook(),
+    webhook=CallbackInfo(),
 )
 RUNNING = start(PENDING, at=NOW)
 
@@ -102,7 +92,7 @@ VERDICTS = {
 @pytest.mark.parametrize(("status", "state"), list(itertools.product(Status, ExecutionState)))
 def test_verdict(status: Status, state: ExecutionState) -> None:
     """Only a task that is not over and whose execution is, or is known to nobody once it ran, can end no more by itself."""
-    outcome = verdict(status, state)
+    outcome = lost_outcome(status, state)
     assert VERDICTS.get((status, state)) == (outcome and (outcome.reason, outcome.exit_code))
     assert outcome is None or outcome.status is Status.FAILED
 

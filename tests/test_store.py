@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ccrun import store as names
-from ccrun import wire
-from ccrun.blobs import Blob, DirectoryBlobs, Entry
+from ccrun import codec, names
+from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.blobs import Blob, BlobInfo
 from ccrun.errors import (
     BlobChanged,
     BlobExists,
@@ -27,23 +27,11 @@ from ccrun.errors import (
     TaskExists,
     TaskNotFound,
 )
+from ccrun.lifecycle import finish, owe_callback, record_delivery, request_cancel, start
 from ccrun.seal import Sealed
-from ccrun.store import CHUNK_BYTES, LISTING_NAMES, MAX_PAGE_READS, QUEUE_BYTES, LogWriter, Pace, Store
-from ccrun.task import (
-    Outcome,
-    Reason,
-    Status,
-    TaskId,
-    TaskRecord,
-    TaskType,
-    Webhook,
-    WebhookState,
-    finish,
-    note_delivery,
-    owe_callback_again,
-    request_cancel,
-    start,
-)
+from ccrun.store import LISTING_NAMES, MAX_PAGE_READS, UPDATE_ATTEMPTS, Store
+from ccrun.task import CallbackInfo, CallbackState, Outcome, Reason, Status, TaskId, TaskRecord, TaskType
+from ccrun.worker.log_writer import MAX_CHUNK_BYTES, MAX_QUEUED_BYTES, FlushPolicy, LogWriter
 
 TASK = TaskId("t-1")
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
@@ -69,7 +57,7 @@ class WatchedBlobs(DirectoryBlobs):
         self.reads.append(name)
         return await super().read(name)
 
-    async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[Entry]:
+    async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
         self.listings += 1
         return await super().entries(prefix, after=after, before=before, limit=limit)
 
@@ -109,7 +97,7 @@ def other(tmp_path: Path) -> Store:
     return Store(DirectoryBlobs(tmp_path / "blobs"))
 
 
-def pending(task_id: str = "t-1", created_at: dt.datetime = NOW, webhook: Webhook | None = None) -> TaskRecord:
+def pending(task_id: str = "t-1", created_at: dt.datetime = NOW, webhook: CallbackInfo | None = None) -> TaskRecord:
     """Return the record of a task that has just been asked for."""
     return TaskRecord(
         task_id=TaskId(task_id),
@@ -145,7 +133,7 @@ def test_every_object_has_its_name() -> None:
         "active/t-1",
         "index/82589/352/32999-t-1",
     ] == [
-        names.folder(TASK),
+        names.task_prefix(TASK),
         names.payload_name(TASK),
         names.chunk_name(TASK, 7, at),
         names.record_name(TASK),
@@ -303,14 +291,14 @@ async def test_change_is_made_again_on_what_somebody_else_wrote(
 
 async def test_no_change_of_many_at_once_is_lost(store: Store) -> None:
     """Ten who change a record at the same time all have their change in it."""
-    await store.add(pending(webhook=Webhook()))
+    await store.add(pending(webhook=CallbackInfo()))
 
     def count(record: TaskRecord) -> TaskRecord:
         assert record.webhook is not None
         return attrs.evolve(record, webhook=attrs.evolve(record.webhook, attempts=record.webhook.attempts + 1))
 
     await asyncio.gather(*(store.update(TASK, count) for _ in range(10)))
-    assert pending(webhook=Webhook(attempts=10)) == await store.record(TASK)
+    assert pending(webhook=CallbackInfo(attempts=10)) == await store.record(TASK)
 
 
 async def test_own_write_is_known_though_its_answer_was_lost(store: Store, blobs: WatchedBlobs) -> None:
@@ -331,23 +319,23 @@ async def test_same_write_of_another_is_not_taken_for_the_own(store: Store, blob
 
 async def test_swap_that_is_always_lost_is_given_up(store: Store, blobs: WatchedBlobs, other: Store) -> None:
     """A record that somebody else changes before each try ends in an error, not in a loop."""
-    await store.add(pending(webhook=Webhook()))
+    await store.add(pending(webhook=CallbackInfo()))
 
     def meddle() -> None:
-        asyncio.run(other.update(TASK, lambda record: owe_callback_again(record, at=dt.datetime.now(dt.UTC))))
+        asyncio.run(other.update(TASK, lambda record: owe_callback(record, at=dt.datetime.now(dt.UTC))))
         blobs.before_replace = meddle
 
     blobs.before_replace = meddle
     with pytest.raises(StorageError, match="changed too often"):
         await store.update(TASK, begin)
-    assert blobs.replacements == names.SWAP_ATTEMPTS
+    assert blobs.replacements == UPDATE_ATTEMPTS
 
 
 async def test_who_wrote_a_record_is_nobody_elses_business(store: Store) -> None:
     """The name of a write is not shown to callers."""
     await store.add(pending())
-    shown = wire.record_to_public(await store.update(TASK, begin))
-    assert "swap" not in shown
+    shown = codec.record_to_public(await store.update(TASK, begin))
+    assert "writeId" not in shown
 
 
 # --- marks -----------------------------------------------------------------------------------------------------------
@@ -380,10 +368,10 @@ async def test_end_of_a_task_without_callback_takes_its_mark(store: Store) -> No
 async def test_mark_stays_until_the_callback_is_delivered(store: Store) -> None:
     """A task that is over is looked at for as long as it owes its callback."""
     await store.mark_active(TASK)
-    await store.add(begin(pending(webhook=Webhook())))
+    await store.add(begin(pending(webhook=CallbackInfo())))
     await store.update(TASK, lambda record: finish(record, SUCCESS, at=NOW))
     assert [TASK] == await marked(store)
-    await store.update(TASK, lambda record: note_delivery(record, delivered=True, attempts=1, error=None, at=NOW))
+    await store.update(TASK, lambda record: record_delivery(record, delivered=True, attempts=1, error=None, at=NOW))
     assert await marked(store) == []
 
 
@@ -391,10 +379,10 @@ async def test_debt_made_while_the_mark_is_removed_is_not_forgotten(
     store: Store, blobs: WatchedBlobs, other: Store
 ) -> None:
     """When a callback is wished again just as the task's mark goes, the mark comes back."""
-    await store.add(finish(begin(pending(webhook=Webhook(state=WebhookState.DELIVERED))), SUCCESS, at=NOW))
+    await store.add(finish(begin(pending(webhook=CallbackInfo(state=CallbackState.DELIVERED))), SUCCESS, at=NOW))
     await store.mark_active(TASK)
     blobs.after_delete = lambda: asyncio.run(
-        other.update(TASK, lambda record: owe_callback_again(record, at=NOW + dt.timedelta(seconds=1)))
+        other.update(TASK, lambda record: owe_callback(record, at=NOW + dt.timedelta(seconds=1)))
     )
     await store.unmark_active(TASK)
     assert [TASK] == await marked(store)
@@ -519,7 +507,7 @@ async def test_listing_shows_chunks_and_the_record(store: Store) -> None:
         await store.add_chunk(TASK, number, [b"line"], NOW)
     listing = await store.listing(TASK, first=2)
     assert [2, 3] == [chunk.number for chunk in listing.chunks]
-    assert (await store.versioned(TASK)).generation == listing.record_generation
+    assert (await store.read_versioned(TASK)).generation == listing.record_generation
     assert [] == (await store.listing(TASK, first=4)).chunks
 
 
@@ -555,7 +543,7 @@ class SlowBlobs(DirectoryBlobs):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.opened = asyncio.Event()
-        self.faults: list[type[StorageError]] = []
+        self.errors: list[type[StorageError]] = []
         self.refusals = 0.0
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
@@ -564,13 +552,13 @@ class SlowBlobs(DirectoryBlobs):
             self.refusals -= 1
             raise StorageError
         written = await super().create(name, content)
-        if self.faults:
-            raise self.faults.pop()
+        if self.errors:
+            raise self.errors.pop()
         return written
 
 
 #: Only the number of lines makes a chunk.
-PATIENT = Pace(flush_lines=100, flush_seconds=3600, first_flush_seconds=3600)
+PATIENT = FlushPolicy(flush_lines=100, flush_seconds=3600, first_flush_seconds=3600)
 
 
 async def chunks(store: Store, task_id: TaskId = TASK) -> list[bytes]:
@@ -602,7 +590,7 @@ async def test_mebibyte_makes_a_chunk(store: Store) -> None:
     """A chunk is written when it has a MiB, however few lines that is."""
     async with LogWriter(store, TASK, PATIENT) as writer:
         for _ in range(24):
-            await writer.write(b"x" * (CHUNK_BYTES // 4))
+            await writer.write(b"x" * (MAX_CHUNK_BYTES // 4))
         await until_chunks(store, 6)
         await writer.write(b"more")
     assert [4, 4, 4, 4, 4, 4, 1] == [content.count(b"\n") for content in await chunks(store)]
@@ -621,7 +609,7 @@ async def test_age_makes_a_chunk_under_steady_output(store: Store) -> None:
 
 async def test_first_chunk_comes_sooner(store: Store) -> None:
     """The first line is stored after the first chunk's own time, which is a tenth of a second unless told otherwise."""
-    pace = attrs.evolve(PATIENT, first_flush_seconds=Pace().first_flush_seconds)
+    pace = attrs.evolve(PATIENT, first_flush_seconds=FlushPolicy().first_flush_seconds)
     began = asyncio.get_running_loop().time()
     async with LogWriter(store, TASK, pace) as writer:
         await writer.write(b"first")
@@ -656,11 +644,11 @@ async def test_slow_storage_slows_the_writer_of_lines(tmp_path: Path) -> None:
     async with LogWriter(store, TASK, PATIENT) as writer:
         writing = asyncio.create_task(write_all())
         async with asyncio.timeout(10):
-            while written < QUEUE_BYTES:
+            while written < MAX_QUEUED_BYTES:
                 await asyncio.sleep(0)
         for _ in range(1000):
             await asyncio.sleep(0)
-        assert QUEUE_BYTES <= written <= QUEUE_BYTES + CHUNK_BYTES
+        assert MAX_QUEUED_BYTES <= written <= MAX_QUEUED_BYTES + MAX_CHUNK_BYTES
         blobs.opened.set()
         await writing
     assert (line + b"\n") * 40 == b"".join(await chunks(store))
@@ -683,7 +671,7 @@ async def test_chunk_whose_answer_was_lost_is_not_written_twice(tmp_path: Path, 
     """When the storage took a chunk and says that it did not, or that it is there already, the log goes on behind it."""
     blobs = SlowBlobs(tmp_path)
     blobs.opened.set()
-    blobs.faults = [fault]
+    blobs.errors = [fault]
     store = Store(blobs)
     async with LogWriter(store, TASK, attrs.evolve(PATIENT, flush_lines=1)) as writer:
         await writer.write(b"one")
@@ -703,8 +691,8 @@ async def test_log_is_given_up_when_the_storage_stays_away(tmp_path: Path) -> No
     """After the patience, a waiting writer of lines, each later one and the close are told."""
     blobs = SlowBlobs(tmp_path)
     blobs.refusals = math.inf
-    writer = LogWriter(Store(blobs), TASK, attrs.evolve(PATIENT, flush_lines=1, patience_seconds=0.01))
-    line = b"x" * QUEUE_BYTES
+    writer = LogWriter(Store(blobs), TASK, attrs.evolve(PATIENT, flush_lines=1, retry_seconds=0.01))
+    line = b"x" * MAX_QUEUED_BYTES
 
     async def write_for_ever() -> None:
         async with writer:
@@ -755,7 +743,9 @@ async def test_log_without_lines_has_no_chunk(store: Store) -> None:
 
 
 @given(
-    sizes=st.lists(st.sampled_from([0, 1, 70, 5000, CHUNK_BYTES // 2, CHUNK_BYTES, CHUNK_BYTES + 1]), max_size=30),
+    sizes=st.lists(
+        st.sampled_from([0, 1, 70, 5000, MAX_CHUNK_BYTES // 2, MAX_CHUNK_BYTES, MAX_CHUNK_BYTES + 1]), max_size=30
+    ),
     flush_lines=st.sampled_from([1, 2, 7, 100]),
     flush_seconds=st.sampled_from([0.0, 0.0005, 3600]),
 )
@@ -765,7 +755,7 @@ async def test_log_has_every_line_once_and_in_order(
 ) -> None:
     """Whatever is written at whatever pace, the chunks, gapless, hold the lines and nothing else."""
     task_id = TaskId(f"example-{next(fresh)}")
-    pace = Pace(flush_lines=flush_lines, flush_seconds=flush_seconds, first_flush_seconds=flush_seconds)
+    pace = FlushPolicy(flush_lines=flush_lines, flush_seconds=flush_seconds, first_flush_seconds=flush_seconds)
     lines = [b"%d" % number * (size // len(b"%d" % number)) for number, size in enumerate(sizes)]
     async with LogWriter(store, task_id, pace) as writer:
         for line in lines:

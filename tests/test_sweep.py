@@ -11,29 +11,18 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from ccrun import webhook
-from ccrun.blobs import DirectoryBlobs, Entry
-from ccrun.courier import Courier
+from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.backends.local.key import LocalKey
+from ccrun.blobs import BlobInfo
+from ccrun.callbacks import deliver, guard
+from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import Busy, StorageError
 from ccrun.jobs import ExecutionState
-from ccrun.seal import LocalKey, Purpose, Sealed, new_data_key
+from ccrun.lifecycle import CALLBACK_RETRY_PERIOD, claim_callback, finish, start
+from ccrun.seal import Purpose, Sealed, new_data_key
 from ccrun.store import Store
-from ccrun.sweep import Report, Sweeper
-from ccrun.task import (
-    CALLBACK_PATIENCE,
-    Outcome,
-    Reason,
-    Secret,
-    Status,
-    TaskId,
-    TaskRecord,
-    TaskType,
-    Webhook,
-    WebhookState,
-    finish,
-    start,
-    take_up_callback,
-)
+from ccrun.sweep import Sweeper, SweepReport
+from ccrun.task import CallbackInfo, CallbackState, Outcome, Reason, Secret, Status, TaskId, TaskRecord, TaskType
 
 TASK = TaskId("t-1")
 NOW = dt.datetime.now(dt.UTC).replace(microsecond=0)
@@ -45,14 +34,14 @@ class KnownJobs:
     """A place that runs workers, whose knowledge of them a test decides."""
 
     max_running: int | None = None
-    begins_within: dt.timedelta | None = None
+    start_timeout: dt.timedelta | None = None
 
     def __init__(self) -> None:
         self.states: dict[TaskId, ExecutionState | Exception] = {}
         self.launched: list[TaskId] = []
         self.launch_fault: Exception | None = None
 
-    def check_room(self) -> None: ...
+    def check_capacity(self) -> None: ...
 
     async def launch(self, task_id: TaskId) -> str | None:
         if self.launch_fault is not None:
@@ -117,14 +106,14 @@ def make_sweeper(tmp_path: Path, jobs: KnownJobs) -> Callable[[], Sweeper]:
 
     def make() -> Sweeper:
         store = Store(DirectoryBlobs(tmp_path / "blobs"))
-        courier = Courier(
+        callbacks = OwedCallbacks(
             store=store,
             wrapper=LocalKey(tmp_path / "sealing.key"),
             secret=Secret("made-up secret"),
-            guard=webhook.Guard(everywhere=True),
-            patience=webhook.Patience(try_seconds=10, attempts=1, total_seconds=10),
+            guard=guard.CallbackGuard(everywhere=True),
+            policy=deliver.RetryPolicy(attempt_seconds=10, attempts=1, total_seconds=10),
         )
-        return Sweeper(store=store, jobs=jobs, courier=courier, relaunches=True)
+        return Sweeper(store=store, jobs=jobs, callbacks=callbacks, restarts_pending=True)
 
     return make
 
@@ -139,7 +128,7 @@ async def pending(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created
     """Return the record of a task that has just been asked for, with a callback to that URL if there is one."""
     sealed_url = None
     if url:
-        key = await new_data_key(sweeper.courier.wrapper)
+        key = await new_data_key(sweeper.callbacks.wrapper)
         sealed_url = await key.seal(url.encode(), task_id=TaskId(task_id), purpose=Purpose.CALLBACK_URL)
     return TaskRecord(
         task_id=TaskId(task_id),
@@ -147,7 +136,7 @@ async def pending(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created
         status=Status.PENDING,
         created_at=created_at,
         logs_path=f"file:///sessions/{task_id}/",
-        webhook=Webhook() if url else None,
+        webhook=CallbackInfo() if url else None,
         sealed_callback_url=sealed_url,
     )
 
@@ -185,7 +174,7 @@ async def objects(sweeper: Sweeper) -> set[str]:
     return {name for name in names if not name.startswith("index/") and not name.endswith("metadata.json")}
 
 
-def state_of(record: TaskRecord) -> WebhookState:
+def state_of(record: TaskRecord) -> CallbackState:
     """Return what became of the callback."""
     assert record.webhook is not None
     return record.webhook.state
@@ -196,7 +185,7 @@ def state_of(record: TaskRecord) -> WebhookState:
 
 async def test_nothing_to_do_is_done_at_once(sweeper: Sweeper) -> None:
     """A sweep without tasks reports nothing."""
-    assert Report() == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
 
 
 async def test_dead_task_is_settled_and_its_callback_delivered(
@@ -205,11 +194,11 @@ async def test_dead_task_is_settled_and_its_callback_delivered(
     """One sweep ends a task whose worker is gone, and tells its receiver."""
     await began(sweeper, url=receiver.url)
     jobs.states[TASK] = ExecutionState.ENDED
-    assert Report(settled=1, delivered=1) == await sweeper.sweep()
+    assert SweepReport(settled=1, delivered=1) == await sweeper.sweep()
     record = await sweeper.store.record(TASK)
-    assert (Reason.WORKER_LOST, WebhookState.DELIVERED, ["t-1"]) == (record.reason, state_of(record), receiver.got)
+    assert (Reason.WORKER_LOST, CallbackState.DELIVERED, ["t-1"]) == (record.reason, state_of(record), receiver.got)
     assert await objects(sweeper) == set()
-    assert Report() == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
 
 
 @pytest.mark.parametrize("state", [ExecutionState.QUEUED, ExecutionState.RUNNING])
@@ -217,7 +206,7 @@ async def test_living_task_is_left_alone(sweeper: Sweeper, jobs: KnownJobs, stat
     """A task whose worker lives or waits for a place is not touched."""
     record = await began(sweeper)
     jobs.states[TASK] = state
-    assert Report() == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
     assert record == await sweeper.store.record(TASK)
 
 
@@ -226,7 +215,7 @@ async def test_task_whose_worker_died_last_of_all_is_tidied_up(sweeper: Sweeper)
     record = await ended(sweeper)
     await sweeper.store.mark_active(record.task_id)
     await sweeper.store.add_payload(record.task_id, Sealed(b""))
-    assert Report() == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
     assert await objects(sweeper) == set()
     assert record == await sweeper.store.record(TASK)
 
@@ -236,9 +225,9 @@ async def test_half_born_task_is_cleared_when_it_is_old(sweeper: Sweeper) -> Non
     await sweeper.store.mark_active(TASK)
     await sweeper.store.add_payload(TASK, Sealed(b""))
     before = await objects(sweeper)
-    assert Report() == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
     assert before == await objects(sweeper)
-    assert Report() == await attrs.evolve(sweeper, birth_bound=dt.timedelta(0)).sweep()
+    assert SweepReport() == await attrs.evolve(sweeper, incomplete_age=dt.timedelta(0)).sweep()
     assert await objects(sweeper) == set()
 
 
@@ -249,15 +238,15 @@ async def test_forgotten_tasks_are_started_oldest_first(sweeper: Sweeper, jobs: 
     """Tasks that waited in the queue of a service that is gone are started in the order in which they came."""
     for task_id, hours in (("b", 2), ("c", 3), ("a", 1), ("d", 4)):
         await born(sweeper, task_id, created_at=NOW + hours * HOUR)
-    assert Report(started=4) == await sweeper.sweep()
+    assert SweepReport(started=4) == await sweeper.sweep()
     assert ["a", "b", "c", "d"] == jobs.launched
-    assert Report() == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
 
 
 async def test_where_nobody_keeps_the_queue_nothing_is_started(sweeper: Sweeper, jobs: KnownJobs) -> None:
     """A sweep that may not start workers leaves pending tasks as they are."""
     record = await born(sweeper)
-    assert Report() == await attrs.evolve(sweeper, relaunches=False).sweep()
+    assert SweepReport() == await attrs.evolve(sweeper, restarts_pending=False).sweep()
     assert ([], record) == (jobs.launched, await sweeper.store.record(TASK))
 
 
@@ -265,9 +254,9 @@ async def test_start_that_fails_is_tried_again(sweeper: Sweeper, jobs: KnownJobs
     """A forgotten task for which there is no room stays pending, until there is."""
     await born(sweeper)
     jobs.launch_fault = Busy("It is full.")
-    assert Report(failed=1) == await sweeper.sweep()
+    assert SweepReport(failed=1) == await sweeper.sweep()
     jobs.launch_fault = None
-    assert Report(started=1) == await sweeper.sweep()
+    assert SweepReport(started=1) == await sweeper.sweep()
 
 
 # --- delivering ------------------------------------------------------------------------------------------------------
@@ -284,7 +273,7 @@ async def test_two_sweeps_at_once_deliver_once(
         await make_task(sweepers[0], task_id, receiver.url)
     reports = await asyncio.gather(*(sweeper.sweep() for sweeper in sweepers))
     assert sorted(task_ids) == sorted(receiver.got)
-    total = sum(reports, Report())
+    total = sum(reports, SweepReport())
     assert (12, 0, 0) == (total.delivered, total.undelivered, total.failed)
     assert await objects(sweepers[0]) == set()
 
@@ -292,9 +281,9 @@ async def test_two_sweeps_at_once_deliver_once(
 async def test_callback_under_a_lease_is_left_to_its_holder(sweeper: Sweeper, receiver: Receiver) -> None:
     """While a worker delivers, a sweep does not; when its lease has run out, it does."""
     await ended(sweeper, url=receiver.url, lease_until=dt.datetime.now(dt.UTC) + HOUR)
-    assert Report() == await sweeper.sweep()
-    await sweeper.store.update(TASK, lambda record: take_up_callback(record, lease_until=NOW))
-    assert Report(delivered=1) == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
+    await sweeper.store.update(TASK, lambda record: claim_callback(record, lease_until=NOW))
+    assert SweepReport(delivered=1) == await sweeper.sweep()
     assert ["t-1"] == receiver.got
 
 
@@ -302,19 +291,19 @@ async def test_callback_that_fails_waits_for_its_pause(sweeper: Sweeper, receive
     """After a failure the next sweep leaves the receiver alone, and the task stays marked."""
     await ended(sweeper, url=receiver.url)
     receiver.status = 500
-    assert Report(undelivered=1) == await sweeper.sweep()
-    assert Report() == await sweeper.sweep()
+    assert SweepReport(undelivered=1) == await sweeper.sweep()
+    assert SweepReport() == await sweeper.sweep()
     assert (["t-1"], {"active/t-1"}) == (receiver.got, await objects(sweeper))
 
 
 async def test_callback_that_is_given_up_is_not_reported_as_delivered(sweeper: Sweeper, receiver: Receiver) -> None:
     """The last try for a receiver that stayed away too long fails like the others, and then the task is done with."""
     record = await ended(sweeper, url=receiver.url)
-    long_ago = NOW - CALLBACK_PATIENCE - HOUR
+    long_ago = NOW - CALLBACK_RETRY_PERIOD - HOUR
     await sweeper.store.update(record.task_id, lambda present: attrs.evolve(present, completed_at=long_ago))
     receiver.status = 500
-    assert Report(undelivered=1) == await sweeper.sweep()
-    assert (WebhookState.ABANDONED, set()) == (
+    assert SweepReport(undelivered=1) == await sweeper.sweep()
+    assert (CallbackState.ABANDONED, set()) == (
         state_of(await sweeper.store.record(TASK)),
         await objects(sweeper),
     )
@@ -332,7 +321,7 @@ async def test_one_bad_task_does_not_keep_the_others(
         await began(sweeper, task_id, receiver.url)
         jobs.states[TaskId(task_id)] = ExecutionState.ENDED
     jobs.states[TASK] = fault
-    assert Report(settled=2, delivered=2, failed=1) == await sweeper.sweep()
+    assert SweepReport(settled=2, delivered=2, failed=1) == await sweeper.sweep()
     assert ["t-0", "t-2"] == sorted(receiver.got)
 
 
@@ -352,10 +341,10 @@ async def test_sweep_that_is_cancelled_leaves_a_debt_that_another_takes_up(
         await sweeping
     receiver.let_go.set()
     records = [await first.store.record(TaskId(task_id)) for task_id in task_ids]
-    assert {WebhookState.DELIVERING, WebhookState.OWED} == {state_of(record) for record in records}
+    assert {CallbackState.DELIVERING, CallbackState.OWED} == {state_of(record) for record in records}
     for record in records:
-        await first.store.update(record.task_id, lambda present: take_up_callback(present, lease_until=NOW))
-    assert Report(delivered=30) == await make_sweeper().sweep()
+        await first.store.update(record.task_id, lambda present: claim_callback(present, lease_until=NOW))
+    assert SweepReport(delivered=30) == await make_sweeper().sweep()
 
 
 # --- sweeping on and on ----------------------------------------------------------------------------------------------
@@ -372,7 +361,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def sweeping(sweeper: Sweeper, every_seconds: float = 3600) -> AsyncIterator[asyncio.Event]:
     """Sweep on the side; gives what makes the next sweep come sooner."""
     sooner = asyncio.Event()
-    task = asyncio.create_task(sweeper.keep_sweeping(every_seconds=every_seconds, sooner=sooner))
+    task = asyncio.create_task(sweeper.run_forever(every_seconds=every_seconds, sooner=sooner))
     try:
         yield sooner
     finally:
@@ -422,13 +411,13 @@ async def test_receiver_that_hangs_holds_up_nobody(sweeper: Sweeper, receiver: R
 class BrokenBlobs(DirectoryBlobs):
     """A folder whose first listings fail."""
 
-    def __init__(self, root: Path, faults: list[Exception]) -> None:
+    def __init__(self, root: Path, errors: list[Exception]) -> None:
         super().__init__(root)
-        self.faults = faults
+        self.errors = errors
 
-    async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[Entry]:
-        if self.faults:
-            raise self.faults.pop()
+    async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
+        if self.errors:
+            raise self.errors.pop()
         return await super().entries(prefix, after=after, before=before, limit=limit)
 
 

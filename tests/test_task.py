@@ -10,11 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ccrun.errors import IllegalTransition
+from ccrun.lifecycle import (
+    CALLBACK_RETRY_PERIOD,
+    FIRST_CALLBACK_DELAY,
+    MAX_CALLBACK_DELAY,
+    cancelled_outcome,
+    check_transition,
+    claim_callback,
+    finish,
+    is_callback_due,
+    owe_callback,
+    record_delivery,
+    request_cancel,
+    start,
+)
 from ccrun.task import (
-    CALLBACK_PATIENCE,
-    FIRST_CALLBACK_PAUSE,
-    LONGEST_CALLBACK_PAUSE,
     TASK_ID_PATTERN,
+    CallbackInfo,
+    CallbackState,
     Outcome,
     Reason,
     Secret,
@@ -24,17 +37,6 @@ from ccrun.task import (
     TaskSpec,
     TaskType,
     UploadedFile,
-    Webhook,
-    WebhookState,
-    cancelled,
-    check_transition,
-    finish,
-    is_callback_due,
-    note_delivery,
-    owe_callback_again,
-    request_cancel,
-    start,
-    take_up_callback,
 )
 
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
@@ -43,7 +45,7 @@ SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0,
 FAILURE = Outcome(status=Status.FAILED, reason=Reason.AGENT_ERROR, exit_code=1, error="It broke.")
 
 
-def pending(webhook: Webhook | None = None) -> TaskRecord:
+def pending(webhook: CallbackInfo | None = None) -> TaskRecord:
     """Return the record of a task that has just been asked for."""
     return TaskRecord(
         task_id=TaskId("t-1"),
@@ -55,7 +57,7 @@ def pending(webhook: Webhook | None = None) -> TaskRecord:
     )
 
 
-def over(webhook: Webhook | None = None) -> TaskRecord:
+def over(webhook: CallbackInfo | None = None) -> TaskRecord:
     """Return the record of a task that has succeeded."""
     return finish(start(pending(webhook), at=NOW), SUCCESS, at=NOW + SECOND)
 
@@ -204,7 +206,7 @@ def test_running_task_is_marked_as_cancelling() -> None:
     assert once == request_cancel(once, at=NOW + 2 * SECOND)
 
 
-@pytest.mark.parametrize("outcome", [SUCCESS, FAILURE, cancelled()])
+@pytest.mark.parametrize("outcome", [SUCCESS, FAILURE, cancelled_outcome()])
 def test_task_that_is_over_is_not_cancelled(outcome: Outcome) -> None:
     """A cancel that comes too late is told how the task ended."""
     record = finish(start(pending(), at=NOW), outcome, at=NOW)
@@ -270,14 +272,14 @@ steps: dict[str, Step] = {
     "cancel": lambda record: request_cancel(record, at=NOW),
     "succeed": lambda record: finish(record, SUCCESS, at=NOW),
     "fail": lambda record: finish(record, FAILURE, at=NOW),
-    "be cancelled": lambda record: finish(record, cancelled(), at=NOW),
+    "be cancelled": lambda record: finish(record, cancelled_outcome(), at=NOW),
 }
 
 
 @given(st.lists(st.sampled_from(sorted(steps)), max_size=8))
 def test_whoever_comes_first_decides_the_end(order: list[str]) -> None:
     """In whatever order parties change a task, a final state stays as it is and what it was born with never changes."""
-    record = pending(Webhook())
+    record = pending(CallbackInfo())
     cancel_answered = False
     for name in order:
         before = record
@@ -304,21 +306,21 @@ def test_task_without_callback_owes_none() -> None:
 
 def test_running_task_owes_nothing_yet() -> None:
     """A callback is owed from the end of the task on."""
-    assert not start(pending(Webhook()), at=NOW).owes_callback
+    assert not start(pending(CallbackInfo()), at=NOW).owes_callback
 
 
 def test_end_and_debt_are_one_value() -> None:
     """The final record owes its callback at once, unless its writer takes it up in the same act."""
-    record = over(Webhook())
-    assert Webhook(state=WebhookState.OWED, next_attempt_at=NOW + SECOND) == record.webhook
+    record = over(CallbackInfo())
+    assert CallbackInfo(state=CallbackState.OWED, next_attempt_at=NOW + SECOND) == record.webhook
     assert is_callback_due(record, at=NOW + SECOND)
-    leased = finish(start(pending(Webhook()), at=NOW), SUCCESS, at=NOW, lease_until=NOW + 60 * SECOND)
-    assert Webhook(state=WebhookState.DELIVERING, next_attempt_at=NOW + 60 * SECOND) == leased.webhook
+    leased = finish(start(pending(CallbackInfo()), at=NOW), SUCCESS, at=NOW, lease_until=NOW + 60 * SECOND)
+    assert CallbackInfo(state=CallbackState.DELIVERING, next_attempt_at=NOW + 60 * SECOND) == leased.webhook
 
 
 def test_callback_under_a_lease_is_not_due() -> None:
     """Nobody else takes a callback up before the lease has run out; then anybody may."""
-    record = take_up_callback(over(Webhook()), lease_until=NOW + 60 * SECOND)
+    record = claim_callback(over(CallbackInfo()), lease_until=NOW + 60 * SECOND)
     assert record.owes_callback
     assert not is_callback_due(record, at=NOW + 59 * SECOND)
     assert is_callback_due(record, at=NOW + 60 * SECOND)
@@ -326,10 +328,10 @@ def test_callback_under_a_lease_is_not_due() -> None:
 
 def test_delivered_callback_is_settled() -> None:
     """After a delivery nothing is owed, and the tries are counted."""
-    tried = note_delivery(over(Webhook()), delivered=False, attempts=5, error="No answer.", at=NOW)
-    record = note_delivery(tried, delivered=True, attempts=2, error=None, at=NOW)
+    tried = record_delivery(over(CallbackInfo()), delivered=False, attempts=5, error="No answer.", at=NOW)
+    record = record_delivery(tried, delivered=True, attempts=2, error=None, at=NOW)
     assert record.webhook is not None
-    assert (WebhookState.DELIVERED, 7, None, None) == (
+    assert (CallbackState.DELIVERED, 7, None, None) == (
         record.webhook.state,
         record.webhook.attempts,
         record.webhook.last_error,
@@ -340,22 +342,22 @@ def test_delivered_callback_is_settled() -> None:
 
 def test_pauses_between_deliveries_grow() -> None:
     """Each delivery that fails is followed by a pause twice as long, from a minute up to six hours."""
-    record, pauses = over(Webhook()), []
+    record, pauses = over(CallbackInfo()), []
     for _ in range(12):
-        record = note_delivery(record, delivered=False, attempts=5, error="No answer.", at=NOW)
+        record = record_delivery(record, delivered=False, attempts=5, error="No answer.", at=NOW)
         assert record.webhook is not None
         assert record.webhook.next_attempt_at is not None
         pauses.append(record.webhook.next_attempt_at - NOW)
     minutes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 360, 360, 360]
     assert [dt.timedelta(minutes=minute) for minute in minutes] == pauses
-    assert (minutes[0] * 60, 6 * 3600) == (FIRST_CALLBACK_PAUSE.total_seconds(), LONGEST_CALLBACK_PAUSE.total_seconds())
+    assert (minutes[0] * 60, 6 * 3600) == (FIRST_CALLBACK_DELAY.total_seconds(), MAX_CALLBACK_DELAY.total_seconds())
 
 
 @pytest.mark.parametrize(("wish", "pause"), [(5 * SECOND, 60 * SECOND), (600 * SECOND, 600 * SECOND)])
 def test_receiver_may_ask_for_a_longer_pause(wish: dt.timedelta, pause: dt.timedelta) -> None:
     """What the receiver wants makes a pause longer, never shorter."""
-    record = note_delivery(
-        over(Webhook()), delivered=False, attempts=1, error="Too many.", at=NOW, not_before=NOW + wish
+    record = record_delivery(
+        over(CallbackInfo()), delivered=False, attempts=1, error="Too many.", at=NOW, not_before=NOW + wish
     )
     assert record.webhook is not None
     assert NOW + pause == record.webhook.next_attempt_at
@@ -363,18 +365,18 @@ def test_receiver_may_ask_for_a_longer_pause(wish: dt.timedelta, pause: dt.timed
 
 def test_receiver_that_stays_away_is_given_up() -> None:
     """A month after the task's end the callback is owed no more; the last error stays."""
-    record = over(Webhook())
-    late = NOW + SECOND + CALLBACK_PATIENCE
-    owed = note_delivery(record, delivered=False, attempts=1, error="No answer.", at=late)
-    given_up = note_delivery(owed, delivered=False, attempts=1, error="No answer.", at=late + SECOND)
+    record = over(CallbackInfo())
+    late = NOW + SECOND + CALLBACK_RETRY_PERIOD
+    owed = record_delivery(record, delivered=False, attempts=1, error="No answer.", at=late)
+    given_up = record_delivery(owed, delivered=False, attempts=1, error="No answer.", at=late + SECOND)
     assert (True, False) == (owed.owes_callback, given_up.owes_callback)
     assert given_up.webhook is not None
-    assert (WebhookState.ABANDONED, "No answer.") == (given_up.webhook.state, given_up.webhook.last_error)
+    assert (CallbackState.ABANDONED, "No answer.") == (given_up.webhook.state, given_up.webhook.last_error)
 
 
-@pytest.mark.parametrize("state", list(WebhookState))
-def test_callback_is_owed_again_whatever_became_of_it(state: WebhookState) -> None:
+@pytest.mark.parametrize("state", list(CallbackState))
+def test_callback_is_owed_again_whatever_became_of_it(state: CallbackState) -> None:
     """A wish to deliver again makes the callback due at once and keeps the count of tries."""
-    record = owe_callback_again(over(Webhook(state=state, attempts=4)), at=NOW)
-    assert Webhook(state=WebhookState.OWED, attempts=4, next_attempt_at=NOW) == record.webhook
+    record = owe_callback(over(CallbackInfo(state=state, attempts=4)), at=NOW)
+    assert CallbackInfo(state=CallbackState.OWED, attempts=4, next_attempt_at=NOW) == record.webhook
     assert is_callback_due(record, at=NOW)

@@ -22,25 +22,26 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from aiohttp_sse import EventSourceResponse
 
-from ccrun import __version__, ijson, wire
+from ccrun import __version__, codec, javascript_json
 from ccrun.api import sse
 from ccrun.api.dispatch import Dispatcher, Idempotency, Submitted
-from ccrun.api.feed import CaughtUp, Ended, Feed, Lines, Quiet, Reader
+from ccrun.api.feed import CaughtUp, Feed, FeedReader, Finished, Idle, Lines
+from ccrun.api.request import Defaults, parse_request
 from ccrun.api.sse import Cursor
 from ccrun.errors import (
     BlobNotFound,
     Busy,
     CcrunError,
-    Fault,
+    FieldError,
     InvalidRequest,
     KeyServiceError,
     LaunchFailed,
     NotConfigured,
     NotRedeliverable,
     StorageError,
+    TaskAlreadyFinished,
     TaskExists,
     TaskNotFound,
-    TaskOver,
 )
 from ccrun.jobs import Jobs
 from ccrun.log import bound, trace_name
@@ -52,14 +53,14 @@ from ccrun.task import TASK_ID_PATTERN, Secret, Status, TaskId, TaskRecord, Task
 log = structlog.get_logger()
 
 T = TypeVar("T")
-Companion = Callable[[], AbstractAsyncContextManager[object]]
+BackgroundTask = Callable[[], AbstractAsyncContextManager[object]]
 
 #: The one table from an error to its HTTP status; the first class that fits counts.
 STATUS: Final[Sequence[tuple[type[CcrunError], int]]] = (
     (InvalidRequest, 400),
     (TaskNotFound, 404),
     (TaskExists, 409),
-    (TaskOver, 409),
+    (TaskAlreadyFinished, 409),
     (NotRedeliverable, 409),
     (NotConfigured, 500),
     (LaunchFailed, 502),
@@ -102,7 +103,7 @@ ENDPOINTS: Final = (
 
 
 @attrs.frozen(kw_only=True)
-class Times:
+class ApiTimeouts:
     """How long the API waits, in seconds."""
 
     #: A comment keeps proxies awake and finds readers that are gone.
@@ -112,7 +113,7 @@ class Times:
     #: A task's record is given out without a look at its execution when that takes longer.
     settle: float = 2.0
     #: Between two looks at the execution of one task: callers poll, and each look is a call with a quota.
-    settle_pause: float = 2.0
+    settle_retry: float = 2.0
     #: How long after its client left a task of `/run` is given up.
     abandon: float = 30.0
     #: What a client may take to send a body; at 10 MiB that is a slow mobile line.
@@ -122,7 +123,7 @@ class Times:
 
 
 @attrs.frozen(kw_only=True)
-class Parts:
+class ApiDependencies:
     """What the app is made of.
 
     Args:
@@ -144,23 +145,23 @@ class Parts:
     wrapper: KeyWrapper
     dispatcher: Dispatcher
     feed: Feed
-    defaults: wire.Defaults
+    defaults: Defaults
     tokens: Sequence[Secret] = ()
-    only_loopback: bool = False
+    loopback_only: bool = False
     max_request_bytes: int
     unavailable: str | None = None
     callbacks_unavailable: str | None = None
     project_id: str | None = None
     backend: str
-    times: Times = attrs.field(factory=Times)
-    companions: Sequence[Companion] = ()
+    timeouts: ApiTimeouts = attrs.field(factory=ApiTimeouts)
+    background_tasks: Sequence[BackgroundTask] = ()
 
 
-def make_app(parts: Parts) -> web.Application:
+def make_app(deps: ApiDependencies) -> web.Application:
     """Return the app; run it with `handler_cancellation`, so that a client that leaves is seen at once."""
-    api = _Api(parts)
+    api = _Api(deps)
     app = web.Application(
-        client_max_size=parts.max_request_bytes, middlewares=[api.name_trace, api.answer_errors, api.guard_door]
+        client_max_size=deps.max_request_bytes, middlewares=[api.bind_trace, api.handle_errors, api.authorize]
     )
     app.add_routes(
         [
@@ -179,14 +180,14 @@ def make_app(parts: Parts) -> web.Application:
             web.post("/cancel/{task_id}", api.cancel),
         ]
     )
-    for companion in parts.companions:
+    for companion in deps.background_tasks:
         app.cleanup_ctx.append(_living_with(companion))
-    app.on_shutdown.append(api.end_streams)
+    app.on_shutdown.append(api.stop_streams)
     app.cleanup_ctx.append(api.background)
     return app
 
 
-def _living_with(companion: Companion) -> Callable[[web.Application], AsyncIterator[None]]:
+def _living_with(companion: BackgroundTask) -> Callable[[web.Application], AsyncIterator[None]]:
     async def context(_: web.Application) -> AsyncIterator[None]:
         async with companion():
             yield
@@ -197,9 +198,9 @@ def _living_with(companion: Companion) -> Callable[[web.Application], AsyncItera
 class _Api:
     """The handlers, and what runs beside them."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._token_digests = [_digest(token.reveal()) for token in parts.tokens]
+    def __init__(self, deps: ApiDependencies) -> None:
+        self._deps = deps
+        self._token_digests = [_digest(token.reveal()) for token in deps.tokens]
         self._streams: set[asyncio.Task[object]] = set()
         self._background: set[asyncio.Task[object]] = set()
         self._is_closing = False
@@ -208,7 +209,7 @@ class _Api:
 
     # --- life --------------------------------------------------------------------------------------------------------
 
-    async def end_streams(self, _: web.Application) -> None:
+    async def stop_streams(self, _: web.Application) -> None:
         """Close every stream, before the server waits for its connections."""
         self._is_closing = True
         for stream in self._streams:
@@ -228,14 +229,14 @@ class _Api:
     # --- middlewares -------------------------------------------------------------------------------------------------
 
     @web.middleware
-    async def name_trace(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def bind_trace(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Have every line that is logged for a request name its trace."""
         headers = (request.headers.get("traceparent"), request.headers.get("X-Cloud-Trace-Context"))
-        with bound(trace=trace_name(self._parts.project_id, *headers)):
+        with bound(trace=trace_name(self._deps.project_id, *headers)):
             return await handler(request)
 
     @web.middleware
-    async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def handle_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Turn whatever is raised into a JSON answer without a stack trace, a secret or a local path."""
         try:
             return await handler(request)
@@ -254,7 +255,7 @@ class _Api:
     def _answer_to(self, request: web.Request, error: Exception) -> web.Response:
         match error:
             case InvalidRequest():
-                details = [{"field": fault.field, "message": fault.message} for fault in error.faults]
+                details = [{"field": fault.field, "message": fault.message} for fault in error.errors]
                 return _json({"error": error.message, "details": details}, status=400)
             case CcrunError():
                 status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
@@ -271,7 +272,7 @@ class _Api:
                 allowed = ", ".join(sorted(error.allowed_methods))
                 return _error(405, f"{request.method} is not allowed here; use {allowed}.", headers={"Allow": allowed})
             case web.HTTPRequestEntityTooLarge():
-                most = self._parts.max_request_bytes
+                most = self._deps.max_request_bytes
                 return _error(413, f"The body is too large: at most {most} bytes are allowed.")
             case web.HTTPNotFound():
                 return _error(404, f"There is no {request.method} {request.path}; GET / lists what there is.")
@@ -284,14 +285,14 @@ class _Api:
                 return _error(500, "Something went wrong inside ccrun; its log tells what.")
 
     @web.middleware
-    async def guard_door(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let in who may come in."""
         # Of a request without the header aiohttp would look up a name; no browser sends one.
         host = request.headers.get("Host", "localhost")
-        if self._parts.only_loopback and not LOOPBACK_HOST.fullmatch(host):
+        if self._deps.loopback_only and not LOOPBACK_HOST.fullmatch(host):
             return _error(421, "This service answers only to localhost, 127.0.0.1 and [::1].")
         origin = request.headers.get("Origin")
-        if self._parts.only_loopback and origin is not None and not LOOPBACK_ORIGIN.fullmatch(origin):
+        if self._deps.loopback_only and origin is not None and not LOOPBACK_ORIGIN.fullmatch(origin):
             return _error(403, "This service without tokens takes no requests from pages of other sites.")
         if self._token_digests and request.path not in OPEN_PATHS and self._caller(request) is None:
             return _error(
@@ -299,8 +300,8 @@ class _Api:
                 "A valid bearer token is required in the Authorization header.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if self._parts.unavailable and request.path not in OPEN_PATHS:
-            raise NotConfigured(self._parts.unavailable)
+        if self._deps.unavailable and request.path not in OPEN_PATHS:
+            raise NotConfigured(self._deps.unavailable)
         return await handler(request)
 
     def _caller(self, request: web.Request) -> str | None:
@@ -323,33 +324,33 @@ class _Api:
         """`GET /health`: the process lives. With `?verbose=true`, what it stands on."""
         if request.query.get("verbose") != "true":
             return _json({"status": "ok"})
-        unavailable = self._parts.unavailable
+        unavailable = self._deps.unavailable
         checks = {"configuration": unavailable} if unavailable else await self._checks()
         return _json(
             {
                 "status": "ok",
                 "version": __version__,
-                "backend": self._parts.backend,
+                "backend": self._deps.backend,
                 "checks": {name: fault or "ok" for name, fault in checks.items()},
-                "callbacks": "ok" if self._parts.callbacks_unavailable is None else self._parts.callbacks_unavailable,
+                "callbacks": "ok" if self._deps.callbacks_unavailable is None else self._deps.callbacks_unavailable,
             }
         )
 
     async def ready(self, _: web.Request) -> web.Response:
         """`GET /ready`: tasks can be taken."""
-        if self._parts.unavailable:
-            faults = {"configuration": self._parts.unavailable}
+        if self._deps.unavailable:
+            errors = {"configuration": self._deps.unavailable}
         else:
-            faults = {name: fault for name, fault in (await self._checks()).items() if fault is not None}
-        if not faults:
+            errors = {name: fault for name, fault in (await self._checks()).items() if fault is not None}
+        if not errors:
             return _json({"status": "ready"})
-        answer = {"error": " ".join(faults.values()), "failing": sorted(faults)}
+        answer = {"error": " ".join(errors.values()), "failing": sorted(errors)}
         return _json(answer, status=503, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
 
     async def _checks(self) -> dict[str, str | None]:
         async def fault(check: Awaitable[None], silence: str) -> str | None:
             try:
-                async with asyncio.timeout(self._parts.times.ready):
+                async with asyncio.timeout(self._deps.timeouts.ready):
                     await check
             except CcrunError as error:
                 return error.message
@@ -358,8 +359,8 @@ class _Api:
             return None
 
         storage, keys = await asyncio.gather(
-            fault(self._parts.store.check(), "The storage does not answer."),
-            fault(self._parts.wrapper.check(), "The key service does not answer."),
+            fault(self._deps.store.check(), "The storage does not answer."),
+            fault(self._deps.wrapper.check(), "The key service does not answer."),
         )
         return {"storage": storage, "keyService": keys}
 
@@ -373,7 +374,7 @@ class _Api:
             "taskId": record.task_id,
             "status": record.status,
             "logsPath": record.logs_path,
-            "createdAt": wire.record_to_public(record)["createdAt"],
+            "createdAt": codec.record_to_public(record)["createdAt"],
         }
         if record.execution_name:
             answer["executionName"] = record.execution_name
@@ -398,13 +399,13 @@ class _Api:
         if birth.cancelled() or birth.exception() is not None:
             return
         task_id = birth.result().record.task_id
-        await asyncio.sleep(self._parts.times.abandon)
-        if self._parts.feed.readers(task_id):
+        await asyncio.sleep(self._deps.timeouts.abandon)
+        if self._deps.feed.readers(task_id):
             return
         try:
-            await self._parts.dispatcher.cancel(task_id)
+            await self._deps.dispatcher.cancel(task_id)
             log.info("task_abandoned", message="Task cancelled because its client left", taskId=task_id)
-        except (TaskOver, TaskNotFound):
+        except (TaskAlreadyFinished, TaskNotFound):
             pass
         except CcrunError as error:
             log.warning(
@@ -417,19 +418,19 @@ class _Api:
     async def _begin(self, request: web.Request, kind: TaskType) -> asyncio.Task[Submitted]:
         """Check a request and begin what it asks for; that goes on when the client leaves."""
         idempotency = self._idempotency(request)
-        body = await _body(request, seconds=self._parts.times.body)
+        body = await _body(request, seconds=self._deps.timeouts.body)
         # In a thread: ten megabytes that mean ill take seconds.
         spec = await asyncio.to_thread(
-            wire.parse_request,
+            parse_request,
             body,
             type=kind,
             task_id=idempotency.task_id if idempotency else TaskId(str(uuid.uuid4())),
-            defaults=self._parts.defaults,
+            defaults=self._deps.defaults,
         )
-        if spec.callback_url is not None and self._parts.callbacks_unavailable:
-            raise NotConfigured(self._parts.callbacks_unavailable)
+        if spec.callback_url is not None and self._deps.callbacks_unavailable:
+            raise NotConfigured(self._deps.callbacks_unavailable)
         digest = idempotency.digest(body) if idempotency else None
-        return self._spawn(self._parts.dispatcher.submit(spec, idempotency_digest=digest))
+        return self._spawn(self._deps.dispatcher.submit(spec, idempotency_digest=digest))
 
     def _idempotency(self, request: web.Request) -> Idempotency | None:
         key = request.headers.get("Idempotency-Key")
@@ -444,35 +445,35 @@ class _Api:
     async def tasks(self, request: web.Request) -> web.Response:
         """`GET /tasks`: newest first, a page at a time."""
         query = request.query
-        faults = []
+        errors = []
         limit = query.get("limit", str(DEFAULT_PAGE))
         if not (limit.isascii() and limit.isdigit() and len(limit) <= 3 and 1 <= int(limit) <= MAX_PAGE):
-            faults.append(Fault("limit", f"limit must be a whole number from 1 to {MAX_PAGE}"))
+            errors.append(FieldError("limit", f"limit must be a whole number from 1 to {MAX_PAGE}"))
         status = query.get("status")
         if status is not None and status not in tuple(Status):
-            faults.append(Fault("status", f"status must be one of {', '.join(Status)}"))
-        if faults:
-            raise InvalidRequest(faults)
+            errors.append(FieldError("status", f"status must be one of {', '.join(Status)}"))
+        if errors:
+            raise InvalidRequest(errors)
         try:
-            page = await self._parts.store.page(
+            page = await self._deps.store.page(
                 limit=int(limit), cursor=query.get("cursor"), status=Status(status) if status else None
             )
         except ValueError as error:
             raise _invalid("cursor", str(error)) from None
         return _json(
-            {"tasks": [wire.record_to_public(record) for record in page.tasks], "nextCursor": page.next_cursor}
+            {"tasks": [codec.record_to_public(record) for record in page.tasks], "nextCursor": page.next_cursor}
         )
 
     async def tasks_status(self, _: web.Request) -> web.Response:
         """`GET /tasks/status`: what runs now."""
-        marks = await self._parts.store.active()
-        records = [record for record in await self._parts.store.records([mark.task_id for mark in marks]) if record]
-        running = [wire.record_to_public(record) for record in records if record.status is Status.RUNNING]
+        marks = await self._deps.store.active()
+        records = [record for record in await self._deps.store.records([mark.task_id for mark in marks]) if record]
+        running = [codec.record_to_public(record) for record in records if record.status is Status.RUNNING]
         cancelling = {record.task_id for record in records if record.is_cancelling}
         return _json(
             {
                 "active": len(running),
-                "max": self._parts.jobs.max_running,
+                "max": self._deps.jobs.max_running,
                 "queued": sum(record.status is Status.PENDING for record in records),
                 "tasks": [
                     {
@@ -488,34 +489,34 @@ class _Api:
 
     async def task(self, request: web.Request) -> web.Response:
         """`GET /tasks/{taskId}`: the record."""
-        return _json(wire.record_to_public(await self._present_record(_task_id(request))))
+        return _json(codec.record_to_public(await self._present_record(_task_id(request))))
 
     async def _present_record(self, task_id: TaskId) -> TaskRecord:
         """Return the record, and settle a task whose worker is gone on the way, unless that takes long."""
-        record = await self._parts.store.record(task_id)
+        record = await self._deps.store.record(task_id)
         now = asyncio.get_running_loop().time()
-        if record.status.is_final or now < self._settled_at.get(task_id, -math.inf) + self._parts.times.settle_pause:
+        if record.status.is_final or now < self._settled_at.get(task_id, -math.inf) + self._deps.timeouts.settle_retry:
             return record
         self._settled_at[task_id] = now
         self._settled_at.move_to_end(task_id)
         if len(self._settled_at) > MAX_SETTLED:
             self._settled_at.popitem(last=False)
-        settling = self._spawn(settle(self._parts.store, self._parts.jobs, record))
-        await asyncio.wait([settling], timeout=self._parts.times.settle)
+        settling = self._spawn(settle(self._deps.store, self._deps.jobs, record))
+        await asyncio.wait([settling], timeout=self._deps.timeouts.settle)
         return settling.result() if settling.done() else record
 
     async def cancel(self, request: web.Request) -> web.Response:
         """`POST /cancel/{taskId}`."""
         task_id = _task_id(request)
-        cancelled = await self._finish(self._parts.dispatcher.cancel(task_id))
-        message = "The task is being cancelled already" if cancelled.was_asked_before else "The task was cancelled"
-        status = "cancelling" if cancelled.was_asked_before else "cancelled"
+        cancelled = await self._finish(self._deps.dispatcher.cancel(task_id))
+        message = "The task is being cancelled already" if cancelled.was_already_requested else "The task was cancelled"
+        status = "cancelling" if cancelled.was_already_requested else "cancelled"
         return _json({"message": message, "taskId": task_id, "status": status})
 
     async def redeliver(self, request: web.Request) -> web.Response:
         """`POST /tasks/{taskId}/webhook`: deliver the callback again."""
         task_id = _task_id(request)
-        await self._finish(self._parts.dispatcher.redeliver(task_id))
+        await self._finish(self._deps.dispatcher.redeliver(task_id))
         return _json({"message": "The callback will be delivered again", "taskId": task_id}, status=202)
 
     # --- the log -----------------------------------------------------------------------------------------------------
@@ -528,7 +529,7 @@ class _Api:
             raise _invalid("from", "from must be start or tail")
         last_id = request.headers.get("Last-Event-ID") or request.query.get("lastEventId")
         if last_id == sse.LAST_ID:
-            await self._parts.store.record(task_id)
+            await self._deps.store.record(task_id)
             # The one answer that keeps a browser's EventSource from connecting again.
             return web.Response(status=204)
         after = sse.parse_cursor(last_id) if last_id else None
@@ -539,20 +540,20 @@ class _Api:
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/logs`: the lines that there are, as they are stored."""
         task_id = _task_id(request)
-        await self._parts.store.record(task_id)
-        listing = await self._parts.store.listing(task_id, first=1)
+        await self._deps.store.record(task_id)
+        listing = await self._deps.store.listing(task_id, first=1)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "X-Accel-Buffering": "no"})
         await response.prepare(request)
         while listing.chunks and request.method != hdrs.METH_HEAD:
             for chunk in listing.chunks:
                 try:
-                    content = await self._parts.store.read_chunk(chunk)
+                    content = await self._deps.store.read_chunk(chunk)
                 except BlobNotFound:
                     continue
                 await self._write(response, content)
             if listing.record_generation is not None:
                 break
-            listing = await self._parts.store.listing(task_id, first=listing.chunks[-1].number + 1)
+            listing = await self._deps.store.listing(task_id, first=listing.chunks[-1].number + 1)
         await response.write_eof()
         return response
 
@@ -563,14 +564,14 @@ class _Api:
         assert stream is not None  # noqa: S101 - a handler always runs in a task
         self._streams.add(stream)
         try:
-            async with self._parts.feed.follow(task_id, after=after) as reader:
+            async with self._deps.feed.follow(task_id, after=after) as reader:
                 # The pings of aiohttp-sse come at any time, also in the middle of an event that is written in pieces.
                 response = EventSourceResponse(
                     headers=headers,
                     sep="\n",
                     allow_all_methods=True,
                     ping_interval=math.inf,
-                    send_timeout=self._parts.times.send,
+                    send_timeout=self._deps.timeouts.send,
                 )
                 await response.prepare(request)
                 async with response:
@@ -582,27 +583,27 @@ class _Api:
         finally:
             self._streams.discard(stream)
 
-    async def _frames(self, reader: Reader) -> AsyncIterator[bytes]:
+    async def _frames(self, reader: FeedReader) -> AsyncIterator[bytes]:
         record = reader.record
         yield sse.opening() + sse.json_event(
             "task", {"taskId": record.task_id, "status": record.status, "logsPath": record.logs_path}
         )
-        async for item in reader.items(quiet_seconds=self._parts.times.heartbeat):
+        async for item in reader.items(idle_seconds=self._deps.timeouts.heartbeat):
             match item:
                 case Lines():
                     yield item.frames
                 case CaughtUp():
                     yield sse.json_event("caught_up", {})
-                case Quiet():
+                case Idle():
                     yield sse.HEARTBEAT
-                case Ended():
+                case Finished():
                     yield _ending(item.record)
 
     async def _write(self, response: web.StreamResponse, content: bytes) -> None:
         """Write in pieces, each within a bound, so that a reader that stops costs little and not for ever."""
         view = memoryview(content)
         for start in range(0, len(view), WRITE_BYTES):
-            async with asyncio.timeout(self._parts.times.send):
+            async with asyncio.timeout(self._deps.timeouts.send):
                 await response.write(view[start : start + WRITE_BYTES])
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -619,7 +620,7 @@ class _Api:
 
 
 def _ending(record: TaskRecord) -> bytes:
-    body = wire.callback_body(record)
+    body = codec.callback_body(record)
     first = b""
     if record.status is Status.FAILED:
         first = sse.json_event("error", {"error": record.error, "exitCode": record.exit_code})
@@ -655,7 +656,7 @@ def _task_id(request: web.Request) -> TaskId:
 
 
 def _invalid(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest([Fault(field, message)])
+    return InvalidRequest([FieldError(field, message)])
 
 
 def _sentence(error: Exception) -> str:
@@ -672,7 +673,9 @@ def _digest(token: str) -> str:
 
 
 def _json(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.Response(body=ijson.dumps(value), status=status, headers=headers, content_type="application/json")
+    return web.Response(
+        body=javascript_json.dumps(value), status=status, headers=headers, content_type="application/json"
+    )
 
 
 def _error(

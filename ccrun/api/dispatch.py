@@ -17,28 +17,20 @@ from urllib.parse import urlsplit, urlunsplit
 import attrs
 import structlog
 
-from ccrun import task, wire
-from ccrun.errors import (
-    Busy,
-    CcrunError,
-    LaunchFailed,
-    NotRedeliverable,
-    TaskExists,
-    TaskNotFound,
-    TaskOver,
-)
+from ccrun import codec, lifecycle
+from ccrun.errors import Busy, CcrunError, LaunchFailed, NotRedeliverable, TaskAlreadyFinished, TaskExists, TaskNotFound
 from ccrun.jobs import Jobs
 from ccrun.seal import KeyWrapper, Purpose, Sealed, new_data_key
 from ccrun.store import Store
-from ccrun.task import Reason, Status, TaskId, TaskRecord, TaskSpec, Webhook
+from ccrun.task import CallbackInfo, Reason, Status, TaskId, TaskRecord, TaskSpec
 
 log = structlog.get_logger()
 
 #: Seconds for which a repeat of a request waits until the first one, still on its way, has its record.
-BIRTH_SECONDS: Final = 5.0
-BIRTH_PAUSE_SECONDS: Final = 0.05
+CREATION_WAIT_SECONDS: Final = 5.0
+CREATION_POLL_SECONDS: Final = 0.05
 #: Seconds after which a half-born task, left by a process that died, will have been swept away.
-HALF_BORN_RETRY_SECONDS: Final = 300
+INCOMPLETE_TASK_RETRY_SECONDS: Final = 300
 
 
 @attrs.frozen(kw_only=True)
@@ -71,7 +63,7 @@ class Cancelled:
     """A task that is over or will be soon; `was_asked_before` when an earlier cancel did it."""
 
     record: TaskRecord
-    was_asked_before: bool
+    was_already_requested: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -82,7 +74,7 @@ class Dispatcher:
     jobs: Jobs
     wrapper: KeyWrapper
     callback_owed: Callable[[], None]
-    birth_seconds: float = BIRTH_SECONDS
+    creation_wait_seconds: float = CREATION_WAIT_SECONDS
 
     async def submit(self, spec: TaskSpec, *, idempotency_digest: str | None = None) -> Submitted:
         """Store a task and launch its worker.
@@ -92,7 +84,7 @@ class Dispatcher:
             Busy: There is no room now, or a repeat came while the first is on its way.
             LaunchFailed: The worker cannot be started; the task is kept as failed.
         """
-        self.jobs.check_room()
+        self.jobs.check_capacity()
         record = self._first_record(spec, idempotency_digest)
         data_key = await new_data_key(self.wrapper)
         if spec.callback_url is not None:
@@ -100,13 +92,13 @@ class Dispatcher:
                 spec.callback_url.reveal().encode(), task_id=spec.task_id, purpose=Purpose.CALLBACK_URL
             )
             record = attrs.evolve(record, sealed_callback_url=sealed_url)
-        payload = await data_key.seal(wire.spec_to_bytes(spec), task_id=spec.task_id, purpose=Purpose.PAYLOAD)
+        payload = await data_key.seal(codec.spec_to_bytes(spec), task_id=spec.task_id, purpose=Purpose.PAYLOAD)
         try:
-            await self._give_birth(record, payload)
+            await self._store_new_task(record, payload)
         except TaskExists:
             if idempotency_digest is None:
                 raise
-            return Submitted(record=await self._first_of(spec.task_id, idempotency_digest), is_replay=True)
+            return Submitted(record=await self._original_task(spec.task_id, idempotency_digest), is_replay=True)
         return Submitted(record=await self._launch(record), is_replay=False)
 
     async def cancel(self, task_id: TaskId) -> Cancelled:
@@ -122,8 +114,8 @@ class Dispatcher:
             nonlocal before
             before = record
             if record.status.is_final:
-                raise TaskOver(f"Task {task_id} is already {record.status}.")
-            return task.request_cancel(record, at=dt.datetime.now(dt.UTC))
+                raise TaskAlreadyFinished(f"Task {task_id} is already {record.status}.")
+            return lifecycle.request_cancel(record, at=dt.datetime.now(dt.UTC))
 
         record = await self.store.update(task_id, request)
         if record.status.is_final:
@@ -131,7 +123,7 @@ class Dispatcher:
             if record.owes_callback:
                 self.callback_owed()
         await self.jobs.cancel(task_id, record.execution_name)
-        return Cancelled(record=record, was_asked_before=before is not None and before.is_cancelling)
+        return Cancelled(record=record, was_already_requested=before is not None and before.is_cancelling)
 
     async def redeliver(self, task_id: TaskId) -> None:
         """Make the callback of a task due again.
@@ -146,7 +138,7 @@ class Dispatcher:
                 raise NotRedeliverable(f"Task {task_id} is not over yet.")
             if record.webhook is None:
                 raise NotRedeliverable(f"Task {task_id} has no callback.")
-            return task.owe_callback_again(record, at=dt.datetime.now(dt.UTC))
+            return lifecycle.owe_callback(record, at=dt.datetime.now(dt.UTC))
 
         owe(await self.store.record(task_id))
         await self.store.mark_active(task_id)
@@ -164,13 +156,13 @@ class Dispatcher:
             # Kept in milliseconds, so that what is told now is what is read later.
             created_at=_in_milliseconds(dt.datetime.now(dt.UTC)),
             logs_path=self.store.logs_path(spec.task_id),
-            callback_url=shown_url(url.reveal()) if url else None,
-            webhook=Webhook() if url else None,
+            callback_url=redacted_url(url.reveal()) if url else None,
+            webhook=CallbackInfo() if url else None,
             metadata=spec.metadata,
             idempotency_digest=idempotency_digest,
         )
 
-    async def _give_birth(self, record: TaskRecord, payload: Sealed) -> None:
+    async def _store_new_task(self, record: TaskRecord, payload: Sealed) -> None:
         """Store all that makes a task, or nothing of it."""
         # The mark comes first: what no sweep looks at could stay as it is for ever.
         await self.store.mark_active(record.task_id)
@@ -181,19 +173,20 @@ class Dispatcher:
             await self.store.delete_payload(record.task_id)
             raise
 
-    async def _first_of(self, task_id: TaskId, digest: str) -> TaskRecord:
+    async def _original_task(self, task_id: TaskId, digest: str) -> TaskRecord:
         """Return the task that an earlier request with this Idempotency-Key made, as soon as it is there."""
         try:
-            async with asyncio.timeout(self.birth_seconds):
+            async with asyncio.timeout(self.creation_wait_seconds):
                 while True:
                     try:
                         record = await self.store.record(task_id)
                         break
                     except TaskNotFound:
-                        await asyncio.sleep(BIRTH_PAUSE_SECONDS)
+                        await asyncio.sleep(CREATION_POLL_SECONDS)
         except TimeoutError:
             raise Busy(
-                "An earlier request with this Idempotency-Key is not through yet.", retry_after=HALF_BORN_RETRY_SECONDS
+                "An earlier request with this Idempotency-Key is not through yet.",
+                retry_after=INCOMPLETE_TASK_RETRY_SECONDS,
             ) from None
         if record.idempotency_digest is None or not hmac.compare_digest(record.idempotency_digest, digest):
             raise TaskExists("This Idempotency-Key was used with another request.")
@@ -203,7 +196,7 @@ class Dispatcher:
         try:
             execution_name = await self.jobs.launch(record.task_id)
         except (LaunchFailed, Busy) as error:
-            buried = await self._bury(record, error)
+            buried = await self._mark_launch_failed(record, error)
             if buried.reason is Reason.LAUNCH_FAILED:
                 raise
             # Only the answer was lost: a worker has taken the task up.
@@ -211,14 +204,14 @@ class Dispatcher:
         log.info("task_launched", message="Task launched", taskId=record.task_id, type=record.type)
         return attrs.evolve(record, execution_name=execution_name)
 
-    async def _bury(self, record: TaskRecord, error: CcrunError) -> TaskRecord:
+    async def _mark_launch_failed(self, record: TaskRecord, error: CcrunError) -> TaskRecord:
         """Keep the task as failed, unless it has begun. Its caller is told at once, so no callback is owed."""
-        outcome = task.failed(Reason.LAUNCH_FAILED, error.message)
+        outcome = lifecycle.failed_outcome(Reason.LAUNCH_FAILED, error.message)
 
         def fail(present: TaskRecord) -> TaskRecord:
             if present.status is not Status.PENDING:
                 return present
-            failed = task.finish(present, outcome, at=dt.datetime.now(dt.UTC))
+            failed = lifecycle.finish(present, outcome, at=dt.datetime.now(dt.UTC))
             return attrs.evolve(failed, webhook=None)
 
         buried = await self.store.update(record.task_id, fail)
@@ -227,7 +220,7 @@ class Dispatcher:
         return buried
 
 
-def shown_url(url: str) -> str:
+def redacted_url(url: str) -> str:
     """Return a callback URL without what may be secret in it: user, password and query."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -29,17 +29,17 @@ WINDOW_BYTES: Final = 8 * 1024 * 1024
 #: Names of chunks that a tail remembers; a reader further back looks its names up again.
 MAX_NAMES: Final = 5000
 #: A poll comes after this share of the time for which nothing was new, so that a wait is made longer by no more than that.
-QUIET_SHARE: Final = 0.25
+IDLE_SHARE: Final = 0.25
 #: Seconds for which a chunk that the storage does not give is asked for again, before the stream breaks off.
-READ_PATIENCE_SECONDS: Final = 30.0
+READ_RETRY_SECONDS: Final = 30.0
 
 
 @attrs.frozen(kw_only=True)
-class Pace:
+class PollPolicy:
     """Bounds of the pause between two polls, and after how long without news a task is settled, in seconds."""
 
-    least_seconds: float
-    most_seconds: float
+    min_seconds: float
+    max_seconds: float
     settle_seconds: float = 30.0
 
 
@@ -56,26 +56,26 @@ class CaughtUp:
 
 
 @attrs.frozen(kw_only=True)
-class Quiet:
+class Idle:
     """Nothing came for a while."""
 
 
 @attrs.frozen(kw_only=True)
-class Ended:
+class Finished:
     """The task is over and its log has been read to the end."""
 
     record: TaskRecord
 
 
 Settle = Callable[[TaskRecord], Awaitable[object]]
-Item = Lines | CaughtUp | Quiet | Ended
+Item = Lines | CaughtUp | Idle | Finished
 
 
 class Feed:
     """The tails of this process."""
 
     def __init__(
-        self, store: Store, pace: Pace, *, settle: Settle | None = None, window_bytes: int = WINDOW_BYTES
+        self, store: Store, pace: PollPolicy, *, settle: Settle | None = None, window_bytes: int = WINDOW_BYTES
     ) -> None:
         """Follow tasks of this store.
 
@@ -96,7 +96,7 @@ class Feed:
         return tail.readers if tail else 0
 
     @contextlib.asynccontextmanager
-    async def follow(self, task_id: TaskId, *, after: Cursor | None) -> AsyncIterator[Reader]:
+    async def follow(self, task_id: TaskId, *, after: Cursor | None) -> AsyncIterator[FeedReader]:
         """Follow a task while the context lasts, from a cursor on, or from the present end with None.
 
         Raises:
@@ -109,7 +109,7 @@ class Feed:
         tail.readers += 1
         try:
             await tail.ready()
-            yield Reader(tail, after)
+            yield FeedReader(tail, after)
         finally:
             tail.readers -= 1
             if not tail.readers:
@@ -117,7 +117,7 @@ class Feed:
                 await tail.close()
 
 
-class Reader:
+class FeedReader:
     """One reader's place in a log."""
 
     def __init__(self, tail: _Tail, after: Cursor | None) -> None:
@@ -130,8 +130,8 @@ class Reader:
         """The task record, as fresh as the last poll."""
         return self._tail.record
 
-    async def items(self, *, quiet_seconds: float) -> AsyncIterator[Item]:
-        """Yield what comes, `Ended` last; `Quiet` whenever nothing came for so long."""
+    async def items(self, *, idle_seconds: float) -> AsyncIterator[Item]:
+        """Yield what comes, `Finished` last; `Idle` whenever nothing came for so long."""
         chunk, caught_up = self._cursor.chunk, False
         after_line = self._cursor.line
         while True:
@@ -145,15 +145,15 @@ class Reader:
                 if frames:
                     yield Lines(frames=frames)
             elif self._tail.is_over:
-                yield Ended(record=self.record)
+                yield Finished(record=self.record)
                 return
             else:
                 self._tail.check()
                 try:
-                    async with asyncio.timeout(quiet_seconds):
+                    async with asyncio.timeout(idle_seconds):
                         await pulse.wait()
                 except TimeoutError:
-                    yield Quiet()
+                    yield Idle()
 
 
 class _Tail:
@@ -161,7 +161,9 @@ class _Tail:
 
     record: TaskRecord
 
-    def __init__(self, store: Store, task_id: TaskId, pace: Pace, settle: Settle | None, window_bytes: int) -> None:
+    def __init__(
+        self, store: Store, task_id: TaskId, pace: PollPolicy, settle: Settle | None, window_bytes: int
+    ) -> None:
         self._store = store
         self._settle = settle
         self._task_id = task_id
@@ -222,7 +224,7 @@ class _Tail:
         return frames
 
     async def _read(self, number: int) -> bytes:
-        async for attempt in stamina.retry_context(on=_is_passing, attempts=None, timeout=READ_PATIENCE_SECONDS):
+        async for attempt in stamina.retry_context(on=_is_transient, attempts=None, timeout=READ_RETRY_SECONDS):
             with attempt:
                 if number not in self._names:
                     self._remember((await self._store.listing(self._task_id, first=number)).chunks)
@@ -244,7 +246,7 @@ class _Tail:
         try:
             while not self.is_over:
                 quiet = loop.time() - news_at
-                await asyncio.sleep(max(self._pace.least_seconds, min(self._pace.most_seconds, quiet * QUIET_SHARE)))
+                await asyncio.sleep(max(self._pace.min_seconds, min(self._pace.max_seconds, quiet * IDLE_SHARE)))
                 try:
                     if await self._look():
                         news_at = settled_at = loop.time()
@@ -266,13 +268,13 @@ class _Tail:
         # The first look reads the record in any case, so no listing need tell that it is new.
         seen = None if generation is None else await self._advance()
         if seen is None or seen != generation:
-            versioned = await self._store.versioned(self._task_id)
-            self.record = versioned.record
-            is_over = versioned.record.status.is_final
+            read_versioned = await self._store.read_versioned(self._task_id)
+            self.record = read_versioned.record
+            is_over = read_versioned.record.status.is_final
             if is_over or generation is None:
                 await self._advance(skip_gaps=is_over)
             self.is_over = is_over
-            self._generation = versioned.generation
+            self._generation = read_versioned.generation
         news = (head, generation) != (self.head, self._generation)
         if news:
             self._tell()
@@ -298,5 +300,5 @@ class _Tail:
         self.pulse = asyncio.Event()
 
 
-def _is_passing(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     return isinstance(error, StorageError) and not isinstance(error, BlobNotFound)

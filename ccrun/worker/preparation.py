@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from ccrun.errors import CcrunError
-from ccrun.process import spawn
+from ccrun.process.child import spawn
 from ccrun.task import Secret
 from ccrun.worker import dotenv
-from ccrun.worker.changes import DOTENV
-from ccrun.worker.git import SYSTEM_PATH, Git
+from ccrun.worker.git.changes import DOTENV
+from ccrun.worker.git.run import SYSTEM_PATH, Git
 from ccrun.worker.lines import text_line, worker_line
 from ccrun.worker.workspace import Workspace
 
@@ -34,7 +34,7 @@ class PreparationFailed(CcrunError):
 # --- .env ------------------------------------------------------------------------------------------------------------
 
 
-async def write_dotenv(rooms: Workspace, secrets: Mapping[str, Secret], git: Git | None) -> tuple[str, ...]:
+async def write_dotenv(workspace: Workspace, secrets: Mapping[str, Secret], git: Git | None) -> tuple[str, ...]:
     """Write the variables to `.env` at the top of the workspace, for the agent's eyes only; hide it from git.
 
     A `.env` of the repository's own keeps its lines, with ours after them.
@@ -50,9 +50,9 @@ async def write_dotenv(rooms: Workspace, secrets: Mapping[str, Secret], git: Git
     """
     values = {name: secret.reveal() for name, secret in secrets.items()}
     try:
-        is_there, left_out = await asyncio.to_thread(_write, rooms.repository / DOTENV, values)
+        is_there, left_out = await asyncio.to_thread(_write, workspace.repository / DOTENV, values)
         if git is not None:
-            await asyncio.to_thread(_exclude, rooms.repository / ".git" / "info")
+            await asyncio.to_thread(_exclude, workspace.repository / ".git" / "info")
             if is_there and (await git.run("ls-files", "--error-unmatch", "--", DOTENV)).exit.ok:
                 # For the agent's own use of git: as if nothing had changed. What ccrun commits never has it.
                 await git("update-index", "--skip-worktree", "--", DOTENV)
@@ -88,7 +88,7 @@ def _exclude(info: Path) -> None:
 
 
 async def run_commands(
-    commands: Sequence[str], rooms: Workspace, *, environment: Mapping[str, str], say: Say, seconds: float
+    commands: Sequence[str], workspace: Workspace, *, environment: Mapping[str, str], say: Say, seconds: float
 ) -> None:
     """Run the commands one after the other, each in a shell and a process group of its own, and put what they print into the log.
 
@@ -104,11 +104,11 @@ async def run_commands(
     for index, command in enumerate(commands, start=1):
         await say(worker_line("command", event="began", index=index, command=command))
         # In a file: an argument would stand in the list of processes, with whatever secret is in it.
-        script = rooms.inputs / f"command-{index}"
+        script = workspace.inputs / f"command-{index}"
         which = f"Pre-execution command {index} of {len(commands)}"
         tail = bytearray()
         async with spawn(
-            [shell, str(script)], env=environment, cwd=rooms.repository, user=rooms.agent, joins_stderr=True
+            [shell, str(script)], env=environment, cwd=workspace.repository, user=workspace.agent, joins_stderr=True
         ) as child:
             try:
                 async with asyncio.timeout(seconds):

@@ -22,16 +22,17 @@ from typing import BinaryIO, Final
 
 import attrs
 
-from ccrun.blobs import MAX_NAME_BYTES, check_name, in_thread
+from ccrun.blobs import MAX_NAME_BYTES, check_name, run_in_thread
 from ccrun.errors import BlobExists, FileUnreadable, StorageError
 from ccrun.globs import BadPattern, Globs, Reach
-from ccrun.store import Store, upload_name
+from ccrun.names import upload_name
+from ccrun.store import Store
 from ccrun.task import TaskId, UploadAction, UploadedFile
 
 #: Files. The record, read on every poll, and the callback carry the list of them: about a megabyte.
 MAX_FILES: Final = 5000
 #: Sentences. Who gets this many needs no more to see what is wrong.
-MAX_FAULTS: Final = 20
+MAX_UPLOAD_ERRORS: Final = 20
 #: Files and folders that are looked at. More are no workspace, but a trap.
 MAX_ENTRIES: Final = 1_000_000
 #: What patterns and trees are made to take long end here; a million ordinary files are looked at in a tenth of it.
@@ -41,7 +42,7 @@ PARALLEL_UPLOADS: Final = 4
 #: Files in a row that the storage does not take, each after its own patience; then the others are not tried.
 MAX_FAILURES: Final = 4
 #: Of a path in a sentence.
-MAX_SHOWN_CHARS: Final = 200
+MAX_PATH_CHARS: Final = 200
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Without waiting for who writes to a FIFO.
@@ -52,7 +53,7 @@ _CHANGED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENX
 _GIT: Final = ".git"
 
 #: A file, however many names it has: its device and inode.
-Identity = tuple[int, int]
+FileId = tuple[int, int]
 
 
 @attrs.frozen(kw_only=True)
@@ -60,7 +61,7 @@ class Uploads:
     """The files that were kept, by their paths, and what is to be said of those that were not, a sentence each."""
 
     files: tuple[UploadedFile, ...] = ()
-    faults: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 async def upload_files(
@@ -77,31 +78,31 @@ async def upload_files(
         action: The patterns, and where among the task's uploads the files go.
         never: Paths in that folder that no pattern means: what the worker itself has put there.
     """
-    faults = _Faults()
+    errors = _Errors()
     prefix = "".join(f"{part}/" for part in action.gcs_prefix.split("/") if part not in ("", "."))
     try:
         check_name(upload_name(task_id, f"{prefix}x"))
         globs = await asyncio.to_thread(Globs, action.glob_patterns)
     except BadPattern as error:
-        return Uploads(faults=(f"globPatterns {error.message}.",))
+        return Uploads(errors=(f"globPatterns {error.message}.",))
     except ValueError:
-        return Uploads(faults=("gcsPrefix cannot be a part of an object's name.",))
+        return Uploads(errors=("gcsPrefix cannot be a part of an object's name.",))
     given_up = threading.Event()
     with contextlib.ExitStack() as opened:
         try:
-            tree = await in_thread(lambda: _Tree(root, opened))
+            tree = await run_in_thread(lambda: _Tree(root, opened))
         except OSError as error:
-            return Uploads(faults=(f"The workspace {_reason(error)}",))
-        search = _Search(tree, lambda path: upload_name(task_id, prefix + path), frozenset(never), faults, given_up)
-        found = await in_thread(lambda: search.find(globs.root), give_up=given_up.set)
-        if not found.paths and not faults.number:
-            faults.add("No file matches globPatterns.")
-        courier = _Courier(store, task_id, prefix, tree, found.links, faults)
-        files = await courier.deliver(found.paths)
-    return Uploads(files=tuple(files), faults=faults.told())
+            return Uploads(errors=(f"The workspace {_reason(error)}",))
+        search = _Search(tree, lambda path: upload_name(task_id, prefix + path), frozenset(never), errors, given_up)
+        found = await run_in_thread(lambda: search.find(globs.root), give_up=given_up.set)
+        if not found.paths and not errors.number:
+            errors.add("No file matches globPatterns.")
+        callbacks = _Uploader(store, task_id, prefix, tree, found.links, errors)
+        files = await callbacks.deliver(found.paths)
+    return Uploads(files=tuple(files), errors=errors.told())
 
 
-class _Faults:
+class _Errors:
     """Sentences about what went wrong, of which only so many are kept."""
 
     def __init__(self) -> None:
@@ -110,22 +111,22 @@ class _Faults:
 
     def add(self, sentence: str) -> None:
         self.number += 1
-        if self.number <= MAX_FAULTS:
+        if self.number <= MAX_UPLOAD_ERRORS:
             self._first.append(sentence)
 
     def add_file(self, path: str, fault: str) -> None:
-        self.add(f"{_shown(path)}: {fault}")
+        self.add(f"{_printable(path)}: {fault}")
 
     def told(self) -> tuple[str, ...]:
         more = self.number - len(self._first)
         return (*self._first, f"And {more} more.") if more else tuple(self._first)
 
 
-def _shown(path: str) -> str:
+def _printable(path: str) -> str:
     """Return a path, fit for one line of a message; what cannot stand in one is told by its number."""
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return plain if len(plain) <= MAX_SHOWN_CHARS else plain[:MAX_SHOWN_CHARS] + "…"
+    return plain if len(plain) <= MAX_PATH_CHARS else plain[:MAX_PATH_CHARS] + "…"
 
 
 def _reason(error: OSError) -> str:
@@ -137,7 +138,7 @@ def _reason(error: OSError) -> str:
 # --- the tree; all of it blocks --------------------------------------------------------------------------------------
 
 
-class _Left(Exception):
+class _Skipped(Exception):
     """A file is left out, for the reason that the message tells."""
 
 
@@ -161,7 +162,7 @@ class _Tree:
         finally:
             os.close(folder)
 
-    def open(self, path: str, links: Mapping[Identity, int], opened: contextlib.ExitStack) -> tuple[BinaryIO, int]:
+    def open(self, path: str, links: Mapping[FileId, int], opened: contextlib.ExitStack) -> tuple[BinaryIO, int]:
         """Open a file of the workspace and return it with its size.
 
         Args:
@@ -183,15 +184,15 @@ class _Tree:
         return file, status.st_size
 
 
-def _check_file(status: os.stat_result, links: Mapping[Identity, int]) -> None:
+def _check_file(status: os.stat_result, links: Mapping[FileId, int]) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise _Left("changed before it could be read.")
+        raise _Skipped("changed before it could be read.")
     # Whoever makes a link to a file needs no right to read it.
-    if status.st_nlink > 1 and links.get(_identity(status)) != status.st_nlink:
-        raise _Left("has a further name (hard link) outside the workspace, or in .git.")
+    if status.st_nlink > 1 and links.get(_file_id(status)) != status.st_nlink:
+        raise _Skipped("has a further name (hard link) outside the workspace, or in .git.")
 
 
-def _identity(status: os.stat_result) -> Identity:
+def _file_id(status: os.stat_result) -> FileId:
     return status.st_dev, status.st_ino
 
 
@@ -200,11 +201,11 @@ class _Found:
     """What a search has found: files in the order of their paths, and the names that those with several have."""
 
     paths: tuple[str, ...]
-    links: Mapping[Identity, int]
+    links: Mapping[FileId, int]
 
 
 @attrs.frozen
-class _Entry:
+class _Pending:
     """What waits to be looked at: a folder with what the patterns say of it, or a file with its status."""
 
     path: str
@@ -220,25 +221,25 @@ class _Search:
         tree: _Tree,
         name: Callable[[str], str],
         never: frozenset[str],
-        faults: _Faults,
+        errors: _Errors,
         given_up: threading.Event,
     ) -> None:
         self._tree = tree
         #: Returns the object's name for a path.
         self._name = name
         self._never = never
-        self._faults = faults
+        self._errors = errors
         self._given_up = given_up
         self._give_up_at = 0.0
 
     def find(self, reach: Reach | None) -> _Found:
         """Return the files that the patterns mean, as many as may be uploaded."""
         paths: list[str] = []
-        linked: set[Identity] = set()
+        linked: set[FileId] = set()
         more = 0
-        for path, status in self._files(reach, self._faults):
+        for path, status in self._files(reach, self._errors):
             if not self._is_name(path):
-                self._faults.add_file(
+                self._errors.add_file(
                     path,
                     "cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8.",
                 )
@@ -247,23 +248,23 @@ class _Search:
             else:
                 paths.append(path)
                 if status.st_nlink > 1:
-                    linked.add(_identity(status))
+                    linked.add(_file_id(status))
         if more:
-            self._faults.add(f"{more} more files match: at most {MAX_FILES} are uploaded.")
+            self._errors.add(f"{more} more files match: at most {MAX_FILES} are uploaded.")
         return _Found(paths=tuple(paths), links=self._count_names(linked))
 
-    def _count_names(self, files: set[Identity]) -> Mapping[Identity, int]:
+    def _count_names(self, files: set[FileId]) -> Mapping[FileId, int]:
         """Return how many names in the workspace these files have."""
-        names: Counter[Identity] = Counter()
+        names: Counter[FileId] = Counter()
         if files:
-            for _, status in self._files(Globs(["**"]).root, _Faults()):
-                if _identity(status) in files:
-                    names[_identity(status)] += 1
+            for _, status in self._files(Globs(["**"]).root, _Errors()):
+                if _file_id(status) in files:
+                    names[_file_id(status)] += 1
         return names
 
-    def _files(self, reach: Reach | None, faults: _Faults) -> Iterator[tuple[str, os.stat_result]]:
+    def _files(self, reach: Reach | None, errors: _Errors) -> Iterator[tuple[str, os.stat_result]]:
         """Yield the files that the patterns mean in the order of their paths. No recursion: a tree may be deep."""
-        pending = [_Entry("", folder=reach)]
+        pending = [_Pending("", folder=reach)]
         self._give_up_at = time.monotonic() + SEARCH_SECONDS
         seen = 0
         while pending:
@@ -271,20 +272,20 @@ class _Search:
             if entry.file is not None:
                 yield entry.path, entry.file
             elif entry.folder is not None:
-                number, found = self._look(entry.path, entry.folder, faults)
+                number, found = self._look(entry.path, entry.folder, errors)
                 pending += reversed(found)
                 seen += number
                 if seen > MAX_ENTRIES or self._is_over():
-                    faults.add("The workspace has too much in it: the search for files was ended before its end.")
+                    errors.add("The workspace has too much in it: the search for files was ended before its end.")
                     # What is found is found.
                     pending = [each for each in pending if each.file is not None]
 
     def _is_over(self) -> bool:
         return self._given_up.is_set() or time.monotonic() > self._give_up_at
 
-    def _look(self, path: str, reach: Reach, faults: _Faults) -> tuple[int, list[_Entry]]:
+    def _look(self, path: str, reach: Reach, errors: _Errors) -> tuple[int, list[_Pending]]:
         """Look into a folder; return how much is in it, and what of that is meant or may hold something that is."""
-        found: list[_Entry] = []
+        found: list[_Pending] = []
         try:
             with self._tree.folder(path) as folder, os.scandir(folder) as scanned:
                 # With its slash a folder's name sorts where the paths of its files do.
@@ -294,31 +295,31 @@ class _Search:
                 )
                 for each in itertools.takewhile(lambda _: not self._is_over(), inside):
                     below = f"{path}/{each.name}" if path else each.name
-                    entry = self._meant(folder, each, below, reach, faults)
+                    entry = self._meant(folder, each, below, reach, errors)
                     if entry is not None:
                         found.append(entry)
                 return len(inside) + 1, found
         except OSError as error:
-            faults.add_file(path or ".", _reason(error))
+            errors.add_file(path or ".", _reason(error))
             return 1, found
 
-    def _meant(self, folder: int, each: os.DirEntry[str], path: str, reach: Reach, faults: _Faults) -> _Entry | None:
+    def _meant(self, folder: int, each: os.DirEntry[str], path: str, reach: Reach, errors: _Errors) -> _Pending | None:
         """Return what is found in a folder if it has to be looked at further."""
         if each.name.casefold() == _GIT or path in self._never:
             if reach.names(each.name):
-                faults.add_file(path, "is never uploaded.")
+                errors.add_file(path, "is never uploaded.")
         elif each.is_dir(follow_symlinks=False):
             inner = reach.enter(each.name)
             if inner is not None and len(os.fsencode(self._name(path))) + len("/x") > MAX_NAME_BYTES:
-                faults.add_file(path, f"lies too deep: no object's name is longer than {MAX_NAME_BYTES} bytes.")
+                errors.add_file(path, f"lies too deep: no object's name is longer than {MAX_NAME_BYTES} bytes.")
             elif inner is not None:
-                return _Entry(path, folder=inner)
+                return _Pending(path, folder=inner)
         elif each.is_file(follow_symlinks=False):
             if reach.takes(each.name):
                 with contextlib.suppress(FileNotFoundError):
-                    return _Entry(path, file=os.stat(each.name, dir_fd=folder, follow_symlinks=False))
+                    return _Pending(path, file=os.stat(each.name, dir_fd=folder, follow_symlinks=False))
         elif reach.names(each.name):
-            faults.add_file(path, "is a link: links are not followed." if each.is_symlink() else "is no file.")
+            errors.add_file(path, "is a link: links are not followed." if each.is_symlink() else "is no file.")
         return None
 
     def _is_name(self, path: str) -> bool:
@@ -332,7 +333,7 @@ class _Search:
 # --- on the way ------------------------------------------------------------------------------------------------------
 
 
-class _Courier:
+class _Uploader:
     """Brings files to the store, a few at a time."""
 
     def __init__(
@@ -341,15 +342,15 @@ class _Courier:
         task_id: TaskId,
         prefix: str,
         tree: _Tree,
-        links: Mapping[Identity, int],
-        faults: _Faults,
+        links: Mapping[FileId, int],
+        errors: _Errors,
     ) -> None:
         self._store = store
         self._task_id = task_id
         self._prefix = prefix
         self._tree = tree
         self._links = links
-        self._faults = faults
+        self._errors = errors
         self._files: list[UploadedFile] = []
         #: Those that did not arrive, and why.
         self._left: list[tuple[str, str]] = []
@@ -363,9 +364,9 @@ class _Courier:
             for _ in range(PARALLEL_UPLOADS):
                 group.create_task(self._deliver_some(waiting))
         for path, fault in sorted(self._left):
-            self._faults.add_file(path, fault)
+            self._errors.add_file(path, fault)
         if waiting:
-            self._faults.add(f"The storage takes nothing: {len(waiting)} more files were not tried.")
+            self._errors.add(f"The storage takes nothing: {len(waiting)} more files were not tried.")
         return sorted(self._files, key=lambda file: file.original_path)
 
     async def _deliver_some(self, waiting: deque[str]) -> None:
@@ -374,7 +375,7 @@ class _Courier:
             try:
                 self._files.append(await self._deliver(path))
                 self._failures = 0
-            except _Left as left:
+            except _Skipped as left:
                 self._left.append((path, str(left)))
             except OSError as error:
                 self._left.append((path, _reason(error)))
@@ -388,6 +389,6 @@ class _Courier:
 
     async def _deliver(self, path: str) -> UploadedFile:
         with contextlib.ExitStack() as opened:
-            file, size = await in_thread(lambda: self._tree.open(path, self._links, opened))
+            file, size = await run_in_thread(lambda: self._tree.open(path, self._links, opened))
             url = await self._store.add_upload(self._task_id, self._prefix + path, file, size=size)
         return UploadedFile(original_path=path, gcs_path=url, size_bytes=size)

@@ -18,7 +18,7 @@ import attrs
 import frontmatter
 
 from ccrun.errors import CcrunError
-from ccrun.process import User
+from ccrun.process.user import User
 from ccrun.removal import remove_tree
 from ccrun.task import ConfigFile, TaskId
 
@@ -83,23 +83,23 @@ class Workspace:
 
 
 @contextlib.asynccontextmanager
-async def workspace(task_id: TaskId, agent: User | None = None) -> AsyncIterator[Workspace]:
+async def open_workspace(task_id: TaskId, agent: User | None = None) -> AsyncIterator[Workspace]:
     """Make the rooms of a task, and remove them with all that the agent left in them.
 
-    They are the worker's own until `hand_over`.
+    They are the worker's own until `chown_to_agent`.
 
     Raises:
         WorkspaceError: They cannot be made.
     """
-    rooms = attrs.evolve(await asyncio.to_thread(_make, task_id), agent=agent)
+    workspace = attrs.evolve(await asyncio.to_thread(_make, task_id), agent=agent)
     try:
-        yield rooms
+        yield workspace
     finally:
-        await asyncio.shield(asyncio.to_thread(remove_tree, rooms.root))
+        await asyncio.shield(asyncio.to_thread(remove_tree, workspace.root))
 
 
 @contextlib.asynccontextmanager
-async def private_room(task_id: TaskId) -> AsyncIterator[Path]:
+async def private_directory(task_id: TaskId) -> AsyncIterator[Path]:
     """Make a folder for what the agent may not have: a new one each time, for one that was there before may have been found.
 
     Raises:
@@ -116,17 +116,17 @@ async def private_room(task_id: TaskId) -> AsyncIterator[Path]:
         await asyncio.shield(asyncio.to_thread(remove_tree, room))
 
 
-async def hand_over(rooms: Workspace) -> None:
+async def chown_to_agent(workspace: Workspace) -> None:
     """Make all that is in the rooms the agent's. From here on nothing may be written there by the worker's own hand.
 
     Raises:
         WorkspaceError: It cannot be done.
     """
-    if rooms.agent is not None:
-        await asyncio.to_thread(_give, rooms.root, rooms.agent)
+    if workspace.agent is not None:
+        await asyncio.to_thread(_chown, workspace.root, workspace.agent)
 
 
-def _give(root: Path, agent: User) -> None:
+def _chown(root: Path, agent: User) -> None:
     try:
         for folder, folders, files in os.walk(root):
             for name in (*folders, *files):
@@ -136,15 +136,15 @@ def _give(root: Path, agent: User) -> None:
         raise WorkspaceError(f"The workspace cannot be given to the agent's user: {error.strerror}.") from error
 
 
-async def furnish(
-    rooms: Workspace, *, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]
+async def write_inputs(
+    workspace: Workspace, *, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]
 ) -> dict[str, Path]:
     """Write what the request gives the CLI: slash commands, and the files that options name; return where the latter are.
 
     Raises:
         WorkspaceError: It cannot be written.
     """
-    return await asyncio.to_thread(_furnish, rooms, commands, inputs)
+    return await asyncio.to_thread(_write_inputs, workspace, commands, inputs)
 
 
 def _make(task_id: TaskId) -> Workspace:
@@ -157,21 +157,29 @@ def _make(task_id: TaskId) -> Workspace:
             with contextlib.suppress(FileExistsError):
                 root = temporary / name
                 root.mkdir(mode=0o700)
-                rooms = Workspace(root=root)
-                for room in (rooms.repository, rooms.home, rooms.config, rooms.inputs, rooms.temporary):
+                workspace = Workspace(root=root)
+                for room in (
+                    workspace.repository,
+                    workspace.home,
+                    workspace.config,
+                    workspace.inputs,
+                    workspace.temporary,
+                ):
                     room.mkdir(mode=0o700)
-                return rooms
+                return workspace
     except OSError as error:
         raise WorkspaceError(f"The workspace cannot be made: {error.strerror}.") from error
     raise WorkspaceError("The workspace cannot be made: its folder is there already.")
 
 
-def _furnish(rooms: Workspace, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]) -> dict[str, Path]:
+def _write_inputs(
+    workspace: Workspace, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]
+) -> dict[str, Path]:
     try:
-        (rooms.config / "commands").mkdir(mode=0o700)
+        (workspace.config / "commands").mkdir(mode=0o700)
         for name, file in commands.items():
-            (rooms.config / "commands" / f"{name}.md").write_text(_markdown(file), encoding="utf-8")
-        files = {option: rooms.inputs / option for option in inputs}
+            (workspace.config / "commands" / f"{name}.md").write_text(_markdown(file), encoding="utf-8")
+        files = {option: workspace.inputs / option for option in inputs}
         for option, path in files.items():
             path.write_bytes(inputs[option])
     except OSError as error:

@@ -14,17 +14,20 @@ import aiohttp
 import attrs
 import pytest
 import structlog.testing
-from apiharness import COMPLETED, FAILED, MAX_REQUEST_BYTES, Api, api_on, until
-from harness import MADE_UP_KEY
+from helpers.api import COMPLETED, FAILED, MAX_REQUEST_BYTES, Api, api_on, until
+from helpers.service import MADE_UP_KEY
 
-from ccrun import __version__, wire
-from ccrun.api.app import ENDPOINTS, Times
+from ccrun import __version__, codec
+from ccrun.api.app import ENDPOINTS, ApiTimeouts
+from ccrun.api.request import Defaults
+from ccrun.backends.local.key import LocalKey
 from ccrun.errors import Busy, KeyServiceError, LaunchFailed, StorageError
 from ccrun.jobs import ExecutionState
-from ccrun.seal import LocalKey, Purpose, unseal
-from ccrun.store import chunk_name
-from ccrun.task import Reason, Secret, Status, TaskId, TaskRecord, TaskType, Webhook, WebhookState, cancelled
-from ccrun.wire import Defaults
+from ccrun.lifecycle import cancelled_outcome
+from ccrun.names import chunk_name
+from ccrun.seal import Purpose
+from ccrun.task import CallbackInfo, CallbackState, Reason, Secret, Status, TaskId, TaskRecord, TaskType
+from ccrun.unseal import unseal
 
 CALLBACK: Final = "http://127.0.0.1:9/"
 TOKEN: Final = "first-token-of-the-tests"
@@ -172,7 +175,7 @@ async def test_not_ready_tells_which_one_fails(
 
 async def test_not_ready_when_the_storage_is_silent(tmp_path: Path) -> None:
     """A storage that hangs is told after a bounded time."""
-    async with api_on(tmp_path / "data", times=Times(ready=0.05)) as api:
+    async with api_on(tmp_path / "data", timeouts=ApiTimeouts(ready=0.05)) as api:
         api.blobs.gate = asyncio.Event()
         answer = await api.call("GET", "/ready")
     assert (503, ["storage"]) == (answer.status, answer.body["failing"])
@@ -272,7 +275,7 @@ async def test_a_load_balancer_needs_no_token(locked: Api, path: str) -> None:
 @pytest.fixture
 async def on_loopback(tmp_path: Path) -> AsyncIterator[Api]:
     """Return an API on loopback without a token."""
-    async with api_on(tmp_path / "data", only_loopback=True) as running:
+    async with api_on(tmp_path / "data", loopback_only=True) as running:
         yield running
 
 
@@ -347,7 +350,7 @@ async def test_behind_another_guard_every_name_is_answered(api: Api) -> None:
 async def test_ipv6_loopback_is_served(tmp_path: Path) -> None:
     """A service on `::1` answers to `[::1]`."""
     try:
-        async with api_on(tmp_path / "data", host="::1", only_loopback=True) as api:
+        async with api_on(tmp_path / "data", host="::1", loopback_only=True) as api:
             assert 200 == (await api.call("GET", "/tasks")).status
     except OSError:
         pytest.skip("This machine has no IPv6.")
@@ -542,7 +545,7 @@ async def test_a_body_in_another_encoding_than_it_says_answers_400(api: Api) -> 
 
 async def test_a_body_that_does_not_come_answers_408(tmp_path: Path) -> None:
     """Who sends half a body holds the connection for a bounded time."""
-    async with api_on(tmp_path / "data", times=Times(body=0.1)) as api:
+    async with api_on(tmp_path / "data", timeouts=ApiTimeouts(body=0.1)) as api:
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
         writer.write(b'POST /run HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"')
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
@@ -618,16 +621,16 @@ async def test_of_twenty_that_want_one_id_one_gets_it(api: Api) -> None:
     key = LocalKey(api.folder / ".keys" / "sealing.key")
     sealed = await api.store.payload(TaskId("one"))
     opened = await unseal(key, sealed, task_id=TaskId("one"), purpose=Purpose.PAYLOAD)
-    assert {"n": winner} == wire.spec_from_bytes(opened).metadata
+    assert {"n": winner} == codec.spec_from_bytes(opened).metadata
 
 
 async def test_the_id_of_a_task_that_is_over_stays_in_use(api: Api) -> None:
     """An ID is never used again, and nothing of the first task is overwritten."""
     task_id = await over(api, taskId="one")
-    before = await api.store.versioned(task_id)
+    before = await api.store.read_versioned(task_id)
     answer = await api.call("POST", "/run", json=api.body(taskId="one"))
     assert (409, {"error": "The task ID one is in use."}) == (answer.status, answer.body)
-    assert before == await api.store.versioned(task_id)
+    assert before == await api.store.read_versioned(task_id)
     with pytest.raises(StorageError):
         await api.store.payload(TaskId("none"))
 
@@ -902,11 +905,11 @@ async def test_what_runs_now_is_told(api: Api) -> None:
     """`/tasks/status` shows the running tasks with their start, how many wait, and which are being cancelled."""
     empty = await api.call("GET", "/tasks/status")
     assert {"active": 0, "max": 2, "queued": 0, "tasks": []} == empty.body
-    running, ending, _waiting = [await api.submit(taskId=task_id) for task_id in ("a", "b", "c")]
+    running, stop, _waiting = [await api.submit(taskId=task_id) for task_id in ("a", "b", "c")]
     await over(api, taskId="d")
     began = await api.begin(running)
-    await api.begin(ending)
-    await api.call("POST", f"/cancel/{ending}")
+    await api.begin(stop)
+    await api.call("POST", f"/cancel/{stop}")
     answer = (await api.call("GET", "/tasks/status")).body
     assert (2, 2, 1) == (answer["active"], answer["max"], answer["queued"])
     tasks = {task["taskId"]: task for task in answer["tasks"]}
@@ -970,7 +973,7 @@ async def test_callers_that_poll_cost_one_look_a_while(api: Api) -> None:
 
 async def test_a_look_that_takes_long_delays_no_answer(tmp_path: Path) -> None:
     """The record is given out as it is when the place that runs workers does not answer."""
-    async with api_on(tmp_path / "data", times=Times(settle=0.01)) as api:
+    async with api_on(tmp_path / "data", timeouts=ApiTimeouts(settle=0.01)) as api:
         task_id = await api.submit()
         api.jobs.gate = asyncio.Event()
         assert "pending" == (await api.call("GET", f"/tasks/{task_id}")).body["status"]
@@ -1106,16 +1109,16 @@ async def test_a_task_that_runs_is_told_to_end(api: Api) -> None:
     assert Status.CANCELLED is (await api.store.record(task_id)).status
 
 
-@pytest.mark.parametrize("outcome", [COMPLETED, FAILED, cancelled()], ids=lambda outcome: str(outcome.status))
+@pytest.mark.parametrize("outcome", [COMPLETED, FAILED, cancelled_outcome()], ids=lambda outcome: str(outcome.status))
 async def test_a_task_that_is_over_cannot_be_cancelled(api: Api, outcome: Any) -> None:
     """409 tells how it ended, and nothing changes."""
     task_id = await api.submit(taskId="one")
     await api.begin(task_id)
     await api.end(task_id, outcome)
-    before = await api.store.versioned(task_id)
+    before = await api.store.read_versioned(task_id)
     answer = await api.call("POST", "/cancel/one")
     assert (409, {"error": f"Task one is already {outcome.status}."}) == (answer.status, answer.body)
-    assert before == await api.store.versioned(task_id)
+    assert before == await api.store.read_versioned(task_id)
     assert [] == api.jobs.cancelled
 
 
@@ -1130,13 +1133,13 @@ async def test_of_many_cancels_at_once_one_is_the_first(api: Api) -> None:
 # --- the callback again ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("outcome", [COMPLETED, FAILED, cancelled()], ids=lambda outcome: str(outcome.status))
+@pytest.mark.parametrize("outcome", [COMPLETED, FAILED, cancelled_outcome()], ids=lambda outcome: str(outcome.status))
 async def test_a_callback_can_be_asked_for_again(api: Api, outcome: Any) -> None:
     """However the task ended, even after success the callback becomes due again."""
     task_id = await api.submit()
     await api.begin(task_id)
     await api.end(task_id, outcome)
-    delivered = Webhook(state=WebhookState.DELIVERED, attempts=1)
+    delivered = CallbackInfo(state=CallbackState.DELIVERED, attempts=1)
     await api.store.update(task_id, lambda record: attrs.evolve(record, webhook=delivered))
     answer = await api.call("POST", f"/tasks/{task_id}/webhook")
     assert 202 == answer.status

@@ -11,13 +11,14 @@ from typing import Any, Final
 import aiohttp
 import pytest
 import structlog.testing
-from apiharness import COMPLETED, FAILED, Api, api_on, until
-from harness import PATIENCE, Event, StartService, read_events
+from helpers.api import COMPLETED, FAILED, Api, api_on, until
+from helpers.service import PATIENCE, Event, StartService, read_events
 
-from ccrun import wire
-from ccrun.api.app import Times
+from ccrun import codec
+from ccrun.api.app import ApiTimeouts
 from ccrun.errors import StorageError
-from ccrun.task import Outcome, Status, TaskId, cancelled
+from ccrun.lifecycle import cancelled_outcome
+from ccrun.task import Outcome, Status, TaskId
 
 #: The log of the tasks here: three chunks, the last of one line.
 CHUNKS: Final = (
@@ -36,7 +37,7 @@ CAUGHT_UP: Final = b"event: caught_up\ndata: {}\n\n"
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[Api]:
     """Return an API with nobody at its door, and short waits."""
-    async with api_on(tmp_path / "data", times=Times(abandon=0.1)) as running:
+    async with api_on(tmp_path / "data", timeouts=ApiTimeouts(abandon=0.1)) as running:
         yield running
 
 
@@ -88,7 +89,7 @@ def line_events(*, after: str | None = None) -> bytes:
 
 async def done_event(api: Api, task_id: TaskId) -> bytes:
     """Spell the last event of a stream."""
-    body = wire.callback_body(await api.store.record(task_id))
+    body = codec.callback_body(await api.store.record(task_id))
     return b"id: end\nevent: done\ndata: %b\n\n" % body
 
 
@@ -107,16 +108,16 @@ async def test_a_finished_task_is_replayed_in_these_very_bytes(api: Api) -> None
     ("outcome", "before_done"),
     [
         (FAILED, b'event: error\ndata: {"error":"Claude process exited with code 1","exitCode":1}\n\n'),
-        (cancelled(), b'event: cancelled\ndata: {"taskId":"%b"}\n\n'),
+        (cancelled_outcome(), b'event: cancelled\ndata: {"taskId":"%b"}\n\n'),
     ],
     ids=["failed", "cancelled"],
 )
 async def test_a_task_that_did_not_complete_says_why(api: Api, outcome: Outcome, before_done: bytes) -> None:
-    """A failure has an `error`, a cancel a `cancelled`, right before `done`."""
+    """A failure has an `error`, a cancel a `cancelled_outcome`, right before `done`."""
     task_id = await over(api, outcome)
     stream = await bytes_of(api, f"/tasks/{task_id}/events")
-    ending = before_done.replace(b"%b", task_id.encode()) + await done_event(api, task_id)
-    assert stream.endswith(CAUGHT_UP + ending)
+    stop = before_done.replace(b"%b", task_id.encode()) + await done_event(api, task_id)
+    assert stream.endswith(CAUGHT_UP + stop)
 
 
 async def test_done_is_the_callbacks_payload(api: Api) -> None:
@@ -232,7 +233,7 @@ async def test_caught_up_stands_once_between_replay_and_life(api: Api) -> None:
 
 async def test_a_quiet_stream_has_a_heartbeat(tmp_path: Path) -> None:
     """A comment, which no client takes for an event, comes whenever nothing else did for a while."""
-    async with api_on(tmp_path / "data", times=Times(heartbeat=0.05)) as api:
+    async with api_on(tmp_path / "data", timeouts=ApiTimeouts(heartbeat=0.05)) as api:
         task_id = await api.submit()
         async with api.http.get(f"{api.url}/tasks/{task_id}/events") as response:
             lines = [await response.content.readline() for _ in range(7)]
@@ -466,7 +467,7 @@ async def test_a_reader_that_stalls_costs_little_and_is_cut_off(
     tmp_path: Path, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Beyond what the kernel buffers nothing of a long log is read for it, and after `Times.send` it has to come back."""
-    async with api_on(tmp_path / "data", times=Times(send=0.3)) as api:
+    async with api_on(tmp_path / "data", timeouts=ApiTimeouts(send=0.3)) as api:
         task_id = await long_log(api)
         api.blobs.names_read.clear()
         before = len(asyncio.all_tasks())

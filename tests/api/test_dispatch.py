@@ -11,9 +11,11 @@ from pathlib import Path
 import attrs
 import pytest
 
-from ccrun import task, wire
-from ccrun.api.dispatch import Dispatcher, Idempotency, Submitted, shown_url
-from ccrun.blobs import Blob, DirectoryBlobs
+from ccrun import codec, lifecycle
+from ccrun.api.dispatch import Dispatcher, Idempotency, Submitted, redacted_url
+from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.backends.local.key import LocalKey
+from ccrun.blobs import Blob
 from ccrun.errors import (
     BlobNotFound,
     Busy,
@@ -21,15 +23,18 @@ from ccrun.errors import (
     IllegalTransition,
     LaunchFailed,
     NotRedeliverable,
+    TaskAlreadyFinished,
     TaskExists,
     TaskNotFound,
-    TaskOver,
 )
 from ccrun.jobs import ExecutionState
-from ccrun.seal import LocalKey, Purpose, unseal
-from ccrun.store import Store, active_name, payload_name, record_name
+from ccrun.lifecycle import finish, record_delivery, start
+from ccrun.names import active_name, payload_name, record_name
+from ccrun.seal import Purpose
+from ccrun.store import Store
 from ccrun.task import (
     TASK_ID_PATTERN,
+    CallbackState,
     Outcome,
     Reason,
     Secret,
@@ -38,11 +43,8 @@ from ccrun.task import (
     TaskRecord,
     TaskSpec,
     TaskType,
-    WebhookState,
-    finish,
-    note_delivery,
-    start,
 )
+from ccrun.unseal import unseal
 
 TASK = TaskId("t-1")
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
@@ -66,8 +68,8 @@ class WatchedBlobs(DirectoryBlobs):
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
         if self.before_replace is not None:
-            act, self.before_replace = self.before_replace, None
-            await asyncio.to_thread(act)
+            run, self.before_replace = self.before_replace, None
+            await asyncio.to_thread(run)
         return await super().replace(name, content, generation=generation)
 
 
@@ -75,7 +77,7 @@ class NotedJobs:
     """A place that runs workers, of which only the wishes are noted."""
 
     max_running: int | None = None
-    begins_within: dt.timedelta | None = None
+    start_timeout: dt.timedelta | None = None
 
     def __init__(self) -> None:
         self.launched: list[TaskId] = []
@@ -83,7 +85,7 @@ class NotedJobs:
         self.fault: CcrunError | None = None
         self.at_launch: Callable[[], object] | None = None
 
-    def check_room(self) -> None: ...
+    def check_capacity(self) -> None: ...
 
     async def launch(self, task_id: TaskId) -> str | None:
         if self.at_launch is not None:
@@ -143,7 +145,7 @@ def owed() -> list[str]:
 def dispatcher(store: Store, jobs: NotedJobs, wrapper: LocalKey, owed: list[str]) -> Dispatcher:
     """The use cases."""
     return Dispatcher(
-        store=store, jobs=jobs, wrapper=wrapper, callback_owed=lambda: owed.append("owed"), birth_seconds=0.2
+        store=store, jobs=jobs, wrapper=wrapper, callback_owed=lambda: owed.append("owed"), creation_wait_seconds=0.2
     )
 
 
@@ -190,7 +192,7 @@ async def test_payload_is_the_request(dispatcher: Dispatcher, store: Store, wrap
     """What the worker opens is the whole request."""
     await dispatcher.submit(spec(callback_url=URL))
     content = await unseal(wrapper, await store.payload(TASK), task_id=TASK, purpose=Purpose.PAYLOAD)
-    assert spec(callback_url=URL) == wire.spec_from_bytes(content)
+    assert spec(callback_url=URL) == codec.spec_from_bytes(content)
 
 
 async def test_nothing_secret_is_stored_unsealed(dispatcher: Dispatcher, blobs: WatchedBlobs, tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ async def test_callback_url_is_kept_sealed_and_shown_in_part(
 )
 def test_shown_url_has_no_secret_parts(url: str, shown: str) -> None:
     """User, password, query and fragment of a callback URL are not shown."""
-    assert shown == shown_url(url)
+    assert shown == redacted_url(url)
 
 
 async def test_everything_is_stored_before_the_launch(dispatcher: Dispatcher, jobs: NotedJobs, tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ async def test_one_of_many_with_an_id_wins(
     winners = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Submitted)]
     assert (1, 19) == (len(winners), sum(isinstance(outcome, TaskExists) for outcome in outcomes))
     content = await unseal(wrapper, await store.payload(TASK), task_id=TASK, purpose=Purpose.PAYLOAD)
-    assert f"prompt {winners[0]}" == wire.spec_from_bytes(content).prompt
+    assert f"prompt {winners[0]}" == codec.spec_from_bytes(content).prompt
     assert [TASK] == jobs.launched
     assert len(await everything(blobs)) == 4
 
@@ -321,7 +323,7 @@ async def test_launch_whose_answer_is_lost_is_no_failure(
     """A worker that has begun although the launch seemed to fail keeps its task, and its payload."""
 
     def begin() -> None:
-        asyncio.run(store.update(TASK, lambda record: task.start(record, at=dt.datetime.now(dt.UTC))))
+        asyncio.run(store.update(TASK, lambda record: lifecycle.start(record, at=dt.datetime.now(dt.UTC))))
 
     jobs.at_launch, jobs.fault = begin, LaunchFailed("Cloud Run did not confirm the launch.")
     submitted = await dispatcher.submit(spec())
@@ -409,7 +411,7 @@ async def test_pending_task_is_cancelled_at_once(
     """A task that has not begun is over with its cancel: no payload, its execution ended, its callback due."""
     await dispatcher.submit(spec(callback_url=URL))
     cancelled = await dispatcher.cancel(TASK)
-    assert (Status.CANCELLED, False) == (cancelled.record.status, cancelled.was_asked_before)
+    assert (Status.CANCELLED, False) == (cancelled.record.status, cancelled.was_already_requested)
     assert cancelled.record.owes_callback
     assert ([TASK], ["owed"]) == (jobs.cancelled, owed)
     assert payload_name(TASK) not in await everything(blobs)
@@ -432,7 +434,7 @@ async def test_running_task_is_left_to_its_worker(
     await dispatcher.submit(spec(callback_url=URL))
     await store.update(TASK, lambda record: start(record, at=NOW))
     first, second = await dispatcher.cancel(TASK), await dispatcher.cancel(TASK)
-    assert (False, True) == (first.was_asked_before, second.was_asked_before)
+    assert (False, True) == (first.was_already_requested, second.was_already_requested)
     assert (Status.RUNNING, first.record.cancelled_at) == (second.record.status, second.record.cancelled_at)
     assert ([TASK, TASK], []) == (jobs.cancelled, owed)
 
@@ -444,7 +446,7 @@ async def test_task_that_is_over_is_not_cancelled(
     """A cancel that comes too late says how the task ended, and changes nothing."""
     await dispatcher.submit(spec())
     ended = await run_to_the_end(store, attrs.evolve(SUCCESS, status=status))
-    with pytest.raises(TaskOver, match=f"Task t-1 is already {status}"):
+    with pytest.raises(TaskAlreadyFinished, match=f"Task t-1 is already {status}"):
         await dispatcher.cancel(TASK)
     assert (ended, []) == (await store.record(TASK), jobs.cancelled)
 
@@ -508,7 +510,7 @@ async def test_cancel_and_worker_agree_in_every_order(
         blobs = OrderedBlobs(tmp_path / "blobs", "c", turns)
         try:
             await attrs.evolve(dispatcher, store=Store(blobs)).cancel(TASK)
-        except TaskOver:
+        except TaskAlreadyFinished:
             return False
         finally:
             await turns.leave("c")
@@ -537,7 +539,7 @@ async def test_cancel_and_worker_agree_in_every_order(
 
 async def deliver(store: Store) -> None:
     """Note a delivery as a courier does."""
-    await store.update(TASK, lambda record: note_delivery(record, delivered=True, attempts=1, error=None, at=NOW))
+    await store.update(TASK, lambda record: record_delivery(record, delivered=True, attempts=1, error=None, at=NOW))
 
 
 async def test_delivered_callback_becomes_due_again(dispatcher: Dispatcher, store: Store, owed: list[str]) -> None:
@@ -549,7 +551,7 @@ async def test_delivered_callback_becomes_due_again(dispatcher: Dispatcher, stor
     await dispatcher.redeliver(TASK)
     record = await store.record(TASK)
     assert record.webhook is not None
-    assert (WebhookState.OWED, ["owed"]) == (record.webhook.state, owed)
+    assert (CallbackState.OWED, ["owed"]) == (record.webhook.state, owed)
     assert [TASK] == [mark.task_id for mark in await store.active()]
 
 

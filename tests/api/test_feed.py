@@ -12,17 +12,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ccrun.api.feed import CaughtUp, Ended, Feed, Lines, Pace, Quiet, Reader
+from ccrun.api.feed import CaughtUp, Feed, FeedReader, Finished, Idle, Lines, PollPolicy
 from ccrun.api.sse import Cursor, parse_cursor
-from ccrun.blobs import Blob, DirectoryBlobs, Entry
+from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.blobs import Blob, BlobInfo
 from ccrun.errors import StorageError, TaskNotFound
-from ccrun.store import LISTING_NAMES, Store, chunk_name, record_name
-from ccrun.task import Outcome, Reason, Status, TaskId, TaskRecord, TaskType, finish, start
+from ccrun.lifecycle import finish, start
+from ccrun.names import chunk_name, record_name
+from ccrun.store import LISTING_NAMES, Store
+from ccrun.task import Outcome, Reason, Status, TaskId, TaskRecord, TaskType
 
 TASK = TaskId("t-1")
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
 SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0)
-QUICK = Pace(least_seconds=0.001, most_seconds=0.01)
+QUICK = PollPolicy(min_seconds=0.001, max_seconds=0.01)
 START = Cursor()
 
 #: Examples of one test must not see each other's tasks.
@@ -35,10 +38,10 @@ class WatchedBlobs(DirectoryBlobs):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.calls: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
         self.between: Callable[[], Awaitable[None]] | None = None
 
-    async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[Entry]:
+    async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
         await self._called("listing")
         entries = await super().entries(prefix, after=after, before=before, limit=limit)
         await self._meanwhile()
@@ -52,8 +55,8 @@ class WatchedBlobs(DirectoryBlobs):
 
     async def _called(self, what: str) -> None:
         self.calls[what] += 1
-        if self.faults[what] > 0:
-            self.faults[what] -= 1
+        if self.errors[what] > 0:
+            self.errors[what] -= 1
             raise StorageError
         await self._meanwhile()
 
@@ -122,18 +125,18 @@ def log(*chunks: int, lines: int = 2) -> list[str]:
     return [f"{chunk}:{line}" for chunk in chunks for line in range(1, lines + 1)]
 
 
-Seen = list[str | type[CaughtUp] | type[Quiet] | Status]
+Seen = list[str | type[CaughtUp] | type[Idle] | Status]
 
 
-async def look(reader: Reader, seen: Seen) -> None:
+async def look(reader: FeedReader, seen: Seen) -> None:
     """Note what a reader gets, until its end."""
-    async for item in reader.items(quiet_seconds=60):
+    async for item in reader.items(idle_seconds=60):
         match item:
             case Lines():
                 seen += places(item.frames)
-            case Ended():
+            case Finished():
                 seen.append(item.record.status)
-            case CaughtUp() | Quiet():
+            case CaughtUp() | Idle():
                 seen.append(type(item))
 
 
@@ -254,12 +257,12 @@ async def test_reader_that_hears_nothing_is_told(store: Store, feed: Feed) -> No
     """While nothing comes, a reader is told so again and again, so that it can keep its connection awake."""
     await begin(store)
     async with asyncio.timeout(10), feed.follow(TASK, after=START) as reader:
-        items = reader.items(quiet_seconds=0.005)
+        items = reader.items(idle_seconds=0.005)
         kinds = [type(await anext(items)) for _ in range(3)]
         await end(store)
         async for item in items:
             last = item
-    assert ([CaughtUp, Quiet, Quiet], Ended) == (kinds, type(last))
+    assert ([CaughtUp, Idle, Idle], Finished) == (kinds, type(last))
 
 
 async def test_record_is_as_fresh_as_the_last_poll(store: Store, feed: Feed) -> None:
@@ -342,7 +345,7 @@ async def test_nothing_is_lost_whenever_the_end_comes(
                     await anext(worker)
 
     blobs.between = between
-    feed = Feed(Store(blobs), Pace(least_seconds=0, most_seconds=0))
+    feed = Feed(Store(blobs), PollPolicy(min_seconds=0, max_seconds=0))
     expected = [place for place in log(*range(1, chunks + 1)) if (parse_cursor(place) or START) > after]
     for seen in await asyncio.gather(*(follow(feed, after, task_id) for _ in range(readers))):
         assert expected == lines_of(seen)
@@ -358,7 +361,7 @@ async def test_hundred_readers_cost_one_poll(store: Store, blobs: WatchedBlobs) 
     await begin(store)
     # Steady, so that one poll has a most that it can ask, however fast or slow the machine is; a hundred would go far beyond.
     pause = 0.01
-    feed = Feed(Store(blobs), Pace(least_seconds=pause, most_seconds=pause))
+    feed = Feed(Store(blobs), PollPolicy(min_seconds=pause, max_seconds=pause))
     seen: list[Seen] = [[] for _ in range(100)]
     async with asyncio.timeout(20), contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         loop = asyncio.get_running_loop()
@@ -385,7 +388,7 @@ async def test_slow_reader_holds_up_nobody(store: Store, blobs: WatchedBlobs, tm
     feed = Feed(Store(blobs), QUICK, window_bytes=window)
     async with asyncio.timeout(20), feed.follow(TASK, after=START) as slow:
         await add_chunk(store, 1)
-        items = slow.items(quiet_seconds=60)
+        items = slow.items(idle_seconds=60)
         assert type(await anext(items)) is CaughtUp
         for chunk in range(2, 101):
             (tmp_path / chunk_name(TASK, chunk, NOW)).write_bytes(text(chunk, 1) + b"\n" + text(chunk, 2) + b"\n")
@@ -395,7 +398,7 @@ async def test_slow_reader_holds_up_nobody(store: Store, blobs: WatchedBlobs, tm
         assert 0 < sum(map(len, kept.values())) <= window
         rest = [item async for item in items]
     assert log(*range(1, 101)) == [place for item in rest if isinstance(item, Lines) for place in places(item.frames)]
-    assert type(rest[-1]) is Ended
+    assert type(rest[-1]) is Finished
 
 
 async def test_reader_that_leaves_takes_nobody_with_it(store: Store, feed: Feed) -> None:
@@ -463,7 +466,7 @@ async def test_readers_are_counted(store: Store, feed: Feed) -> None:
 async def test_quiet_task_is_asked_for_less_often(store: Store, blobs: WatchedBlobs) -> None:
     """The longer nothing comes, the longer the pause between two polls, up to its bound."""
     await begin(store)
-    feed = Feed(Store(blobs), Pace(least_seconds=0.001, most_seconds=60))
+    feed = Feed(Store(blobs), PollPolicy(min_seconds=0.001, max_seconds=60))
     async with feed.follow(TASK, after=START):
         began = asyncio.get_running_loop().time()
         await until(lambda: asyncio.get_running_loop().time() > began + 0.5)
@@ -478,7 +481,7 @@ async def test_storage_that_fails_at_first_is_told(store: Store, feed: Feed, blo
     """A reader that comes while the storage does not answer is told; the next one tries again."""
     await begin(store)
     await end(store)
-    blobs.faults["listing"] = 1
+    blobs.errors["listing"] = 1
     with pytest.raises(StorageError):
         await follow(feed)
     assert [CaughtUp, Status.COMPLETED] == await follow(feed)
@@ -490,11 +493,11 @@ async def test_polls_that_fail_are_made_again(store: Store, feed: Feed, blobs: W
     await begin(store)
     async with following(feed) as seen:
         await until(lambda: CaughtUp in seen)
-        blobs.faults[what] = 3
+        blobs.errors[what] = 3
         await add_chunk(store, 1)
         await end(store)
     assert [CaughtUp, *log(1), Status.COMPLETED] == seen
-    assert blobs.faults[what] == 0
+    assert blobs.errors[what] == 0
 
 
 async def test_end_waits_for_the_last_chunks(store: Store, feed: Feed, blobs: WatchedBlobs) -> None:
@@ -504,7 +507,7 @@ async def test_end_waits_for_the_last_chunks(store: Store, feed: Feed, blobs: Wa
     async def fail_after_the_record() -> None:
         if blobs.calls["metadata.json"]:
             blobs.between = None
-            blobs.faults["listing"] = 1
+            blobs.errors["listing"] = 1
 
     async with following(feed) as seen:
         await until(lambda: CaughtUp in seen)
@@ -513,7 +516,7 @@ async def test_end_waits_for_the_last_chunks(store: Store, feed: Feed, blobs: Wa
         await add_chunk(store, 1)
         await end(store)
     assert [CaughtUp, *log(1), Status.COMPLETED] == seen
-    assert blobs.faults["listing"] == 0
+    assert blobs.errors["listing"] == 0
 
 
 async def test_chunk_that_cannot_be_read_is_read_again(store: Store, feed: Feed, blobs: WatchedBlobs) -> None:
@@ -521,7 +524,7 @@ async def test_chunk_that_cannot_be_read_is_read_again(store: Store, feed: Feed,
     await begin(store)
     await add_chunk(store, 1)
     await end(store)
-    blobs.faults[chunk_name(TASK, 1, NOW).rpartition("/")[2]] = 1
+    blobs.errors[chunk_name(TASK, 1, NOW).rpartition("/")[2]] = 1
     first, second = await asyncio.gather(follow(feed), follow(feed))
     assert [*log(1), CaughtUp, Status.COMPLETED] == first == second
 

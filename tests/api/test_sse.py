@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ccrun import ijson
+from ccrun import javascript_json
 from ccrun.api import sse
 from ccrun.api.sse import Cursor, parse_cursor
 
@@ -82,7 +82,7 @@ json_values = st.recursive(
 @example([{"a": "line\nbreak\r\u2028\u2029\0"}], 0)
 def test_reader_gets_every_line_as_it_was(values: list[object], after_line: int) -> None:
     """Whatever JSON a log holds, a reader by the standard's rules gets the same values, each with its ID."""
-    content = b"".join(ijson.dumps(value) + b"\n" for value in values)
+    content = b"".join(javascript_json.dumps(value) + b"\n" for value in values)
     events = read_stream(sse.lines(3, content, after_line=after_line))
     expected = [("message", f"3:{n}", value) for n, value in enumerate(values, 1) if n > after_line]
     assert expected == [(kind, event_id, json.loads(data)) for kind, event_id, data in events]

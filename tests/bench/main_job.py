@@ -22,11 +22,12 @@ import aiohttp
 import attrs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from harness import MADE_UP_KEY, PATIENCE, read_events, serve_process
+from helpers.service import MADE_UP_KEY, PATIENCE, read_events, serve_process
 
-from ccrun.demo.model import Say, ScriptedModel, sequence
-from ccrun.process import spawn
+from ccrun.claude_cli import find_cli
+from ccrun.process.child import spawn
 from ccrun.task import Secret, TaskId, TaskSpec, TaskType
+from ccrun.testing.model import Say, ScriptedModel, sequence
 from ccrun.worker import claude
 
 DEFAULT_RUNS: Final = 7
@@ -53,26 +54,26 @@ class Served:
 
 async def run_bare(model: ScriptedModel, folder: Path) -> Bare:
     """Run the CLI as a worker would, with nothing around it."""
-    rooms = {name: folder / name for name in ("home", "config", "tmp", "work")}
-    for room in rooms.values():
+    workspace = {name: folder / name for name in ("home", "config", "tmp", "work")}
+    for room in workspace.values():
         room.mkdir(parents=True)
     spec = TaskSpec(task_id=TaskId("bare"), type=TaskType.SYNC, prompt="Do it.", timeout_minutes=1.0)
     environment = claude.environment(
         spec,
         inherited=os.environ,
-        home=rooms["home"],
-        config=rooms["config"],
-        temporary=rooms["tmp"],
+        home=workspace["home"],
+        config=workspace["config"],
+        temporary=workspace["tmp"],
         base_url=model.url,
         run_token=Secret(MADE_UP_KEY),
         is_oauth=False,
         is_root=os.geteuid() == 0,
         marker="bare",
     )
-    argv = claude.argv(spec, cli=claude.find_cli(None, ""), files={})
+    argv = claude.argv(spec, cli=find_cli(None, ""), files={})
     began = time.monotonic()
     first_line = 0.0
-    async with spawn(argv, env=environment, cwd=rooms["work"], stdin=spec.prompt.encode()) as child:
+    async with spawn(argv, env=environment, cwd=workspace["work"], stdin=spec.prompt.encode()) as child:
         async for _ in child.lines():
             first_line = first_line or time.monotonic() - began
         await child.wait()

@@ -32,14 +32,14 @@ from google.cloud import run_v2
 from google.cloud.run_v2.services.jobs.transports import JobsGrpcAsyncIOTransport
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sides import POLL_SECONDS, Door, Sides, open_sides
+from helpers.sides import POLL_SECONDS, Door, Sides, open_sides
 from standins.gcs import BUCKET
 from standins.kms import KEY_NAME, KEY_RING, LOCATION, PROJECT
 
 from ccrun import log
 from ccrun.config import LogFormat
-from ccrun.demo.model import Conversation, Hang, Reply, Say
 from ccrun.task import Status, TaskId
+from ccrun.testing.model import Conversation, Hang, Reply, Say
 
 DEFAULT_RUNS: Final = 20
 #: Seconds for which a silent task is followed.

@@ -11,7 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-from ccrun import process, removal
+from ccrun import removal
+from ccrun.process import linux
+from ccrun.process.child import spawn
 
 #: How a worker turns what it starts into the agent's user: no group, no capability, no way back to any.
 AS_AGENT = (
@@ -66,8 +68,8 @@ def _owner(path: Path) -> int | None:
 
 async def main(root: Path, agent_user: int) -> None:
     """Run one agent in a room below `root`, to its end."""
-    process.harden()
-    process.become_subreaper()
+    linux.harden()
+    linux.become_subreaper()
     secret, room = root / "secret", root / "room"
     secret.write_text("made up")
     secret.chmod(0o600)
@@ -76,7 +78,7 @@ async def main(root: Path, agent_user: int) -> None:
     os.chown(room, agent_user, agent_user)
     argv = [*AS_AGENT.format(agent_user).split(), "sh", "-c", AGENT, "agent", str(os.getpid()), str(os.getuid())]
     seen: list[str] = []
-    async with process.spawn(argv, env={"PATH": os.environ["PATH"]}, cwd=room, term_grace_seconds=0.2) as child:
+    async with spawn(argv, env={"PATH": os.environ["PATH"]}, cwd=room, term_grace_seconds=0.2) as child:
         async for line in child.lines():
             if line == b"ready":
                 break

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
-import dockerfile
 import pytest
-import scratch_root
-from dockerfile import CONTAINERS, ROOT
-from scratch_root import Built
+from helpers import dockerfile, scratch_root
+from helpers.dockerfile import CONTAINERS, ROOT
+from helpers.scratch_root import Built
 
 from ccrun import __version__
 

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dockerfile
 import pytest
-from dockerfile import CONTAINERS, ROOT
-from harness import Service, StartService
+from helpers import dockerfile
+from helpers.dockerfile import CONTAINERS, ROOT
+from helpers.service import Service, StartService
 
 HADOLINT = Path(sys.executable).with_name("hadolint")
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from dockerfile import CONTAINERS, ROOT
+from helpers.dockerfile import CONTAINERS, ROOT
 
 ENTRYPOINT: Final = CONTAINERS / "worker-entrypoint.sh"
 #: <linux/capability.h>

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from dockerfile import CONTAINERS, ROOT
+from helpers.dockerfile import CONTAINERS, ROOT
 
 WHOLE = ROOT / "scripts" / "requirements.txt"
 API = CONTAINERS / "requirements-api.txt"

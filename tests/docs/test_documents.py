@@ -14,8 +14,8 @@ from typing import Final
 
 import attrs
 import pytest
-from deployharness import make_clone
-from harness import CALLBACK_SECRET, MADE_UP_KEY, PATIENCE, StartService
+from helpers.deploy import make_clone
+from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, PATIENCE, StartService
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import aiohttp
 import pytest
-from githarness import Ground, ground
-from harness import CALLBACK_SECRET, PATIENCE, StartService
+from helpers.git import Ground, ground
+from helpers.service import CALLBACK_SECRET, PATIENCE, StartService
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 
-from ccrun.task import Status, WebhookState
+from ccrun.task import CallbackState, Status
 
 __all__ = ["ground"]
 
@@ -114,10 +114,12 @@ async def test_a_receiver_takes_a_callback_of_ccruns(receiver: str, start_servic
         answer = await service.submit(callbackUrl=receiver, metadata={"text": "äöü ☃ \u2028", "number": 1e-7})
         record = await service.until(
             answer["taskId"],
-            lambda record: bool(record.webhook and record.webhook.state in (WebhookState.DELIVERED, WebhookState.OWED)),
+            lambda record: bool(
+                record.webhook and record.webhook.state in (CallbackState.DELIVERED, CallbackState.OWED)
+            ),
         )
     assert record.webhook is not None
-    assert (WebhookState.DELIVERED, 1) == (record.webhook.state, record.webhook.attempts)
+    assert (CallbackState.DELIVERED, 1) == (record.webhook.state, record.webhook.attempts)
 
 
 @pytest.mark.parametrize("fault", ["body", "old", "signature", "missing"])

@@ -14,10 +14,10 @@ import attrs
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from harness import CALLBACK_SECRET, MADE_UP_KEY, PATIENCE, Service, StartService, read_events
+from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, PATIENCE, Service, StartService, read_events
 
-from ccrun.demo.model import Conversation, Hang, Reply, Say, UseTool, sequence
-from ccrun.task import Reason, Status, WebhookState
+from ccrun.task import CallbackState, Reason, Status
+from ccrun.testing.model import Conversation, Hang, Reply, Say, UseTool, sequence
 
 FakeCli = Callable[[str], Path]
 
@@ -100,7 +100,7 @@ async def test_an_async_task_calls_back_signed_and_once(service: Service, receiv
     told = json.loads(body)
     assert (answer["taskId"], "completed", {"order": 7}) == (told["taskId"], told["status"], told["metadata"])
     record = await service.until(
-        answer["taskId"], lambda record: bool(record.webhook and record.webhook.state is WebhookState.DELIVERED)
+        answer["taskId"], lambda record: bool(record.webhook and record.webhook.state is CallbackState.DELIVERED)
     )
     assert record.webhook is not None
     assert 1 == record.webhook.attempts
@@ -112,7 +112,7 @@ async def test_a_callback_is_delivered_again_on_demand(service: Service, receive
     answer = await service.submit(callbackUrl=receiver.url)
     first = await receiver.next()
     await service.until(
-        answer["taskId"], lambda record: bool(record.webhook and record.webhook.state is WebhookState.DELIVERED)
+        answer["taskId"], lambda record: bool(record.webhook and record.webhook.state is CallbackState.DELIVERED)
     )
     async with service.http.post(f"{service.url}/tasks/{answer['taskId']}/webhook") as response:
         assert 202 == response.status

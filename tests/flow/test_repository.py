@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from githarness import Ground, ground
-from harness import PATIENCE, Service, StartService
+from helpers.git import Ground, ground
+from helpers.service import PATIENCE, Service, StartService
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Repository
 
-from ccrun.demo.model import Hang, Say, Script, UseTool, sequence
 from ccrun.task import Status
+from ccrun.testing.model import Hang, Say, Script, UseTool, sequence
 
 __all__ = ["ground"]
 pytestmark = needs_ssh

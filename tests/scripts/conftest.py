@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from deployharness import IN_ORDER, Clone, Walk, make_clone
+from helpers.deploy import IN_ORDER, Clone, Walk, make_clone
 
 
 @pytest.fixture

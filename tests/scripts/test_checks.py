@@ -4,9 +4,9 @@ import json
 import os
 
 import pytest
-from checksharness import TOKEN, Checked, Checks, run
-from deployharness import PROJECT, ROOT, Clone
-from harness import StartService
+from helpers.check import TOKEN, Checked, Checks, run
+from helpers.deploy import PROJECT, ROOT, Clone
+from helpers.service import StartService
 
 
 @pytest.fixture

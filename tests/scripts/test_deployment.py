@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from deployharness import IN_ORDER, OPERATOR, PROJECT, ROOT, SETTINGS, Clone, Walk, fresh_project, put_command
+from helpers.deploy import IN_ORDER, OPERATOR, PROJECT, ROOT, SETTINGS, Clone, Walk, fresh_project, put_command
 
 DOCUMENT: Final = ROOT / "docs" / "permissions.md"
 BUCKET: Final = f"{PROJECT}-claude-logs"

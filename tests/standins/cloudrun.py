@@ -214,7 +214,7 @@ class CloudRun:
         self.host = ""
         self._command = tuple(command)
         self._environment = dict(environment)
-        self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
+        self._errors: defaultdict[str, deque[Fault]] = defaultdict(deque)
         #: Those that are pruned too.
         self._all: list[Execution] = []
         self._lives: list[asyncio.Task[None]] = []
@@ -222,7 +222,7 @@ class CloudRun:
 
     def fail(self, method: str, fault: Fault, *, times: int = 1) -> None:
         """Let the next calls of a method (`RunJob`, `GetExecution`, `CancelExecution`) go wrong."""
-        self._faults[method].extend(itertools.repeat(fault, times))
+        self._errors[method].extend(itertools.repeat(fault, times))
 
     def cancel(self, name: str) -> None:
         """Cancel an execution, as somebody at the console would."""
@@ -301,8 +301,8 @@ class CloudRun:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             self.calls[name] += 1
-            faults = self._faults[name]
-            fault = faults.popleft() if faults else Fault()
+            errors = self._errors[name]
+            fault = errors.popleft() if errors else Fault()
             await asyncio.sleep(fault.delay_seconds)
             if fault.code is not None:
                 await _abort(context, fault.code, "The test wants it so.", retry_seconds=fault.retry_seconds)

@@ -103,15 +103,15 @@ class Gcs:
         #: Do not keep what is uploaded in parts, only count it.
         self.discards = False
         self._uploads: dict[str, _Upload] = {}
-        self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
+        self._errors: defaultdict[str, deque[Fault]] = defaultdict(deque)
         self._always: dict[str, Fault] = {}
         self._objects: dict[tuple[str, str], deque[Fault]] = {}
         self._deleting = asyncio.Lock()
         self._open = contextlib.AsyncExitStack()
 
-    def fail(self, method: Method, *faults: Fault, times: int = 1) -> None:
+    def fail(self, method: Method, *errors: Fault, times: int = 1) -> None:
         """Let the next calls of a method go wrong, one fault a call."""
-        self._faults[method].extend(itertools.chain.from_iterable(itertools.repeat(faults, times)))
+        self._errors[method].extend(itertools.chain.from_iterable(itertools.repeat(errors, times)))
 
     def fail_always(self, method: Method, fault: Fault) -> None:
         """Let every call of a method go wrong."""
@@ -127,7 +127,7 @@ class Gcs:
 
     def heal(self) -> None:
         """Let everything go well again."""
-        self._faults.clear()
+        self._errors.clear()
         self._always.clear()
         self._objects.clear()
 
@@ -180,11 +180,11 @@ class Gcs:
         return answer
 
     def _fault(self, method: str, name: str) -> Fault:
-        for (failing, part), faults in self._objects.items():
-            if failing == method and part in name and faults:
-                return faults.popleft()
-        faults = self._faults[method]
-        return faults.popleft() if faults else self._always.get(method, FINE)
+        for (failing, part), errors in self._objects.items():
+            if failing == method and part in name and errors:
+                return errors.popleft()
+        errors = self._errors[method]
+        return errors.popleft() if errors else self._always.get(method, FINE)
 
     async def _carry_out(self, request: web.BaseRequest, method: str, body: bytes) -> web.Response:
         if method == "part":

@@ -21,9 +21,9 @@ from aiohttp import web
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from ccrun.gcp import calls
-from ccrun.gcp.calls import Patience
-from ccrun.gcp.key import KmsKey
+from ccrun.backends.gcp import calls
+from ccrun.backends.gcp.calls import CallPolicy
+from ccrun.backends.gcp.key import KmsKey
 
 PROJECT, LOCATION, KEY_RING, KEY_NAME = "test-project", "global", "claude-code", "payload-encryption"
 NAME: Final = f"projects/{PROJECT}/locations/{LOCATION}/keyRings/{KEY_RING}/cryptoKeys/{KEY_NAME}"
@@ -91,11 +91,11 @@ class Kms:
         #: What the last call carried.
         self.authorization: str | None = None
         self.host = ""
-        self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
+        self._errors: defaultdict[str, deque[Fault]] = defaultdict(deque)
 
     def fail(self, method: str, fault: Fault, *, times: int = 1) -> None:
         """Let the next calls of a method go wrong."""
-        self._faults[method].extend(itertools.repeat(fault, times))
+        self._errors[method].extend(itertools.repeat(fault, times))
 
     async def __aenter__(self) -> Self:
         app = web.Application()
@@ -113,8 +113,8 @@ class Kms:
         name, method = request.match_info["name"], request.match_info["method"]
         self.calls[method] += 1
         self.authorization = request.headers.get("Authorization")
-        faults = self._faults[method]
-        fault = faults.popleft() if faults else Fault()
+        errors = self._errors[method]
+        fault = errors.popleft() if errors else Fault()
         await asyncio.sleep(fault.delay_seconds)
         if fault.status is not None:
             return _refusal(fault.status, "The test wants it so.", fault)
@@ -173,7 +173,7 @@ def _refusal(status: int, message: str, fault: Fault | None = None, *, status_na
 
 
 @contextlib.asynccontextmanager
-async def key_of(server: Kms, *, patience: Patience | None = None) -> AsyncIterator[KmsKey]:
+async def key_of(server: Kms, *, policy: CallPolicy | None = None) -> AsyncIterator[KmsKey]:
     """Yield the key service on the server's key."""
     async with aiohttp.ClientSession() as session:
         yield KmsKey(
@@ -184,5 +184,5 @@ async def key_of(server: Kms, *, patience: Patience | None = None) -> AsyncItera
             session=session,
             credentials=await calls.credentials(session, emulated=True),
             emulator=server.host,
-            patience=patience or Patience(),
+            policy=policy or CallPolicy(),
         )

@@ -17,22 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccrun.demo.model import Fail, Hang, RecordedRequest, Say, Script, ScriptedModel, UseTool, sequence
+from ccrun.claude_cli import find_cli
 from ccrun.errors import CcrunError
-from ccrun.process import Exit, spawn
+from ccrun.process.child import spawn
+from ccrun.process.exit import Exit
 from ccrun.task import ConfigFile, Outcome, Reason, Secret, Status, TaskId, TaskSpec, TaskType, is_reserved_variable
-from ccrun.worker.claude import (
+from ccrun.testing.model import Fail, Hang, RecordedRequest, Say, Script, ScriptedModel, UseTool, sequence
+from ccrun.worker.claude import MAX_TEMPORARY_PATH_BYTES, argv, environment, inputs
+from ccrun.worker.transcript import (
     MAX_ERROR_CHARS,
     MAX_PARSED_LINE_BYTES,
     MAX_RESULT_CHARS,
-    MAX_TEMPORARY_PATH_BYTES,
     Transcript,
-    argv,
-    environment,
-    find_cli,
-    inputs,
-    judge,
     line_for_log,
+    outcome_of_run,
 )
 
 MIB = 1024 * 1024
@@ -296,7 +294,7 @@ def test_figures_that_cannot_be_kept_are_dropped() -> None:
     """Neither a number that JavaScript does not have nor a text that cannot be encoded gets into the record."""
     hostile = rb"""{"type":"result","is_error":false,"num_turns":1e9,"total_cost_usd":NaN,"session_id":"\ud800","result":7,
         "usage":{"a":1e999,"b":123456789012345678901,"c":"\udfff","\ud800":1,"d":[1],"e":null}}""".replace(b"\n", b"")
-    outcome = judge(told(hostile), Exit(code=0))
+    outcome = outcome_of_run(told(hostile), Exit(code=0))
     assert outcome == Outcome(
         status=Status.COMPLETED,
         reason=Reason.COMPLETED,
@@ -449,7 +447,7 @@ def test_a_run_is_judged(
     events: list[Any], ended: Exit, more: Mapping[str, Any], reason: Reason, code: int, error: str | None
 ) -> None:
     """Success needs a good last result and a good end; a failure has one reason, never exit code 0, and the CLI's own words."""
-    outcome = judge(told(*events), ended, **more)
+    outcome = outcome_of_run(told(*events), ended, **more)
     status = Status.COMPLETED if reason is Reason.COMPLETED else Status.FAILED
     assert (outcome.status, outcome.reason, outcome.exit_code, outcome.error) == (status, reason, code, error)
 
@@ -468,7 +466,7 @@ def test_an_outcome_has_the_figures_of_the_run() -> None:
         session_id="s1",
         result="Done.",
     )
-    assert judge(told(user, RESULT), OK) == completed
+    assert outcome_of_run(told(user, RESULT), OK) == completed
     failed = attrs.evolve(
         completed,
         status=Status.FAILED,
@@ -477,13 +475,13 @@ def test_an_outcome_has_the_figures_of_the_run() -> None:
         error="API Error: 500",
         result="API Error: 500",
     )
-    assert judge(told(user, API_RESULT), OK) == failed
+    assert outcome_of_run(told(user, API_RESULT), OK) == failed
 
 
 def test_texts_of_the_cli_are_bounded() -> None:
     """The record stays small, however long the answer is; a cut is visible."""
     long = "é" * (2 * MAX_RESULT_CHARS)
-    outcome = judge(told({**API_RESULT, "result": long}), OK)
+    outcome = outcome_of_run(told({**API_RESULT, "result": long}), OK)
     assert outcome.result == "é" * (MAX_RESULT_CHARS - 1) + "…"
     assert outcome.error == "é" * (MAX_ERROR_CHARS - 1) + "…"
 
@@ -568,7 +566,7 @@ def run_cli(room: Path) -> Callable[..., Any]:
                         child.terminate()
                 ended = await child.wait()
             return Run(
-                outcome=judge(transcript, ended),
+                outcome=outcome_of_run(transcript, ended),
                 events=events,
                 stderr=child.stderr_tail.decode(),
                 requests=list(model.requests),

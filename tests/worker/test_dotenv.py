@@ -13,9 +13,9 @@ from typing import Final
 import attrs
 import dotenv as python_dotenv
 import pytest
+from helpers.javascript import RECEIVERS, node_with_packages
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from javascript import RECEIVERS, node_with_packages
 
 from ccrun.worker.dotenv import Dotenv, Reader, append, spell, spellings
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import psutil
 import pytest
-from githarness import Ground, ground
+from helpers.git import Ground, ground
+from helpers.worker import TASK, Bench, agent, agent_user, bench
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Link
-from workerharness import TASK, Bench, agent, agent_user, bench
 
-from ccrun.process import User
+from ccrun.process.user import User
 from ccrun.task import Reason, Secret, Status
-from ccrun.worker.run import Times
+from ccrun.worker.dependencies import WorkerTimeouts
 
 __all__ = ["agent", "agent_user", "bench", "ground"]
 
@@ -104,7 +104,7 @@ async def test_a_command_that_a_signal_ends_is_told(bench: Bench, agent: Agent) 
 async def test_a_command_over_its_time_is_ended(bench: Bench, agent: Agent) -> None:
     """With all that it has started."""
     await bench.submit(pre_execution_commands=(f"(exec -a sleeper-{TASK} sleep 600) & echo begun; wait",))
-    record = await bench.run(cli=agent("true"), times=Times(term_grace=0.2, cancel_poll=0.02, command=0.5))
+    record = await bench.run(cli=agent("true"), timeouts=WorkerTimeouts(term_grace=0.2, cancel_poll=0.02, command=0.5))
     assert "Pre-execution command 1 of 1 was not done within 0.5 s; the end of its output: begun" == record.error
     assert not [
         found for found in psutil.process_iter(["cmdline"]) if f"sleeper-{TASK}" in (found.info["cmdline"] or ())

@@ -16,17 +16,19 @@ import attrs
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from harness import MADE_UP_KEY, PATIENCE, until_record
-from workerharness import PRELUDE, RESULT, TASK, Bench, FakeCli, bench, serve_model
+from helpers.service import MADE_UP_KEY, PATIENCE, until_record
+from helpers.worker import PRELUDE, RESULT, TASK, Bench, FakeCli, bench, serve_model
 
-from ccrun import task, webhook
-from ccrun.blobs import Blob, DirectoryBlobs
-from ccrun.courier import Courier
-from ccrun.demo.model import Fail, Say, UseTool, sequence
+from ccrun import lifecycle, task
+from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.blobs import Blob
+from ccrun.callbacks import deliver, guard
+from ccrun.callbacks.owed import OwedCallbacks
+from ccrun.claude_cli import find_cli
 from ccrun.errors import StorageError
 from ccrun.store import Store
-from ccrun.task import ConfigFile, Reason, Secret, Status, TaskId, WebhookState
-from ccrun.worker import claude
+from ccrun.task import CallbackState, ConfigFile, Reason, Secret, Status, TaskId
+from ccrun.testing.model import Fail, Say, UseTool, sequence
 
 __all__ = ["bench", "serve_model"]
 
@@ -125,7 +127,7 @@ async def test_the_outcome_says_how_the_cli_ended(
 async def test_a_missing_cli_fails_the_task_with_what_to_do(bench: Bench) -> None:
     """A worker without the CLI says how to get it."""
     await bench.submit()
-    record = await bench.run(cli=lambda: claude.find_cli("no-such-program", os.environ["PATH"]))
+    record = await bench.run(cli=lambda: find_cli("no-such-program", os.environ["PATH"]))
     assert (Status.FAILED, Reason.PREPARE_FAILED) == (record.status, record.reason)
     assert "CLAUDE_CLI does not name a program that can be run." == record.error
 
@@ -160,7 +162,7 @@ def is_alive(pid: int) -> bool:
 async def until_log(bench: Bench) -> None:
     """Wait until the agent has said something."""
     async with asyncio.timeout(PATIENCE):
-        while not (await bench.parts.store.listing(TASK, first=1)).chunks:
+        while not (await bench.deps.store.listing(TASK, first=1)).chunks:
             await asyncio.sleep(0.01)
 
 
@@ -178,7 +180,7 @@ async def test_a_cancel_on_the_record_ends_the_task(bench: Bench, fake_cli: Fake
     """A cancel needs no signal: the worker sees it on the record, and the task ends as cancelled with 130."""
     await bench.submit()
     running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
-    await until_record(bench.parts.store, TASK, lambda record: record.status is Status.RUNNING)
+    await until_record(bench.deps.store, TASK, lambda record: record.status is Status.RUNNING)
     await bench.dispatcher.cancel(TASK)
     record = await running
     assert (Status.CANCELLED, Reason.CANCELLED, 130) == (record.status, record.reason, record.exit_code)
@@ -187,8 +189,8 @@ async def test_a_cancel_on_the_record_ends_the_task(bench: Bench, fake_cli: Fake
 async def test_a_worker_that_is_told_to_end_records_that(bench: Bench, fake_cli: FakeCli) -> None:
     """SIGTERM without a cancel is the platform's: a failure with the reason `killed`, in time and with the log as it was."""
     await bench.submit()
-    times = attrs.evolve(bench.parts.times, term_grace=600.0, shutdown_term_grace=0.2)
-    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN), times=times))
+    timeouts = attrs.evolve(bench.deps.timeouts, term_grace=600.0, shutdown_term_grace=0.2)
+    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN), timeouts=timeouts))
     await until_log(bench)
     began = time.monotonic()
     bench.shutdown.set()
@@ -202,11 +204,11 @@ async def test_a_worker_that_is_told_to_end_records_that(bench: Bench, fake_cli:
 async def test_a_cancel_that_was_answered_stands(bench: Bench, fake_cli: FakeCli) -> None:
     """A task that was told to be cancelled ends as cancelled, even when the CLI had just succeeded."""
     await bench.submit()
-    parts = attrs.evolve(bench.parts.times, cancel_poll=60.0)
+    deps = attrs.evolve(bench.deps.timeouts, cancel_poll=60.0)
     script = PRELUDE + "say(type='system')\nwhile not os.path.exists(%r): time.sleep(0.01)\nresult()"
     flag = Path(tempfile.mkdtemp()) / "cancelled"
-    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(script % str(flag)), times=parts))
-    await until_record(bench.parts.store, TASK, lambda record: record.status is Status.RUNNING)
+    running = asyncio.create_task(bench.run(cli=lambda: fake_cli(script % str(flag)), timeouts=deps))
+    await until_record(bench.deps.store, TASK, lambda record: record.status is Status.RUNNING)
     await bench.dispatcher.cancel(TASK)
     flag.touch()
     record = await running
@@ -220,7 +222,9 @@ async def test_a_task_that_others_have_ended_ends_its_agent(bench: Bench, fake_c
     running = asyncio.create_task(bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
     await until_log(bench)
     lost = task.Outcome(status=Status.FAILED, reason=Reason.WORKER_LOST, exit_code=1, error="Lost.")
-    ended = await bench.parts.store.update(TASK, lambda record: task.finish(record, lost, at=dt.datetime.now(dt.UTC)))
+    ended = await bench.deps.store.update(
+        TASK, lambda record: lifecycle.finish(record, lost, at=dt.datetime.now(dt.UTC))
+    )
     assert ended == await running
     [line] = await bench.log()
     assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
@@ -229,8 +233,8 @@ async def test_a_task_that_others_have_ended_ends_its_agent(bench: Bench, fake_c
 async def test_a_cli_that_says_nothing_is_stalled(bench: Bench, fake_cli: FakeCli) -> None:
     """A CLI without a first line is ended long before the task's time is up."""
     await bench.submit()
-    times = attrs.evolve(bench.parts.times, first_line=0.3)
-    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "time.sleep(600)"), times=times)
+    timeouts = attrs.evolve(bench.deps.timeouts, first_line=0.3)
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "time.sleep(600)"), timeouts=timeouts)
     assert (Status.FAILED, Reason.STALLED) == (record.status, record.reason)
     assert "The Claude CLI printed nothing within 0.3 s." == record.error
 
@@ -246,8 +250,8 @@ async def test_a_cli_that_goes_on_with_a_refused_credential_is_ended(bench: Benc
 async def test_a_cli_that_does_not_exit_after_its_result_has_completed(bench: Bench, fake_cli: FakeCli) -> None:
     """The result counts, not the process that forgot to end."""
     await bench.submit()
-    times = attrs.evolve(bench.parts.times, after_result=0.2)
-    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()\ntime.sleep(600)"), times=times)
+    timeouts = attrs.evolve(bench.deps.timeouts, after_result=0.2)
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()\ntime.sleep(600)"), timeouts=timeouts)
     assert (Status.COMPLETED, 0) == (record.status, record.exit_code)
 
 
@@ -265,7 +269,7 @@ async def test_a_second_worker_finds_the_task_taken(bench: Bench, fake_cli: Fake
 async def test_the_payload_is_gone_when_the_agent_begins(bench: Bench, fake_cli: FakeCli) -> None:
     """The sealed request lives no longer than it must."""
     await bench.submit()
-    folder = Path(bench.parts.store.logs_path(TASK).removeprefix("file://"))
+    folder = Path(bench.deps.store.logs_path(TASK).removeprefix("file://"))
     script = f"result(result=str(os.path.exists({str(folder / 'encrypted-payload.bin')!r})))"
     record = await bench.run(cli=lambda: fake_cli(PRELUDE + script))
     assert record.summary is not None
@@ -277,7 +281,7 @@ async def test_a_payload_of_another_task_is_not_opened(bench: Bench, fake_cli: F
     other = TaskId(f"{TASK}-2")
     await bench.submit(task_id=other)
     await bench.submit()
-    folder = Path(bench.parts.store.logs_path(TASK).removeprefix("file://")).parent
+    folder = Path(bench.deps.store.logs_path(TASK).removeprefix("file://")).parent
     (folder / other / "encrypted-payload.bin").replace(folder / TASK / "encrypted-payload.bin")
     record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"))
     assert (Status.FAILED, Reason.PREPARE_FAILED) == (record.status, record.reason)
@@ -390,14 +394,14 @@ async def receiver() -> AsyncIterator[tuple[str, list[bytes], list[int]]]:
         yield str(server.make_url("/hook?token=of-the-receiver")), bodies, statuses
 
 
-def with_courier(bench: Bench) -> Courier:
+def with_courier(bench: Bench) -> OwedCallbacks:
     """Return a courier that does not wait long."""
-    return Courier(
-        store=bench.parts.store,
-        wrapper=bench.parts.wrapper,
+    return OwedCallbacks(
+        store=bench.deps.store,
+        wrapper=bench.deps.wrapper,
         secret=Secret("made-up-callback-secret"),
-        guard=webhook.Guard(everywhere=True),
-        patience=webhook.Patience(first_pause_seconds=0.01),
+        guard=guard.CallbackGuard(everywhere=True),
+        policy=deliver.RetryPolicy(first_delay_seconds=0.01),
     )
 
 
@@ -408,9 +412,9 @@ async def test_the_callback_comes_once_and_is_recorded(
     url, bodies, statuses = receiver
     statuses += [500]
     await bench.submit(callback_url=Secret(url), metadata={"id": 1})
-    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), courier=with_courier(bench))
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=with_courier(bench))
     assert record.webhook is not None
-    assert (WebhookState.DELIVERED, 2) == (record.webhook.state, record.webhook.attempts)
+    assert (CallbackState.DELIVERED, 2) == (record.webhook.state, record.webhook.attempts)
     assert bodies[0] == bodies[1]
     body = json.loads(bodies[1])
     assert (TASK, "completed", 0, {"id": 1}) == (body["taskId"], body["status"], body["exitCode"], body["metadata"])
@@ -424,11 +428,11 @@ async def test_a_callback_that_fails_is_owed(
     url, _, statuses = receiver
     statuses += [500] * 10
     await bench.submit(callback_url=Secret(url))
-    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), courier=with_courier(bench))
+    record = await bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=with_courier(bench))
     assert record.webhook is not None
-    assert (Status.COMPLETED, WebhookState.OWED) == (record.status, record.webhook.state)
+    assert (Status.COMPLETED, CallbackState.OWED) == (record.status, record.webhook.state)
     assert "The receiver answered 500." == record.webhook.last_error
-    assert [TASK] == [mark.task_id for mark in await bench.parts.store.active()]
+    assert [TASK] == [mark.task_id for mark in await bench.deps.store.active()]
 
 
 async def test_at_shutdown_an_undelivered_callback_is_handed_to_the_sweep(bench: Bench, fake_cli: FakeCli) -> None:
@@ -444,13 +448,13 @@ async def test_at_shutdown_an_undelivered_callback_is_handed_to_the_sweep(bench:
     app.router.add_post("/", hang)
     async with TestServer(app) as server:
         await bench.submit(callback_url=Secret(str(server.make_url("/"))))
-        times = attrs.evolve(bench.parts.times, shutdown_callback=0.1)
+        timeouts = attrs.evolve(bench.deps.timeouts, shutdown_callback=0.1)
         running = asyncio.create_task(
-            bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), courier=with_courier(bench), times=times)
+            bench.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=with_courier(bench), timeouts=timeouts)
         )
         await hanging.wait()
         bench.shutdown.set()
         record = await running
     assert record.webhook is not None
-    assert WebhookState.OWED == record.webhook.state
-    assert task.is_callback_due(record, at=dt.datetime.now(dt.UTC))
+    assert CallbackState.OWED == record.webhook.state
+    assert lifecycle.is_callback_due(record, at=dt.datetime.now(dt.UTC))

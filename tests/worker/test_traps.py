@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from githarness import Ground, git_at, ground
+from helpers.git import Ground, git_at, ground
+from helpers.worker import Bench, agent, agent_user, bench
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Repository, environment, run_git
-from workerharness import Bench, agent, agent_user, bench
 
-from ccrun.process import User
-from ccrun.task import Actions, GitAction, Secret, Status, UploadAction
+from ccrun.process.user import User
+from ccrun.task import GitAction, PostRunActions, Secret, Status, UploadAction
 
 __all__ = ["agent", "agent_user", "bench", "ground"]
 pytestmark = needs_ssh
@@ -138,7 +138,7 @@ async def repository(ground: Ground) -> Repository:
     return await ground.repos.create("demo", {"a.txt": "old", ".gitattributes": "* filter=evil diff=evil merge=evil\n"})
 
 
-PUSHING: Final = Actions(
+PUSHING: Final = PostRunActions(
     git=GitAction(commit=True, push=True), upload_files=UploadAction(glob_patterns=("**", ".git/**", "**/.git/**"))
 )
 
@@ -223,7 +223,7 @@ async def test_a_rescue_runs_nothing_that_was_planted(
     async with GitSsh(ground.repos) as server:
         script = planting(evidence / "trap", server.url("demo").rpartition("/")[0])
         await bench.submit(git_repo=server.url("demo"), ssh_key=Secret(key_pair().openssh))
-        record = await bench.run(cli=agent(script, ending="exit 1"), agent_user=agent_user)
+        record = await bench.run(cli=agent(script, stop="exit 1"), agent_user=agent_user)
     assert Status.FAILED == record.status
     assert ["rescue.patch"] == [file.original_path for file in record.uploaded_files or ()]
     assert {} == caught(evidence)
@@ -242,7 +242,7 @@ async def test_a_submodule_that_is_an_option_is_not_pushed(
     module = f'[submodule "--upload-pack={trap}"]\n\tpath = -sub\n\turl = --upload-pack={trap}\n\tupdate = !{trap}\n'
     async with GitSsh(ground.repos) as server:
         given = {"git_repo": server.url("demo"), "ssh_key": Secret(key_pair().openssh)}
-        await bench.submit(**given, post_execution_actions=Actions(git=GitAction(commit=True, push=True)))
+        await bench.submit(**given, post_execution_actions=PostRunActions(git=GitAction(commit=True, push=True)))
         script = agent(f"printf {shlex.quote(module)} >.gitmodules; echo new >a.txt")
         record = await bench.run(cli=script, agent_user=agent_user)
     [error] = record.action_errors
@@ -260,8 +260,8 @@ async def test_an_agent_cannot_look_into_the_worker(
     import asyncio
     import os
 
-    from ccrun.process import find_user
-    from ccrun.worker.git import SYSTEM_PATH
+    from ccrun.process.user import find_user
+    from ccrun.worker.git.run import SYSTEM_PATH
 
     if os.geteuid() != 0:
         pytest.skip("only root may start processes as another user")

@@ -15,13 +15,14 @@ from typing import BinaryIO, Final
 
 import pytest
 
-from ccrun.blobs import MAX_NAME_BYTES, DirectoryBlobs
+from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.blobs import MAX_NAME_BYTES
 from ccrun.errors import StorageError
 from ccrun.removal import remove_tree
 from ccrun.store import Store
 from ccrun.task import TaskId, UploadAction, UploadedFile
 from ccrun.worker import uploads
-from ccrun.worker.uploads import MAX_FAULTS, MAX_FILES, PARALLEL_UPLOADS, Uploads, upload_files
+from ccrun.worker.uploads import MAX_FILES, MAX_UPLOAD_ERRORS, PARALLEL_UPLOADS, Uploads, upload_files
 
 TASK: Final = TaskId("a-task")
 SECRET: Final = b"what the agent may not read"
@@ -111,7 +112,7 @@ async def test_prefix_is_a_folder_among_the_uploads(scene: Scene, prefix: str) -
 async def test_prefix_does_not_lead_elsewhere(scene: Scene, prefix: str) -> None:
     """A prefix that would, had it come so far, keeps everything from being uploaded, and is told."""
     scene.write("x")
-    assert Uploads(faults=("gcsPrefix cannot be a part of an object's name.",)) == await scene.upload(prefix=prefix)
+    assert Uploads(errors=("gcsPrefix cannot be a part of an object's name.",)) == await scene.upload(prefix=prefix)
     assert {} == scene.kept()
 
 
@@ -119,7 +120,7 @@ async def test_file_that_several_patterns_mean_goes_once(scene: Scene) -> None:
     """Patterns that overlap make no file twice."""
     scene.write("a/b.log")
     found = await scene.upload("a", "a/", "**/*.log", "a/b.{log,log}")
-    assert (["a/b.log"], ()) == (paths(found), found.faults)
+    assert (["a/b.log"], ()) == (paths(found), found.errors)
 
 
 async def test_taken_away_is_not_uploaded(scene: Scene) -> None:
@@ -138,20 +139,20 @@ async def test_files_come_in_the_order_of_their_paths(scene: Scene) -> None:
 async def test_no_match_is_told(scene: Scene) -> None:
     """That nothing was found is no error, but said."""
     scene.write("a.txt")
-    assert Uploads(faults=("No file matches globPatterns.",)) == await scene.upload("*.log")
+    assert Uploads(errors=("No file matches globPatterns.",)) == await scene.upload("*.log")
 
 
 async def test_pattern_that_cannot_be_used_is_told(scene: Scene) -> None:
     """A bomb of braces, had it come so far, is one sentence."""
-    assert ("globPatterns may stand for at most 1000 patterns.",) == (await scene.upload("{a,b}" * 20)).faults
+    assert ("globPatterns may stand for at most 1000 patterns.",) == (await scene.upload("{a,b}" * 20)).errors
 
 
 async def test_missing_workspace_is_told(scene: Scene) -> None:
     """A workspace that the agent has removed, or put a link in the place of, is one sentence."""
     scene.root.rmdir()
-    assert ("The workspace changed before it could be read.",) == (await scene.upload()).faults
+    assert ("The workspace changed before it could be read.",) == (await scene.upload()).errors
     scene.root.symlink_to(scene.outside)
-    assert ("The workspace changed before it could be read.",) == (await scene.upload()).faults
+    assert ("The workspace changed before it could be read.",) == (await scene.upload()).errors
     assert {} == scene.kept()
 
 
@@ -160,7 +161,7 @@ async def test_what_the_worker_has_put_there_stays(scene: Scene) -> None:
     scene.write(".env", "a/.env")
     assert ["a/.env"] == paths(await scene.upload("**", never=frozenset({".env"})))
     found = await scene.upload(".env", never=frozenset({".env"}))
-    assert Uploads(faults=(".env: is never uploaded.",)) == found
+    assert Uploads(errors=(".env: is never uploaded.",)) == found
 
 
 async def test_upload_that_is_there_already_stays(scene: Scene) -> None:
@@ -170,7 +171,7 @@ async def test_upload_that_is_there_already_stays(scene: Scene) -> None:
     scene.write("a")
     (scene.root / "a").write_bytes(b"new")
     found = await scene.upload()
-    assert (["b"], ("a: there is an upload of that name already.",)) == (paths(found), found.faults)
+    assert (["b"], ("a: there is an upload of that name already.",)) == (paths(found), found.errors)
     assert b"a" == scene.kept()[f"sessions/{TASK}/uploads/a"]
 
 
@@ -184,7 +185,7 @@ async def test_git_is_never_uploaded(scene: Scene, git: str, is_file: bool) -> N
     scene.write(git if is_file else f"{git}/config", "ok", ".github/x")
     assert [".github/x", "ok"] == paths(await scene.upload())
     found = await scene.upload(git)
-    assert Uploads(faults=(f"{git}: is never uploaded.",)) == found
+    assert Uploads(errors=(f"{git}: is never uploaded.",)) == found
 
 
 async def test_links_are_not_followed(scene: Scene) -> None:
@@ -194,9 +195,9 @@ async def test_links_are_not_followed(scene: Scene) -> None:
     for name, target in links.items():
         (scene.root / name).symlink_to(target)
     found = await scene.upload("**", "*/secret", "f*/*")
-    assert (["real/file"], ()) == (paths(found), found.faults)
+    assert (["real/file"], ()) == (paths(found), found.errors)
     found = await scene.upload("file", "folder/secret", "inside/")
-    assert Uploads(faults=tuple(f"{name}: is a link: links are not followed." for name in links)) == found
+    assert Uploads(errors=tuple(f"{name}: is a link: links are not followed." for name in links)) == found
     assert SECRET not in scene.kept().values()
 
 
@@ -224,8 +225,8 @@ async def test_what_is_no_file_is_not_opened(scene: Scene, make: Callable[[Path]
     scene.write("file")
     make(scene.root / "special")
     found = await asyncio.wait_for(scene.upload(), 10)
-    assert (["file"], ()) == (paths(found), found.faults)
-    assert ("special: is no file.",) == (await scene.upload("special")).faults
+    assert (["file"], ()) == (paths(found), found.errors)
+    assert ("special: is no file.",) == (await scene.upload("special")).errors
 
 
 async def test_hard_link_to_the_outside_is_left(scene: Scene) -> None:
@@ -235,7 +236,7 @@ async def test_hard_link_to_the_outside_is_left(scene: Scene) -> None:
     (scene.root / "b").hardlink_to(scene.root / ".git" / "config")
     found = await scene.upload()
     fault = "has a further name (hard link) outside the workspace, or in .git."
-    assert (["ok"], (f"a: {fault}", f"b: {fault}")) == (paths(found), found.faults)
+    assert (["ok"], (f"a: {fault}", f"b: {fault}")) == (paths(found), found.errors)
 
 
 async def test_hard_links_within_the_workspace_are_files(scene: Scene) -> None:
@@ -245,7 +246,7 @@ async def test_hard_links_within_the_workspace_are_files(scene: Scene) -> None:
     for name in ("b", "deep/er/c"):
         (scene.root / name).hardlink_to(scene.root / "a")
     found = await scene.upload("a", "b")
-    assert (["a", "b"], ()) == (paths(found), found.faults)
+    assert (["a", "b"], ()) == (paths(found), found.errors)
 
 
 @needs_limits
@@ -260,7 +261,7 @@ async def test_unreadable_file_keeps_no_other(scene: Scene) -> None:
         (scene.root / "closed").chmod(0o700)
     assert ["ok"] == paths(found)
     assert {"closed: cannot be read: Permission denied.", "file: cannot be read: Permission denied."} == set(
-        found.faults
+        found.errors
     )
 
 
@@ -271,7 +272,7 @@ async def test_name_that_no_object_has_is_told(scene: Scene, name: bytes) -> Non
     Path(os.fsdecode(os.fsencode(scene.root) + b"/" + name)).write_bytes(b"")
     found = await scene.upload()
     assert ["ok"] == paths(found)
-    (fault,) = found.faults
+    (fault,) = found.errors
     assert fault.endswith(
         ": cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8."
     )
@@ -288,7 +289,7 @@ async def test_path_that_is_too_long_is_told(scene: Scene) -> None:
     assert [
         "lies too deep: no object's name is longer than 1024 bytes.",
         "cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8.",
-    ] == [fault.partition("…: ")[2] for fault in found.faults]
+    ] == [fault.partition("…: ")[2] for fault in found.errors]
 
 
 async def test_very_deep_tree_is_no_trap(scene: Scene) -> None:
@@ -310,8 +311,8 @@ async def test_very_deep_tree_is_no_trap(scene: Scene) -> None:
         # It is too deep for pytest to clear away.
         await asyncio.to_thread(remove_tree, scene.root)
     assert ["ok"] == paths(found)
-    assert 1 == len(found.faults)
-    assert found.faults[0].endswith("lies too deep: no object's name is longer than 1024 bytes.")
+    assert 1 == len(found.errors)
+    assert found.errors[0].endswith("lies too deep: no object's name is longer than 1024 bytes.")
 
 
 async def test_files_have_a_limit(scene: Scene) -> None:
@@ -321,15 +322,15 @@ async def test_files_have_a_limit(scene: Scene) -> None:
     scene.store = Store(KeptInMind(scene.data))
     found = await scene.upload()
     assert [f"{number:05}" for number in range(MAX_FILES)] == paths(found)
-    assert (f"{10_000 - MAX_FILES} more files match: at most {MAX_FILES} are uploaded.",) == found.faults
+    assert (f"{10_000 - MAX_FILES} more files match: at most {MAX_FILES} are uploaded.",) == found.errors
 
 
 async def test_faults_have_a_limit(scene: Scene) -> None:
     """Of many faults some are told, and how many more there are."""
-    for number in range(MAX_FAULTS + 7):
+    for number in range(MAX_UPLOAD_ERRORS + 7):
         (scene.root / f"{number:02}\n").touch()
-    faults = (await scene.upload()).faults
-    assert (MAX_FAULTS + 1, "And 7 more.") == (len(faults), faults[-1])
+    errors = (await scene.upload()).errors
+    assert (MAX_UPLOAD_ERRORS + 1, "And 7 more.") == (len(errors), errors[-1])
 
 
 async def test_search_has_a_limit(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +339,7 @@ async def test_search_has_a_limit(scene: Scene, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(uploads, "MAX_ENTRIES", 4)
     found = await scene.upload()
     assert ["a/1"] == paths(found)
-    assert ("The workspace has too much in it: the search for files was ended before its end.",) == found.faults
+    assert ("The workspace has too much in it: the search for files was ended before its end.",) == found.errors
 
 
 async def test_search_can_be_cancelled(scene: Scene) -> None:
@@ -444,7 +445,7 @@ async def test_swap_after_the_search_does_not_escape(
     scene.write(*others, "z/secret")
     scene.store = Store(Blobs(scene.data, lambda: change(scene.root / "z" / "secret", scene.outside)))
     found = await asyncio.wait_for(scene.upload(), 10)
-    assert (others, (fault,)) == (paths(found), found.faults)
+    assert (others, (fault,)) == (paths(found), found.errors)
     assert SECRET not in scene.kept().values()
 
 
@@ -495,7 +496,7 @@ async def test_file_that_changes_its_size_is_left(scene: Scene, size: int) -> No
     path.write_bytes(bytes(1_000_000))
     scene.store = Store(Changing(scene.data, lambda: os.truncate(path, size)))
     found = await scene.upload()
-    assert (["ok"], ("changing: The file changed while it was read.",)) == (paths(found), found.faults)
+    assert (["ok"], ("changing: The file changed while it was read.",)) == (paths(found), found.errors)
     assert [f"sessions/{TASK}/uploads/ok"] == list(scene.kept())
 
 
@@ -523,7 +524,7 @@ async def test_storage_that_refuses_a_file_gets_the_others(scene: Scene) -> None
     scene.store = Store(Refusing(scene.data, "bad"))
     found = await scene.upload()
     assert ["a", "b", "c", "d", "e", "f"] == paths(found)
-    assert {"bad-1: The storage is out of order.", "g-bad: The storage is out of order."} == set(found.faults)
+    assert {"bad-1: The storage is out of order.", "g-bad: The storage is out of order."} == set(found.errors)
 
 
 async def test_storage_that_takes_nothing_is_not_asked_for_ever(scene: Scene) -> None:
@@ -533,7 +534,7 @@ async def test_storage_that_takes_nothing_is_not_asked_for_ever(scene: Scene) ->
     scene.store = Store(blobs)
     found = await scene.upload()
     assert 8 > blobs.tries
-    assert f"The storage takes nothing: {100 - blobs.tries} more files were not tried." == found.faults[-1]
+    assert f"The storage takes nothing: {100 - blobs.tries} more files were not tried." == found.errors[-1]
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -541,7 +542,7 @@ async def test_storage_that_takes_nothing_is_not_asked_for_ever(scene: Scene) ->
 UPLOAD_LARGE: Final = """
 import asyncio, resource, sys
 from pathlib import Path
-from ccrun.blobs import DirectoryBlobs
+from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.store import Store
 from ccrun.task import TaskId, UploadAction
 from ccrun.worker.uploads import upload_files

@@ -13,10 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ccrun.process import find_user
+from ccrun.process.user import find_user
 from ccrun.task import ConfigFile, TaskId
-from ccrun.worker.git import SYSTEM_PATH
-from ccrun.worker.workspace import Workspace, WorkspaceError, furnish, hand_over, private_room, workspace
+from ccrun.worker.git.run import SYSTEM_PATH
+from ccrun.worker.workspace import (
+    Workspace,
+    WorkspaceError,
+    chown_to_agent,
+    open_workspace,
+    private_directory,
+    write_inputs,
+)
 
 TASK = TaskId("t-1")
 #: A user who owns nothing.
@@ -33,12 +40,12 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def rooms(temporary: Path) -> Workspace:
+def workspace(temporary: Path) -> Workspace:
     """Rooms whose end a test need not wait for."""
-    rooms = Workspace(root=temporary / "rooms")
-    for room in (rooms.repository, rooms.config, rooms.inputs):
+    workspace = Workspace(root=temporary / "rooms")
+    for room in (workspace.repository, workspace.config, workspace.inputs):
         room.mkdir(parents=True)
-    return rooms
+    return workspace
 
 
 # --- the rooms -------------------------------------------------------------------------------------------------------
@@ -48,20 +55,20 @@ async def test_rooms_are_their_owners_alone(temporary: Path) -> None:
     """The workspace is `ws-{taskId}`, and nobody else can look into it, whatever the umask."""
     before = os.umask(0)
     try:
-        async with workspace(TASK) as rooms:
-            inside = [rooms.repository, rooms.home, rooms.config, rooms.inputs, rooms.temporary]
-            modes = {stat.S_IMODE(folder.stat().st_mode) for folder in (rooms.root, *inside)}
+        async with open_workspace(TASK) as workspace:
+            inside = [workspace.repository, workspace.home, workspace.config, workspace.inputs, workspace.temporary]
+            modes = {stat.S_IMODE(folder.stat().st_mode) for folder in (workspace.root, *inside)}
     finally:
         os.umask(before)
-    assert (temporary / "ws-t-1", {0o700}) == (rooms.root, modes)
+    assert (temporary / "ws-t-1", {0o700}) == (workspace.root, modes)
 
 
 async def test_what_ccrun_writes_stands_beside_the_repository() -> None:
     """The folder that the agent works in is empty, and no other room lies in it."""
-    async with workspace(TASK) as rooms:
-        assert list(rooms.repository.iterdir()) == []
-        others = (rooms.home, rooms.config, rooms.inputs, rooms.temporary)
-        assert [] == [room for room in others if room.is_relative_to(rooms.repository)]
+    async with open_workspace(TASK) as workspace:
+        assert list(workspace.repository.iterdir()) == []
+        others = (workspace.home, workspace.config, workspace.inputs, workspace.temporary)
+        assert [] == [room for room in others if room.is_relative_to(workspace.repository)]
 
 
 async def test_rooms_are_removed_with_all_in_them(temporary: Path) -> None:
@@ -70,13 +77,13 @@ async def test_rooms_are_removed_with_all_in_them(temporary: Path) -> None:
     (temporary / "outside" / "file").write_text("kept")
 
     async def work() -> None:
-        async with workspace(TASK) as rooms:
-            (rooms.repository / "folder" / "inner").mkdir(parents=True)
-            (rooms.repository / "folder" / "file").write_text("")
-            (rooms.repository / "link").symlink_to(temporary / "outside")
-            (rooms.home / "file").symlink_to(temporary / "outside" / "file")
-            (rooms.home / "dangling").symlink_to("nowhere")
-            os.mkfifo(rooms.home / "pipe")
+        async with open_workspace(TASK) as workspace:
+            (workspace.repository / "folder" / "inner").mkdir(parents=True)
+            (workspace.repository / "folder" / "file").write_text("")
+            (workspace.repository / "link").symlink_to(temporary / "outside")
+            (workspace.home / "file").symlink_to(temporary / "outside" / "file")
+            (workspace.home / "dangling").symlink_to("nowhere")
+            os.mkfifo(workspace.home / "pipe")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -90,7 +97,7 @@ async def test_rooms_are_removed_when_the_task_is_cancelled(temporary: Path) -> 
     entered = asyncio.Event()
 
     async def work() -> None:
-        async with workspace(TASK):
+        async with open_workspace(TASK):
             entered.set()
             await asyncio.Event().wait()
 
@@ -104,8 +111,8 @@ async def test_rooms_are_removed_when_the_task_is_cancelled(temporary: Path) -> 
 
 async def test_folders_of_any_depth_are_removed(temporary: Path) -> None:
     """Folders nested as deeply as an agent likes, which it makes with a short loop, are removed as well."""
-    async with workspace(TASK) as rooms:
-        folder = os.open(rooms.repository, os.O_RDONLY)
+    async with open_workspace(TASK) as workspace:
+        folder = os.open(workspace.repository, os.O_RDONLY)
         for _ in range(DEPTH):
             os.mkdir("deep", dir_fd=folder)
             inner = os.open("deep", os.O_RDONLY, dir_fd=folder)
@@ -118,19 +125,19 @@ async def test_folders_of_any_depth_are_removed(temporary: Path) -> None:
 LOCKED = """
 import asyncio, concurrent.futures.thread, os, sys, tempfile
 from pathlib import Path
-from ccrun.worker.workspace import workspace
+from ccrun.worker.workspace import open_workspace
 
 async def main():
-    async with workspace("t-1") as rooms:
+    async with open_workspace("t-1") as workspace:
         for name in ("no-list", "no-write", "nothing"):
-            (rooms.repository / name / "inner").mkdir(parents=True)
-            (rooms.repository / name / "inner" / "file").write_text("")
-        (rooms.repository / "no-list").chmod(0o333)
-        (rooms.repository / "no-write" / "inner").chmod(0o555)
-        (rooms.repository / "no-write").chmod(0o555)
-        (rooms.repository / "nothing").chmod(0)
-        rooms.repository.chmod(0)
-        rooms.root.chmod(0o555)
+            (workspace.repository / name / "inner").mkdir(parents=True)
+            (workspace.repository / name / "inner" / "file").write_text("")
+        (workspace.repository / "no-list").chmod(0o333)
+        (workspace.repository / "no-write" / "inner").chmod(0o555)
+        (workspace.repository / "no-write").chmod(0o555)
+        (workspace.repository / "nothing").chmod(0)
+        workspace.repository.chmod(0)
+        workspace.root.chmod(0o555)
 
 tempfile.tempdir = sys.argv[1]
 if os.geteuid() == 0:
@@ -152,8 +159,8 @@ async def test_leftover_is_not_moved_into(temporary: Path) -> None:
     """A folder that is already there, of a worker that was killed or a trap of somebody else's, is neither used nor removed."""
     (temporary / "ws-t-1").mkdir()
     (temporary / "ws-t-1" / "trap").write_text("")
-    async with workspace(TASK) as rooms:
-        assert rooms.root.name.startswith("ws-t-1.")
+    async with open_workspace(TASK) as workspace:
+        assert workspace.root.name.startswith("ws-t-1.")
     assert [temporary / "ws-t-1" / "trap"] == list((temporary / "ws-t-1").iterdir())
 
 
@@ -161,8 +168,8 @@ async def test_link_in_the_place_of_a_workspace_is_not_followed(temporary: Path)
     """A link that somebody put where the workspace should be leads nowhere."""
     (temporary / "elsewhere").mkdir()
     (temporary / "ws-t-1").symlink_to(temporary / "elsewhere")
-    async with workspace(TASK) as rooms:
-        assert rooms.root.name.startswith("ws-t-1.")
+    async with open_workspace(TASK) as workspace:
+        assert workspace.root.name.startswith("ws-t-1.")
         assert list((temporary / "elsewhere").iterdir()) == []
 
 
@@ -172,7 +179,7 @@ async def test_workspace_that_cannot_be_made_is_told_without_its_path(
     """Where no workspace can be, the error names no local path."""
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "missing"))
     with pytest.raises(WorkspaceError, match=r"^The workspace cannot be made: No such file or directory\.$"):
-        async with workspace(TASK):
+        async with open_workspace(TASK):
             pass
 
 
@@ -180,43 +187,43 @@ async def test_workspace_that_cannot_be_made_is_told_without_its_path(
 
 
 @pytest.mark.parametrize(("relative", "expected"), [(".", ""), ("a/b", "a/b"), ("a/../a/b/", "a/b"), ("inside", "a")])
-def test_agent_starts_inside_of_the_repository(rooms: Workspace, relative: str, expected: str) -> None:
+def test_agent_starts_inside_of_the_repository(workspace: Workspace, relative: str, expected: str) -> None:
     """A relative path names a folder of the repository, through links that stay inside too."""
-    (rooms.repository / "a" / "b").mkdir(parents=True)
-    (rooms.repository / "inside").symlink_to("a")
-    assert rooms.repository / expected == rooms.start_folder(relative)
+    (workspace.repository / "a" / "b").mkdir(parents=True)
+    (workspace.repository / "inside").symlink_to("a")
+    assert workspace.repository / expected == workspace.start_folder(relative)
 
 
 @pytest.mark.parametrize(
     "relative",
     ["..", "../config", "a/../../config", "/", "/tmp", "missing", "file", "link", "loop", "x" * 300, "nul\0"],
 )
-def test_agent_starts_nowhere_else(rooms: Workspace, relative: str) -> None:
+def test_agent_starts_nowhere_else(workspace: Workspace, relative: str) -> None:
     """What leads out of the repository, or is no folder, is refused with its name, however odd that is."""
-    (rooms.repository / "file").write_text("")
-    (rooms.repository / "link").symlink_to(rooms.config)
-    (rooms.repository / "loop").symlink_to("loop")
+    (workspace.repository / "file").write_text("")
+    (workspace.repository / "link").symlink_to(workspace.config)
+    (workspace.repository / "loop").symlink_to("loop")
     with pytest.raises(WorkspaceError) as caught:
-        rooms.start_folder(relative)
+        workspace.start_folder(relative)
     assert f"cwdRelative names no folder of the workspace: {relative}" == caught.value.message
 
 
 # --- what is put into them -------------------------------------------------------------------------------------------
 
 
-async def test_commands_are_found_by_the_cli(rooms: Workspace) -> None:
+async def test_commands_are_found_by_the_cli(workspace: Workspace) -> None:
     """A slash command is a file of its name in the CLI's configuration folder."""
-    await furnish(rooms, commands={"deploy": ConfigFile(content="Deploy it.\n")}, inputs={})
-    assert (rooms.config / "commands" / "deploy.md").read_bytes() == b"Deploy it.\n"
+    await write_inputs(workspace, commands={"deploy": ConfigFile(content="Deploy it.\n")}, inputs={})
+    assert (workspace.config / "commands" / "deploy.md").read_bytes() == b"Deploy it.\n"
 
 
-async def test_inputs_are_files_of_their_own(rooms: Workspace) -> None:
+async def test_inputs_are_files_of_their_own(workspace: Workspace) -> None:
     """What an option names stands in a file beside the repository, byte for byte."""
-    files = await furnish(rooms, commands={}, inputs={"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"})
+    files = await write_inputs(workspace, commands={}, inputs={"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"})
     assert {"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"} == {
         option: path.read_bytes() for option, path in files.items()
     }
-    assert [] == [path for path in files.values() if path.is_relative_to(rooms.repository)]
+    assert [] == [path for path in files.values() if path.is_relative_to(workspace.repository)]
 
 
 json_values = st.recursive(
@@ -237,17 +244,17 @@ json_values = st.recursive(
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_front_matter_says_what_was_asked_for(temporary: Path, front: dict[str, object], content: str) -> None:
     """Whatever values a front matter has, they are read back as they are, and none gets out of it."""
-    rooms = Workspace(root=Path(tempfile.mkdtemp(dir=temporary)))
-    rooms.config.mkdir()
-    await furnish(rooms, commands={"c": ConfigFile(frontmatter=front, content=content)}, inputs={})
-    post = frontmatter.loads((rooms.config / "commands" / "c.md").read_text(encoding="utf-8"))
+    workspace = Workspace(root=Path(tempfile.mkdtemp(dir=temporary)))
+    workspace.config.mkdir()
+    await write_inputs(workspace, commands={"c": ConfigFile(frontmatter=front, content=content)}, inputs={})
+    post = frontmatter.loads((workspace.config / "commands" / "c.md").read_text(encoding="utf-8"))
     assert (front, content) == (post.metadata, post.content)
 
 
-async def test_configuration_that_cannot_be_written_is_told(rooms: Workspace) -> None:
+async def test_configuration_that_cannot_be_written_is_told(workspace: Workspace) -> None:
     """A name that the disk does not take is an error without a local path."""
     with pytest.raises(WorkspaceError, match=r"^The CLI's configuration cannot be written: File name too long\.$"):
-        await furnish(rooms, commands={"x" * 300: ConfigFile(content="")}, inputs={})
+        await write_inputs(workspace, commands={"x" * 300: ConfigFile(content="")}, inputs={})
 
 
 # --- rooms for another user -----------------------------------------------------------------------------------------------
@@ -259,18 +266,18 @@ async def test_what_is_handed_over_is_the_agents(tmp_path: Path) -> None:
     user = await asyncio.to_thread(find_user, "61239", SYSTEM_PATH)
     outside = tmp_path / "outside"
     outside.write_text("x")
-    async with workspace(TASK, user) as rooms:
-        (rooms.repository / "deep").mkdir()
-        (rooms.repository / "deep" / "file").write_text("x")
-        (rooms.repository / "link").symlink_to(outside)
-        await hand_over(rooms)
-        owners = {path.lstat().st_uid for path in (rooms.root, *rooms.root.rglob("*"))}
+    async with open_workspace(TASK, user) as workspace:
+        (workspace.repository / "deep").mkdir()
+        (workspace.repository / "deep" / "file").write_text("x")
+        (workspace.repository / "link").symlink_to(outside)
+        await chown_to_agent(workspace)
+        owners = {path.lstat().st_uid for path in (workspace.root, *workspace.root.rglob("*"))}
     assert ({61239}, 0) == (owners, outside.stat().st_uid)
 
 
 async def test_a_private_room_is_new_each_time_and_goes(tmp_path: Path) -> None:
     """For its owner's eyes alone, under a name that whoever clears up after a worker knows."""
-    async with private_room(TASK) as one, private_room(TASK) as other:
+    async with private_directory(TASK) as one, private_directory(TASK) as other:
         assert one != other
         assert 0o700 == stat.S_IMODE(one.stat().st_mode)
         assert one.name.startswith(f"ws-{TASK}.")

@@ -1,0 +1,1 @@
+"""The places where objects, keys and executions live: one package per backend, behind the same ports."""

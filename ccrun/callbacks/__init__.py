@@ -1,0 +1,1 @@
+"""Callbacks: signing, where one may go, delivery, and the callbacks that are owed."""

@@ -1,1 +1,0 @@
-"""Shows ccrun at work on this machine, with a scripted model when there is no key."""

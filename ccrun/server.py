@@ -1,0 +1,218 @@
+"""The service: the API, the place where its workers run and, on the local backend, the sweep, in one process.
+
+The composition root of the API wing: the only place that knows both it and the sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import ipaddress
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Final
+
+import attrs
+import structlog
+from aiohttp import web
+
+from ccrun import __version__
+from ccrun.api.app import ApiDependencies, make_app
+from ccrun.api.dispatch import Dispatcher
+from ccrun.api.feed import Feed, PollPolicy
+from ccrun.api.request import Defaults
+from ccrun.backends.local.jobs import SubprocessJobs
+from ccrun.backends.local.layout import callback_secret_file, pid_file, process_marker
+from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
+from ccrun.config import Config, environment
+from ccrun.errors import CcrunError, ConfigError
+from ccrun.jobs import Jobs
+from ccrun.process import linux
+from ccrun.settle import settle
+from ccrun.sweep import Sweeper
+
+log = structlog.get_logger()
+
+#: Seconds between two looks at tasks that died; one whose worker this service started is looked at when it ends.
+SWEEP_SECONDS: Final = 5.0
+#: Seconds that answers under way have at shutdown, after the streams have ended.
+SHUTDOWN_SECONDS: Final = 1.0
+#: Seconds. A folder can be looked at this often; `POLL_SECONDS` is the bound for when nothing happens.
+LEAST_LOCAL_POLL_SECONDS: Final = 0.05
+#: Seconds. A worker in the cloud writes a chunk a second, and each look is a call that is paid for.
+LEAST_CLOUD_POLL_SECONDS: Final = 0.5
+#: Of a service that has no secret to sign with.
+UNSIGNED_CALLBACKS: Final = "Callbacks are not configured (missing CLOUDRUN_CALLBACK_SECRET)"
+#: Connections that wait to be accepted: a burst of clients is no reason to turn them away.
+BACKLOG: Final = 1024
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        CcrunError: The service cannot start, with the reason for a person.
+    """
+    # The agents of the local backend run as the same user; they must not read the operator's key here.
+    linux.harden()
+    async with serving(config, environment()) as address:
+        log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)
+        if config.is_local and config.callback_secret is None:
+            log.info(
+                "callback_secret_generated",
+                message="Callbacks are signed with a generated secret",
+                file=str(callback_secret_file(config.data_dir)),
+            )
+        if config.is_local and not config.api_tokens and not _is_loopback(config.host):
+            log.warning(
+                "api_unprotected", message="Anyone who can reach this address can run tasks; set CCRUN_API_TOKENS"
+            )
+        await _told_to_end()
+        log.info("service_stopping", message="Shutting down")
+
+
+@contextlib.asynccontextmanager
+async def serving(config: Config, worker_environment: Mapping[str, str]) -> AsyncIterator[str]:
+    """Serve while the context lasts; gives the base URL.
+
+    Args:
+        worker_environment: The environment that `config` was made of, for the workers.
+
+    Raises:
+        CcrunError: The service cannot start.
+    """
+    # Set when there is something to settle or to deliver at once.
+    news = asyncio.Event()
+    async with open_backend(config) as backend, _open_jobs(config, worker_environment, news.set) as jobs:
+        app = make_app(_deps(config, backend, jobs, news))
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        await runner.setup()
+        try:
+            await _listen(runner, config)
+            port = runner.addresses[0][1]
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            yield f"http://{host}:{port}"
+        finally:
+            await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def _open_jobs(
+    config: Config, worker_environment: Mapping[str, str], worker_ended: Callable[[], None]
+) -> AsyncIterator[Jobs]:
+    if not config.is_local:
+        await load_modules("ccrun.backends.gcp.jobs")
+        from ccrun.backends.gcp.jobs import open_cloud_run
+
+        async with open_cloud_run(
+            project=config.project_id or "",
+            region=config.region,
+            job=config.cloudrun_job_name,
+            emulator=config.cloud_run_emulator_host,
+        ) as executions:
+            yield executions
+        return
+    subprocesses = SubprocessJobs(
+        # -P: what lies in the folder where the service was started is not imported.
+        command=(sys.executable, "-P", "-m", "ccrun.worker"),
+        environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
+        sign_of_life=functools.partial(pid_file, config.data_dir),
+        marker=functools.partial(process_marker, config.data_dir),
+        max_running=config.max_concurrent_tasks,
+        worker_ended=worker_ended,
+    )
+    async with subprocesses:
+        yield subprocesses
+
+
+async def sweep_once(config: Config) -> None:
+    """Settle what died and deliver what is owed, once.
+
+    Raises:
+        CcrunError: The storage does not answer.
+    """
+    async with open_backend(config) as backend, _open_jobs(config, environment(), lambda: None) as jobs:
+        # Without a service there is nobody to keep the bound on workers at once, so none is started.
+        report = await _sweeper(backend, jobs, restarts_pending=False).sweep()
+    log.info("sweep_finished", message="Sweep finished", **attrs.asdict(report))
+
+
+def _sweeper(backend: OpenBackend, jobs: Jobs, *, restarts_pending: bool) -> Sweeper:
+    callbacks = backend.callbacks()
+    if callbacks is None:
+        raise ConfigError("CLOUDRUN_CALLBACK_SECRET must be set: a sweep signs callbacks.")
+    return Sweeper(store=backend.store, jobs=jobs, callbacks=callbacks, restarts_pending=restarts_pending)
+
+
+def _deps(config: Config, backend: OpenBackend, jobs: Jobs, news: asyncio.Event) -> ApiDependencies:
+    @contextlib.asynccontextmanager
+    async def sweeping() -> AsyncIterator[None]:
+        sweeper = _sweeper(backend, jobs, restarts_pending=True)
+        sweep = asyncio.create_task(sweeper.run_forever(every_seconds=SWEEP_SECONDS, sooner=news))
+        try:
+            yield
+        finally:
+            sweep.cancel()
+            await asyncio.gather(sweep, return_exceptions=True)
+
+    least_poll = LEAST_LOCAL_POLL_SECONDS if config.is_local else LEAST_CLOUD_POLL_SECONDS
+    return ApiDependencies(
+        store=backend.store,
+        jobs=jobs,
+        wrapper=backend.wrapper,
+        dispatcher=Dispatcher(store=backend.store, jobs=jobs, wrapper=backend.wrapper, callback_owed=news.set),
+        feed=Feed(
+            backend.store,
+            PollPolicy(min_seconds=min(least_poll, config.poll_seconds), max_seconds=config.poll_seconds),
+            settle=functools.partial(settle, backend.store, jobs),
+        ),
+        defaults=Defaults(
+            operator_has_credential=config.operator_has_credential,
+            allowed_tools=config.allowed_tools,
+            permission_mode=config.permission_mode,
+            max_timeout_minutes=config.max_timeout_minutes,
+            backend_is_local=config.is_local,
+        ),
+        tokens=config.api_tokens,
+        loopback_only=_is_loopback(config.host) and not config.api_tokens,
+        max_request_bytes=config.max_request_bytes,
+        project_id=config.project_id,
+        backend=config.backend,
+        # In the cloud the API neither decrypts nor calls receivers: the sweep runs under the worker's identity.
+        background_tasks=[sweeping] if config.is_local else [],
+        unavailable=missing_setting(config),
+        callbacks_unavailable=None if config.signs_callbacks else UNSIGNED_CALLBACKS,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _listen(runner: web.AppRunner, config: Config) -> None:
+    try:
+        await web.TCPSite(runner, config.host, config.port, backlog=BACKLOG).start()
+    except OSError as error:
+        where = f"port {config.port} on {config.host}"
+        match error.errno:
+            case errno.EADDRINUSE:
+                fault = f"{where} is in use: stop what listens there, or set PORT to a free one"
+            case errno.EACCES:
+                fault = f"{where} may not be used by this user: set PORT to one above 1023"
+            case _:
+                fault = f"{where} cannot be listened on ({error.strerror}): set HOST to an address of this machine"
+        raise CcrunError(f"ccrun cannot start: {fault}.") from None
+
+
+async def _told_to_end() -> None:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()

@@ -1,0 +1,1 @@
+"""Git for the worker: clone, look at what changed, push."""

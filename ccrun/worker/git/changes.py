@@ -1,0 +1,314 @@
+"""What the agent changed: the state of its tree as a commit, a pack of objects or a patch.
+
+All of it runs as the agent's user with no secret in its environment, after the agent has ended. The agent's own repository gives
+objects and a HEAD, which are data; its configuration, hooks and attributes of its making decide nothing, for the work is done in
+a git folder of our own beside it. What leaves here is to be taken as data too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Final
+
+import attrs
+
+from ccrun.errors import CcrunError
+from ccrun.process.capture import capture
+from ccrun.process.child import spawn
+from ccrun.worker.git.clone import COMMIT
+from ccrun.worker.git.run import LOCAL_SECONDS, Git, GitError, last_error
+
+#: Whoever commits, unless the repository says otherwise.
+DEFAULT_NAME: Final = "Claude Code"
+DEFAULT_EMAIL: Final = "noreply@anthropic.com"
+#: Characters of a name or an address in `.gitconfig`.
+MAX_IDENTITY_CHARS: Final = 200
+#: Bytes of what the agent has made beyond what was cloned. Servers take no push of more: GitHub stops at 2 GiB.
+MAX_PACK_BYTES: Final = 2 * 1024**3
+#: Bytes of the list of commits at which a history is cut off: 41 each.
+MAX_SHALLOW_BYTES: Final = 1024 * 1024
+#: Bytes of the first line of a message, which may be of any length.
+MAX_SUBJECT_BYTES: Final = 64 * 1024
+#: Seconds for a copy of the agent's index: some hundred bytes a file of the repository.
+COPY_SECONDS: Final = 20.0
+#: The file that ccrun itself writes into the workspace.
+DOTENV: Final = ".env"
+
+#: With which git exits when it gives up; with 1 it has done what it could.
+FATAL: Final = 128
+
+_GITLINK: Final = "160000"
+_NOTHING: Final = "000000"
+
+
+@attrs.frozen(kw_only=True)
+class Identity:
+    """Who commits."""
+
+    name: str = DEFAULT_NAME
+    email: str = DEFAULT_EMAIL
+
+    def environment(self) -> dict[str, str]:
+        """Return it as git reads it."""
+        return {
+            f"GIT_{role}_{part}": value
+            for role in ("AUTHOR", "COMMITTER")
+            for part, value in (("NAME", self.name), ("EMAIL", self.email))
+        }
+
+
+@attrs.frozen(kw_only=True)
+class TreeChange:
+    """A path that differs from the agent's last commit. `mode` and `blob` are the new ones."""
+
+    path: str
+    old_mode: str
+    mode: str
+    blob: str
+
+    @property
+    def is_new_repository(self) -> bool:
+        """Whether it is a repository of its own that was not there before: only its name could be committed."""
+        return self.mode == _GITLINK and self.old_mode != _GITLINK
+
+
+@attrs.frozen(kw_only=True)
+class Staged:
+    """The tree as it would be committed.
+
+    Args:
+        left_out: Folders with a repository of their own.
+        unreadable: What git could not read, in its own words.
+    """
+
+    tree: str
+    is_empty: bool
+    left_out: tuple[str, ...] = ()
+    unreadable: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Changes:
+    """The tree as the agent left it. `examine` makes it.
+
+    Args:
+        git: In our own folder, without a work tree: there git reads no `.gitmodules`, which would stop it when it is broken.
+        tree: The same with the agent's tree.
+        base: The commit that was cloned; None when there was none.
+        head: The agent's last commit; None when there is none.
+        shallow: At which commits the history is cut off, in the agent's repository.
+        hides_dotenv: Whether `.env` is ours, with secrets in it.
+    """
+
+    git: Git
+    tree: Git
+    base: str | None
+    head: str | None
+    shallow: bytes = attrs.field(repr=False)
+    excludes_dotenv: bool
+
+    async def stage(self, wanted: Callable[[str], bool] | None = None) -> Staged:
+        """Take up all changes, or those of the wanted paths.
+
+        Raises:
+            GitError: The tree cannot be read.
+        """
+        complaint = await self._add()
+        entries = _entries(
+            await self.git("diff-index", "--cached", "--raw", "--no-renames", "-z", await self._since(self.head))
+        )
+        modules = await self._modules() if any(entry.is_new_repository for entry in entries) else frozenset[str]()
+        nested = [entry.path for entry in entries if entry.is_new_repository and entry.path not in modules]
+        chosen = [entry for entry in entries if entry.path not in nested and (wanted is None or wanted(entry.path))]
+        if self.excludes_dotenv:
+            chosen = [entry for entry in chosen if entry.path != DOTENV]
+        # Built anew from the last commit and what was chosen, so that nothing the agent had in its own index comes along.
+        await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
+        # What goes makes room for what comes: a folder may have become a file.
+        chosen.sort(key=lambda entry: entry.mode != _NOTHING)
+        lines = b"".join(os.fsencode(f"{entry.mode} {entry.blob}\t{entry.path}") + b"\0" for entry in chosen)
+        await self.git("update-index", "-z", "--index-info", stdin=lines)
+        tree = (await self.git("write-tree")).decode().strip()
+        return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=complaint)
+
+    async def commit(self, staged: Staged, message: str, identity: Identity) -> str:
+        """Commit what was staged on top of the agent's last commit; return the new commit."""
+        git = self.git.at(self.git.cwd, **identity.environment())
+        parents = ["-p", self.head] if self.head else []
+        made = await git("commit-tree", *parents, "-F", "-", staged.tree, stdin=message.encode())
+        return _commit(made)
+
+    async def identity(self) -> Identity:
+        """Return who commits: as `.gitconfig` at the top of the staged tree says, if it does."""
+        found = []
+        for name in ("user.name", "user.email"):
+            # A blob, so no link is followed and nothing is included.
+            ran = await self.git.run("config", "--blob=:.gitconfig", "--get", name)
+            text = re.sub(r"[\x00-\x1f\x7f<>]", "", ran.stdout.decode(errors="replace")).strip() if ran.exit.ok else ""
+            found.append(text[:MAX_IDENTITY_CHARS])
+        return Identity(name=found[0] or DEFAULT_NAME, email=found[1] or DEFAULT_EMAIL)
+
+    async def message(self, commit: str) -> str:
+        """Return the first line of what a commit of the agent's says of itself."""
+        told = await self.git(
+            "log", "-1", "--no-show-signature", "--format=%s", commit, "--", max_bytes=MAX_SUBJECT_BYTES
+        )
+        return told.decode(errors="replace").strip()
+
+    async def contains_dotenv(self) -> bool:
+        """Tell whether a commit of the agent's own has changed `.env`, which holds secrets."""
+        if not self.excludes_dotenv or self.head is None or self.head == self.base:
+            return False
+        return bool(await self.git("rev-list", "--max-count=1", self.head, *self._not_base(), "--", DOTENV))
+
+    async def pack(self, commit: str, target: IO[bytes]) -> None:
+        """Write all objects that `commit` has beyond the base, as git sends them.
+
+        Raises:
+            GitError: They cannot be read, or are larger than `MAX_PACK_BYTES`.
+        """
+        wanted = "".join(f"{line}\n" for line in (commit, *self._not_base())).encode()
+        if not await self._write(("pack-objects", "--quiet", "--revs", "--stdout"), target, MAX_PACK_BYTES, wanted):
+            raise GitError(f"The changes are larger than {MAX_PACK_BYTES // 1024**3} GiB.")
+
+    async def patch(self, target: IO[bytes], *, max_bytes: int) -> bool:
+        """Write all that was staged and committed beyond the base, as `git apply` takes it.
+
+        Returns:
+            Whether that was all of it; it ends at `max_bytes` otherwise.
+        """
+        options = ("--cached", "--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
+        hidden = ("--", ".", f":(top,exclude){DOTENV}") if self.excludes_dotenv else ()
+        return await self._write(("diff", *options, await self._since(self.base), *hidden), target, max_bytes)
+
+    async def _write(self, arguments: Sequence[str], target: IO[bytes], max_bytes: int, stdin: bytes = b"") -> bool:
+        left = max_bytes
+        git = self.git
+        async with spawn(git.argv(*arguments), env=git.environment, cwd=git.cwd, user=git.user, stdin=stdin) as child:
+            try:
+                async with asyncio.timeout(LOCAL_SECONDS):
+                    async for chunk in child.chunks():
+                        await asyncio.to_thread(target.write, chunk[:left])
+                        left -= len(chunk)
+                        if left < 0:
+                            return False
+                    ended = await child.wait()
+            except TimeoutError:
+                raise GitError(f"git {arguments[0]} was not done within {LOCAL_SECONDS:g} s.") from None
+            except OSError as error:
+                raise GitError(f"What git {arguments[0]} prints cannot be kept: {error.strerror}.") from None
+            if not ended.ok:
+                raise GitError(f"git {arguments[0]} failed: {last_error(child.stderr_tail)}")
+        return True
+
+    async def _add(self) -> str | None:
+        """Add all that there is to the index; return git's words when it could not read all of it."""
+        hidden = (f":(top,exclude){DOTENV}",) if self.excludes_dotenv else ()
+        arguments = ("add", "--all", "--ignore-errors", "--", ".", *hidden)
+        ran = await self.tree.run(*arguments)
+        if ran.exit.code == FATAL:
+            # The agent's own index, which only saves time, may be no good.
+            await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
+            ran = await self.tree.run(*arguments)
+        if ran.exit.code == FATAL:
+            raise GitError(f"git add failed: {last_error(ran.stderr)}")
+        return None if ran.exit.ok else last_error(ran.stderr) or "git add failed"
+
+    async def _modules(self) -> frozenset[str]:
+        """Return the paths of the submodules that `.gitmodules` tells of."""
+        ran = await self.git.run("config", "--blob=:.gitmodules", "-z", "--get-regexp", r"^submodule\..*\.path$")
+        values = (item.partition("\n")[2] for item in os.fsdecode(ran.stdout).split("\0"))
+        return frozenset(value for value in values if value) if ran.exit.ok else frozenset()
+
+    async def _since(self, commit: str | None) -> str:
+        """Return the commit, or the tree with nothing in it."""
+        return commit or (await self.git("hash-object", "-t", "tree", "-w", "--stdin")).decode().strip()
+
+    def _not_base(self) -> tuple[str, ...]:
+        return (f"^{self.base}",) if self.base else ()
+
+
+async def examine(git: Git, repository: Path, *, base: str | None, excludes_dotenv: bool, room: Path) -> Changes:
+    """Look at what the agent left.
+
+    Args:
+        git: As the agent's user.
+        repository: The agent's tree.
+        room: A folder that this user may write to; one of a new name is made in it.
+
+    Raises:
+        GitError: It is no repository, or no longer the one that was cloned.
+    """
+    here = git.at(repository)
+    objects, index, shallow = [repository / os.fsdecode(path) for path in (await _paths(here)).split(b"\n")[:3]]
+    if any(letter in str(objects) for letter in ':"\n'):
+        raise GitError("The repository keeps its objects under a name that git cannot be told.")
+    own = room / f"changes-{secrets.token_hex(8)}"
+    await git("init", "--quiet", "--bare", "--template=", str(own))
+    # Its settings are those of the file system, and none of the agent's.
+    ours = git.at(own, GIT_DIR=str(own), GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects))
+    tree = ours.at(repository, "core.bare=false", GIT_WORK_TREE=str(repository))
+    for source, name in ((index, "index"), (shallow, "shallow")):
+        # Not by our own hand: as the agent's user, a link leads nowhere that the agent could not go.
+        await _copy(ours, source, own / name)
+    ran = await here.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    head = _commit(ran.stdout) if ran.exit.ok else None
+    for commit in filter(None, (base, head)):
+        if not (await ours.run("cat-file", "-e", f"{commit}^{{commit}}")).exit.ok:
+            raise GitError("The repository no longer has the commit that was cloned, so what changed cannot be told.")
+    boundary = await ours.run("rev-parse", "--is-shallow-repository")
+    listed = await _read(ours, own / "shallow") if boundary.stdout.strip() == b"true" else b""
+    return Changes(git=ours, tree=tree, base=base, head=head, shallow=listed, excludes_dotenv=excludes_dotenv)
+
+
+async def _paths(here: Git) -> bytes:
+    try:
+        return await here("rev-parse", "--git-path", "objects", "--git-path", "index", "--git-path", "shallow")
+    except GitError:
+        raise GitError("The workspace is no git repository, or none that git can read any more.") from None
+
+
+async def _copy(git: Git, source: Path, target: Path) -> None:
+    """Copy a file that saves time, or do without."""
+    # With its time: by that git knows which files it has to read again, since they are as new as the index itself.
+    argv = ["sh", "-c", 'test -f "$1" && cp -p -- "$1" "$2"', "sh", str(source), str(target)]
+    with contextlib.suppress(CcrunError):
+        await capture(argv, env=git.environment, cwd=git.cwd, user=git.user, seconds=COPY_SECONDS)
+
+
+async def _read(git: Git, path: Path) -> bytes:
+    """Return those lines of a list of commits that are such."""
+    ran = await capture(
+        ["cat", "--", str(path)],
+        env=git.environment,
+        cwd=git.cwd,
+        user=git.user,
+        seconds=LOCAL_SECONDS,
+        max_bytes=MAX_SHALLOW_BYTES,
+    )
+    lines = ran.stdout.decode(errors="replace").split()
+    return "".join(f"{line}\n" for line in lines if COMMIT.fullmatch(line)).encode()
+
+
+def _commit(printed: bytes) -> str:
+    """Return the commit ID that git printed; what the agent's user prints may be anything."""
+    commit = printed.decode(errors="replace").strip()
+    if COMMIT.fullmatch(commit) is None:
+        raise GitError("git did not print the ID of a commit.")
+    return commit
+
+
+def _entries(raw: bytes) -> list[TreeChange]:
+    """Return what `git diff-index --raw -z` lists: `:old new blob blob status`, then the path. See git-diff-index(1)."""
+    fields = os.fsdecode(raw).split("\0")
+    entries = []
+    for told, path in zip(fields[::2], fields[1::2], strict=False):
+        old_mode, mode, _, blob, _ = told.removeprefix(":").split(" ")
+        entries.append(TreeChange(path=path, old_mode=old_mode, mode=mode, blob=blob))
+    return entries

@@ -1,0 +1,171 @@
+"""The clone: brings the repository of the request into the workspace, before anything of the task runs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Final, Self
+
+import attrs
+
+from ccrun.process.capture import ProcessResult
+from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
+from ccrun.worker.git.run import Git, GitError
+
+#: A whole commit ID, of SHA-1 or SHA-256.
+COMMIT: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+#: Bytes copied at once.
+_COPY_BYTES: Final = 1024 * 1024
+
+
+@attrs.frozen(kw_only=True)
+class Clone:
+    """What was cloned.
+
+    Args:
+        base: The commit that was checked out, None in an empty repository.
+        shallow: The commits whose parents were not fetched, as git keeps them.
+    """
+
+    base: str | None
+    shallow: bytes = attrs.field(repr=False)
+
+
+async def clone(
+    git: Git, access: Access, into: Path, *, revision: str | None, depth: int, submodules: bool, seconds: float
+) -> Clone:
+    """Clone into an empty folder; return what was cloned.
+
+    Args:
+        git: With a current folder in which nobody has left anything.
+        revision: A branch, a tag or a whole commit ID; None for what the server calls its HEAD.
+        depth: Commits from the tip.
+        submodules: Whether to clone those too, as deep.
+        seconds: What all of it has.
+
+    Raises:
+        GitError: It cannot be cloned, with one sentence that says why.
+    """
+    try:
+        async with asyncio.timeout(seconds), access.opened(git) as opened:
+            if revision is not None and COMMIT.fullmatch(revision):
+                await _fetch_commit(opened, access, into, revision, depth, submodules=submodules)
+            else:
+                await _clone(opened, access, into, revision, depth, submodules=submodules)
+    except TimeoutError:
+        raise network_error(access.remote, "cloned", seconds) from None
+    here = git.at(into)
+    head = await here.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    base = head.stdout.decode().strip() if head.exit.ok else None
+    return Clone(base=base, shallow=await asyncio.to_thread(_read, into / ".git" / "shallow"))
+
+
+async def _clone(git: Git, access: Access, into: Path, revision: str | None, depth: int, *, submodules: bool) -> None:
+    options = [
+        "--template=",
+        "--no-hardlinks",
+        f"--depth={depth}",
+        *(("--recurse-submodules", "--shallow-submodules") if submodules else ()),
+    ]
+    chosen = [] if revision is None else [f"--branch={revision}"]
+    ran = await _ask(git, "clone", *options, *chosen, "--", access.remote.url, str(into))
+    if ran.exit.ok:
+        return
+    if revision is None or b"Remote branch " not in ran.stderr:
+        raise refusal(access.remote, ran, access, "cloned")
+    # An empty repository has no branch yet, and any name will do for its first.
+    await asyncio.to_thread(_empty, into)
+    ran = await _ask(git, "clone", *options, "--", access.remote.url, str(into))
+    if not ran.exit.ok:
+        raise refusal(access.remote, ran, access, "cloned")
+    here = git.at(into)
+    if (await here.run("rev-parse", "--verify", "--quiet", "HEAD")).exit.ok or await here("for-each-ref", "--count=1"):
+        raise RemoteError(f"The repository has no branch or tag of the name in gitBranch: {revision}.")
+    await here("symbolic-ref", "HEAD", f"refs/heads/{revision}")
+
+
+async def _fetch_commit(git: Git, access: Access, into: Path, commit: str, depth: int, *, submodules: bool) -> None:
+    here = git.at(into)
+    await here("init", "--quiet", "--template=")
+    await here("remote", "add", "--", "origin", access.remote.url)
+    ran = await _ask(here, "fetch", "--quiet", f"--depth={depth}", "--", access.remote.url, commit)
+    if not ran.exit.ok:
+        if re.search(rb"not our ref|unadvertised object|upload-pack: not our|couldn't find remote ref", ran.stderr):
+            raise RemoteError(f"The repository has no commit {commit}, or does not hand it out by its ID.")
+        raise refusal(access.remote, ran, access, "cloned")
+    await here("checkout", "--quiet", "--detach", commit, "--")
+    if submodules:
+        ran = await _ask(here, "submodule", "--quiet", "update", "--init", "--recursive", "--depth=1")
+        if not ran.exit.ok:
+            raise refusal(access.remote, ran, access, "cloned")
+
+
+async def _ask(git: Git, *arguments: str) -> ProcessResult:
+    """Run what talks to the server; the caller bounds its time."""
+    return await git.run(*arguments, seconds=None)
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+class PackSnapshot:
+    """What was fetched, kept where the agent cannot reach it: in files without a name.
+
+    The agent may change or remove all that is in its workspace, and what is pushed later has to stand on the very objects that
+    came from the server, whose packs say what may be left out of a push.
+    """
+
+    def __init__(self, packs: Sequence[tuple[str, IO[bytes]]]) -> None:
+        self._packs = packs
+
+    @classmethod
+    async def of(cls, repository: Path) -> Self:
+        """Copy the packs of a fresh clone. Raises `GitError` when there is no room for them."""
+        return await asyncio.to_thread(cls._copied, repository / ".git" / "objects" / "pack")
+
+    @classmethod
+    def _copied(cls, folder: Path) -> Self:
+        packs: list[tuple[str, IO[bytes]]] = []
+        try:
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if path.suffix in (".pack", ".idx"):
+                    packs.append((path.name, tempfile.TemporaryFile()))  # noqa: SIM115 - closed by `close`
+                    with path.open("rb") as source:
+                        shutil.copyfileobj(source, packs[-1][1], _COPY_BYTES)
+        except OSError as error:
+            for _, file in packs:
+                file.close()
+            raise GitError(f"What was cloned cannot be kept for the push: {error.strerror}.") from None
+        return cls(packs)
+
+    async def restore(self, repository: Path) -> None:
+        """Copy the packs into a bare repository."""
+        await asyncio.to_thread(self._restore, repository / "objects" / "pack")
+
+    def _restore(self, folder: Path) -> None:
+        try:
+            folder.mkdir(exist_ok=True)
+            for name, file in self._packs:
+                file.seek(0)
+                with (folder / name).open("xb") as target:
+                    shutil.copyfileobj(file, target, _COPY_BYTES)
+        except OSError as error:
+            raise GitError(f"What was cloned cannot be laid out for the push: {error.strerror}.") from None
+
+    def close(self) -> None:
+        """Let go of the files, and so of the room that they take."""
+        for _, file in self._packs:
+            file.close()

@@ -1,0 +1,171 @@
+"""How many calls of Google's an operation makes. Each of them is paid for, and each takes its time."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import attrs
+import pytest
+from helpers.service import PATIENCE
+from helpers.sides import Call, Door, Sides, open_door, open_sides
+from standins.gcs import BUCKET, Gcs
+from standins.kms import Kms
+
+from ccrun.api.feed import Feed, PollPolicy, _Tail
+from ccrun.api.sse import Cursor
+from ccrun.backends.gcp.blobs import open_blobs
+from ccrun.lifecycle import finish, start
+from ccrun.store import Store
+from ccrun.task import Outcome, Reason, Status, TaskId, TaskRecord, TaskType
+from ccrun.testing.model import Say, sequence
+
+TASK = TaskId("t-1")
+NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
+SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0)
+#: Nobody polls but the test.
+NEVER = PollPolicy(min_seconds=3600.0, max_seconds=3600.0)
+LISTING = Counter({"objects.list": 1})
+
+
+@attrs.frozen(kw_only=True)
+class Bucket:
+    """A task in a bucket: `store` is where its worker writes, `read` where readers come in, whose calls are counted."""
+
+    store: Store
+    read: Store
+    door: Door
+
+    def take_calls(self) -> Counter[str]:
+        """Return the calls since the last time, by method."""
+        calls: Counter[str] = Counter()
+        for call, timeouts in self.door.calls.items():
+            calls[call.method] += timeouts
+        self.door.calls.clear()
+        return calls
+
+    async def add_chunks(self, first: int, last: int) -> None:
+        """Write chunks of the task."""
+        for number in range(first, last + 1):
+            await self.store.add_chunk(TASK, number, [b"{}"], NOW)
+
+    async def end(self) -> None:
+        """Write the final record of the task."""
+        await self.store.update(TASK, lambda record: finish(record, SUCCESS, at=NOW))
+
+
+@pytest.fixture
+async def bucket() -> AsyncIterator[Bucket]:
+    """A task that runs and has written three chunks."""
+    async with (
+        Gcs() as gcs,
+        Kms() as kms,
+        open_door(gcs, kms) as door,
+        open_blobs(BUCKET, emulator=gcs.direct) as direct,
+        open_blobs(BUCKET, emulator=door.environment["STORAGE_EMULATOR_HOST"]) as counted,
+    ):
+        bucket = Bucket(store=Store(direct), read=Store(counted), door=door)
+        record = TaskRecord(
+            task_id=TASK, type=TaskType.ASYNC, status=Status.PENDING, created_at=NOW, logs_path="gs://logs/"
+        )
+        await bucket.store.add(start(record, at=NOW))
+        await bucket.add_chunks(1, 3)
+        yield bucket
+
+
+@pytest.fixture
+async def tail(bucket: Bucket) -> AsyncIterator[_Tail]:
+    """A tail that has had its first look; what it costs is counted from here on."""
+    tail = _Tail(bucket.read, TASK, NEVER, None, window_bytes=1024)
+    await tail.ready()
+    assert Counter({"objects.list": 1, "objects.get": 1}) == bucket.take_calls()
+    yield tail
+    await tail.close()
+
+
+@pytest.fixture
+async def sides() -> AsyncIterator[Sides]:
+    """A service whose model says `Done.` to everything."""
+    async with open_sides(sequence(Say("Done."))) as sides:
+        yield sides
+
+
+async def test_submission_makes_four_writes_one_sealing_one_launch(sides: Sides) -> None:
+    """`/run-async` writes payload, record, index and mark, seals one key and launches once; it does nothing else."""
+    await sides.service.submit(taskId="t")
+    assert {
+        Call("cryptoKeys.encrypt", "payload-encryption"): 1,
+        Call("objects.insert", "active/{taskId}"): 1,
+        Call("objects.insert", "index/{time}-{taskId}"): 1,
+        Call("objects.insert", "sessions/{taskId}/encrypted-payload.bin"): 1,
+        Call("objects.insert", "sessions/{taskId}/metadata.json"): 1,
+        Call("Jobs.RunJob", "claude-code-job"): 1,
+    } == sides.api.calls
+
+
+async def test_calls_of_submissions_do_not_depend_on_how_many_there_are(sides: Sides) -> None:
+    """Ten at once cost ten times what one costs."""
+    sides.place.cloud_run.launch_seconds = float("inf")
+    await asyncio.gather(*(sides.service.submit() for _ in range(10)))
+    assert (40, 10, 10) == tuple(sides.api.count(method) for method in ("objects.", "cryptoKeys.", "Jobs."))
+
+
+async def test_poll_without_news_is_one_call(bucket: Bucket, tail: _Tail) -> None:
+    """A tail of a silent task lists once a poll and reads nothing."""
+    for _ in range(5):
+        assert not await tail._look()
+        assert LISTING == bucket.take_calls()
+
+
+async def test_poll_with_new_chunks_is_one_call_more_a_chunk(bucket: Bucket, tail: _Tail) -> None:
+    """One listing shows all new chunks; each is read once, for however many readers."""
+    await bucket.add_chunks(4, 8)
+    assert await tail._look()
+    assert LISTING == bucket.take_calls()
+    await asyncio.gather(*(tail.frames(number) for number in range(4, 9) for _ in range(20)))
+    assert Counter({"objects.get": 5}) == bucket.take_calls()
+
+
+async def test_changed_record_is_one_call_more(bucket: Bucket, tail: _Tail) -> None:
+    """The listing of a poll tells that the record changed; then it is read, and at the end the log is listed once more."""
+    await bucket.store.update(TASK, lambda record: attrs.evolve(record, cancelled_at=NOW))
+    assert await tail._look()
+    assert Counter({"objects.list": 1, "objects.get": 1}) == bucket.take_calls()
+    await bucket.end()
+    assert await tail._look()
+    assert tail.is_over
+    assert Counter({"objects.list": 2, "objects.get": 1}) == bucket.take_calls()
+
+
+async def test_twenty_replays_of_a_finished_task_cost_as_much_as_one(bucket: Bucket) -> None:
+    """The record, one listing and each chunk, once for all who read at the same time."""
+    await bucket.end()
+    feed = Feed(bucket.read, NEVER)
+
+    async def replay() -> None:
+        async with feed.follow(TASK, after=Cursor()) as reader, asyncio.timeout(PATIENCE):
+            async for _ in reader.items(idle_seconds=PATIENCE):
+                pass
+
+    await asyncio.gather(*(replay() for _ in range(20)))
+    assert Counter({"objects.list": 1, "objects.get": 1 + 3}) == bucket.take_calls()
+
+
+async def test_page_of_tasks_is_one_listing_and_one_call_a_task(bucket: Bucket) -> None:
+    """`GET /tasks` costs what it shows, not what was ever run."""
+    for number in range(30):
+        task_id = TaskId(f"other-{number}")
+        created_at = NOW - dt.timedelta(days=number)
+        await bucket.store.add(
+            TaskRecord(
+                task_id=task_id,
+                type=TaskType.SYNC,
+                status=Status.PENDING,
+                created_at=created_at,
+                logs_path="gs://logs/",
+            )
+        )
+    assert 10 == len((await bucket.read.page(limit=10)).tasks)
+    assert Counter({"objects.list": 1, "objects.get": 10}) == bucket.take_calls()

@@ -1,0 +1,170 @@
+"""One task from payload to outcome, run in the process of the test: a store, a dispatcher to make the task, a worker's parts."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from ccrun.api.dispatch import Dispatcher
+from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.backends.local.key import LocalKey
+from ccrun.claude_cli import find_cli
+from ccrun.errors import ConfigError
+from ccrun.jobs import ExecutionState
+from ccrun.process.user import User, find_user
+from ccrun.store import Store
+from ccrun.task import Secret, TaskId, TaskRecord, TaskSpec, TaskType
+from ccrun.testing.model import Script, ScriptedModel
+from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
+from ccrun.worker.git.run import SYSTEM_PATH
+from ccrun.worker.log_writer import FlushPolicy
+from ccrun.worker.run import run_task
+from helpers.service import MADE_UP_KEY, PATIENCE
+
+#: Another process may run these tests at the same time, with workspaces in the same folder.
+TASK = TaskId(f"task-{os.getpid()}")
+RESULT = {
+    "type": "result",
+    "subtype": "success",
+    "is_error": False,
+    "num_turns": 2,
+    "total_cost_usd": 0.25,
+    "session_id": "session-1",
+    "result": "All done.",
+    "usage": {"input_tokens": 3},
+}
+#: What every fake CLI begins with.
+PRELUDE = """
+import json, os, signal, subprocess, sys, time
+def say(**line): print(json.dumps(line, separators=(",", ":")), flush=True)
+def result(**more): say(**{**json.loads(%r), **more})
+prompt = sys.stdin.read()
+""" % json.dumps(RESULT)  # noqa: UP031
+
+FakeCli = Callable[[str], Path]
+
+
+class NoJobs:
+    """A place that runs no workers: the tests run them."""
+
+    max_running: int | None = None
+    start_timeout: dt.timedelta | None = None
+
+    def check_capacity(self) -> None: ...
+
+    async def launch(self, task_id: TaskId) -> str | None:
+        return None
+
+    async def cancel(self, task_id: TaskId, execution_name: str | None) -> None: ...
+
+    async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
+        return ExecutionState.RUNNING
+
+    async def clear(self, task_id: TaskId) -> None: ...
+
+
+@attrs.frozen(kw_only=True)
+class Bench:
+    """A store with a task in it, and what runs it."""
+
+    deps: WorkerDependencies
+    dispatcher: Dispatcher
+    shutdown: asyncio.Event = attrs.field(factory=asyncio.Event)
+
+    async def submit(self, **fields: Any) -> None:
+        """Make the task."""
+        defaults: dict[str, Any] = {
+            "task_id": TASK,
+            "type": TaskType.ASYNC,
+            "prompt": "Do it.",
+            "timeout_minutes": 1.0,
+            "anthropic_api_key": Secret(MADE_UP_KEY),
+        }
+        await self.dispatcher.submit(TaskSpec(**{**defaults, **fields}))
+
+    async def run(self, **changes: Any) -> TaskRecord:
+        """Run the task's worker to its end, and return the record that it leaves."""
+        async with asyncio.timeout(PATIENCE):
+            await run_task(attrs.evolve(self.deps, **changes), TASK, shutdown=self.shutdown)
+        return await self.deps.store.record(TASK)
+
+    async def log(self) -> list[dict[str, Any]]:
+        """Return the lines of the task's log."""
+        listing = await self.deps.store.listing(TASK, first=1)
+        contents = [await self.deps.store.read_chunk(chunk) for chunk in listing.chunks]
+        return [json.loads(line) for content in contents for line in content.splitlines()]
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> Bench:
+    """A store in a folder, and a worker whose model API nobody serves."""
+    store, wrapper = Store(DirectoryBlobs(tmp_path / "data")), LocalKey(tmp_path / "keys" / "key")
+    deps = WorkerDependencies(
+        store=store,
+        wrapper=wrapper,
+        callbacks=None,
+        cli=lambda: find_cli(None, ""),
+        upstream="http://127.0.0.1:9",
+        marker=str(tmp_path),
+        git_protocols="https:ssh:http:file",
+        inherited={"PATH": os.environ["PATH"], "SERVICE_SECRET": "of-the-service"},
+        pace=FlushPolicy(flush_seconds=0.05, first_flush_seconds=0.01, retry_seconds=0.5),
+        timeouts=WorkerTimeouts(term_grace=0.3, cancel_poll=0.02),
+    )
+    dispatcher = Dispatcher(store=store, jobs=NoJobs(), wrapper=wrapper, callback_owed=lambda: None)
+    return Bench(deps=deps, dispatcher=dispatcher)
+
+
+@pytest.fixture
+async def serve_model() -> AsyncIterator[Callable[[Script], Any]]:
+    """Return what serves a script as the model API, for as long as the test lasts."""
+    models: list[ScriptedModel] = []
+
+    async def serve(script: Script) -> ScriptedModel:
+        models.append(await ScriptedModel(script).__aenter__())
+        return models[-1]
+
+    yield serve
+    for model in models:
+        await model.__aexit__(None, None, None)
+
+
+# --- agents that are scripts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent() -> Iterator[Callable[[str], Callable[[], Path]]]:
+    """Return what makes a CLI that does as a script for bash says, and then reports success; any user may run it."""
+    folder = Path(tempfile.mkdtemp(prefix="ccrun-test-"))
+    folder.chmod(0o755)
+
+    def make(script: str, *, stop: str = f"echo {shlex.quote(json.dumps(RESULT, separators=(',', ':')))}") -> Any:
+        path = folder / f"agent-{len(list(folder.iterdir()))}"
+        path.write_text(f"#!/bin/bash\ncat >/dev/null\n{script}\n{stop}\n", encoding="utf-8")
+        path.chmod(0o755)
+        return lambda: path
+
+    yield make
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["same user", "user of its own"])
+async def agent_user(request: pytest.FixtureRequest) -> User | None:
+    """Whom the agent runs as: the worker's own user, and one that only agents have."""
+    if request.param == "same user":
+        return None
+    try:
+        return await asyncio.to_thread(find_user, "61237", SYSTEM_PATH)
+    except ConfigError:
+        pytest.skip("this process may not start others as another user")
