@@ -17,7 +17,7 @@ import attrs
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-from ccrun import ijson, javascript_json
+from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
 from ccrun.task import Secret, TaskRecord, TaskSpec
 
@@ -33,9 +33,18 @@ _OPTIONAL_FIELDS: Final = ("uploadedFiles", "gitCommit")
 _CALLBACK_FIELDS: Final = ("taskId", "status", "exitCode", "logsPath", "summary", "error", "metadata")
 
 
+def to_json(value: Any) -> bytes:
+    """Return JSON values as one line of JSON in UTF-8."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except ValueError:
+        # A NaN, which JSON does not have, or a lone surrogate, which UTF-8 does not have: printed as null and as an escape.
+        return javascript_json.dumps(value)
+
+
 def spec_to_bytes(spec: TaskSpec) -> bytes:
     """Return the task as it is sealed: every default spelled out, every secret plain."""
-    return javascript_json.dumps(_converter().unstructure(spec))
+    return to_json(_converter().unstructure(spec))
 
 
 def spec_from_values(values: Mapping[str, Any]) -> TaskSpec:
@@ -50,7 +59,7 @@ def spec_from_bytes(content: bytes) -> TaskSpec:
         SealError: These bytes are no task.
     """
     try:
-        return _converter().structure(_load(content), TaskSpec)
+        return _converter().structure(json.loads(content), TaskSpec)
     except _DECODE_ERRORS as error:
         # The cause would show the plain text of the task.
         raise SealError(
@@ -60,7 +69,7 @@ def spec_from_bytes(content: bytes) -> TaskSpec:
 
 def record_to_bytes(record: TaskRecord) -> bytes:
     """Return the record as it is stored. Times keep their milliseconds."""
-    return javascript_json.dumps(_converter().unstructure(record))
+    return to_json(_converter().unstructure(record))
 
 
 def record_from_bytes(content: bytes) -> TaskRecord:
@@ -70,7 +79,7 @@ def record_from_bytes(content: bytes) -> TaskRecord:
         StorageError: These bytes are no record.
     """
     try:
-        return _converter().structure(_load(content), TaskRecord)
+        return _converter().structure(json.loads(content), TaskRecord)
     except _DECODE_ERRORS as error:
         raise StorageError("A stored task record cannot be read.") from error
 
@@ -100,19 +109,6 @@ def callback_body(record: TaskRecord) -> bytes:
 
 #: What structuring a value of another shape raises, and what reading bytes that are no JSON does.
 _DECODE_ERRORS: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-
-
-def _load(content: bytes) -> Any:
-    """Return the JSON value that `ijson.dumps` printed.
-
-    Not by `ijson.parse`: JavaScript spells 1e20 as a whole number, which that refuses, since a caller may mean its digits.
-    """
-    return json.loads(content, parse_int=_integer_or_double)
-
-
-def _integer_or_double(digits: str) -> float:
-    value = int(digits)
-    return value if abs(value) <= ijson.MAX_INTEGER else float(value)
 
 
 @functools.cache

@@ -50,8 +50,11 @@ def lost_outcome(status: Status, state: ExecutionState, *, is_overdue: bool = Fa
             assert_never(never)
 
 
-async def settle(store: Store, jobs: Jobs, record: TaskRecord) -> TaskRecord:
-    """Return the record as it stands after a look at the execution; final when the execution is over.
+async def settle(store: Store, jobs: Jobs, record: TaskRecord, *, delete_payload: bool = True) -> TaskRecord:
+    """Return the record after a check of its execution; it is final when the execution has finished.
+
+    Args:
+        delete_payload: As for `Store.update`.
 
     Raises:
         StorageError: The storage does not answer.
@@ -70,9 +73,8 @@ async def settle(store: Store, jobs: Jobs, record: TaskRecord) -> TaskRecord:
         # The record was read before the execution's state was: the worker may have begun or ended the task in between.
         return finish(present, outcome, at=dt.datetime.now(dt.UTC)) if present.status is record.status else present
 
-    settled = await store.update(record.task_id, end)
+    settled = await store.update(record.task_id, end, delete_payload=delete_payload)
     if not settled.status.is_final:
         return settled
-    await store.delete_payload(record.task_id)
     await jobs.clear(record.task_id)
     return settled

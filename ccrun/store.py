@@ -172,40 +172,54 @@ class Store:
             raise TaskNotFound(f"There is no task {task_id}.") from None
         return VersionedRecord(record=codec.record_from_bytes(blob.content), generation=blob.generation)
 
-    async def update(self, task_id: TaskId, change: Callable[[TaskRecord], TaskRecord]) -> TaskRecord:
-        """Write what `change` makes of the record, on the very state that it saw; the one gate for every change of a task.
+    async def update(
+        self, task_id: TaskId, change: Callable[[TaskRecord], TaskRecord], *, delete_payload: bool = True
+    ) -> TaskRecord:
+        """Replace the record by what `change` returns for it; the only function that changes the state of a task.
 
-        `change` is called again when somebody else was faster, and may raise to leave the record as it is. A change that
-        gives back the same record writes nothing.
+        The write succeeds only while the record is the one that `change` saw. When another process has changed it, `change`
+        is called again with the new record. It may raise an exception to leave the record as it is, and nothing is
+        written when it returns an equal record.
+
+        The payload is deleted when the task becomes final. The mark is deleted when the task is final and its callback is
+        not owed, unless the payload could not be deleted: a sweep then retries both.
+
+        Args:
+            delete_payload: False when the caller has deleted the payload, or deletes it before the mark is deleted.
 
         Raises:
             TaskNotFound: There is no such task.
-            StorageError: The storage does not answer, or the swap was lost too often.
+            StorageError: The storage failed, or other processes changed the record at every attempt.
         """
         write_id = secrets.token_hex(WRITE_ID_BYTES)
+        becomes_final = False
         for _ in range(UPDATE_ATTEMPTS):
             present = await self.read_versioned(task_id)
             if present.record.write_id == write_id:
-                # The answer to our own write was lost, not the write.
-                return await self._settled(present.record)
+                # An earlier attempt was stored, although its response was lost.
+                written = present.record
+                break
             changed = change(present.record)
             if changed == present.record:
                 return present.record
+            becomes_final = changed.status.is_final and not present.record.status.is_final
             content = codec.record_to_bytes(attrs.evolve(changed, write_id=write_id))
             try:
                 await self._blobs.replace(record_name(task_id), content, generation=present.generation)
             except BlobChanged:
                 continue
-            # As it is read by all others: times, for one, are kept in milliseconds.
-            return await self._settled(codec.record_from_bytes(content))
-        raise StorageError("The task record is being changed too often.")
-
-    async def _settled(self, record: TaskRecord) -> TaskRecord:
-        if record.status.is_final and not record.owes_callback:
-            # The change is made, whatever becomes of this. The mark goes last: while it is there, a sweep tries again.
-            with contextlib.suppress(StorageError):
-                await self.delete_incomplete(record.task_id)
-        return record
+            # Parsed again, so that it equals what other readers get: stored times have milliseconds.
+            written = codec.record_from_bytes(content)
+            break
+        else:
+            raise StorageError("The task record is being changed too often.")
+        # The record is written, so a failure from here on is no failure of the update.
+        with contextlib.suppress(StorageError):
+            if becomes_final and delete_payload:
+                await self.delete_payload(task_id)
+            if written.status.is_final and not written.owes_callback:
+                await self.unmark_active(task_id)
+        return written
 
     async def delete_incomplete(self, task_id: TaskId) -> None:
         """Remove what only a task with something left to do needs: its payload, then its mark."""

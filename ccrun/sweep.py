@@ -93,7 +93,8 @@ class Sweeper:
     async def _look(self, record: TaskRecord) -> SweepReport:
         report = SweepReport()
         if not record.status.is_final:
-            present = await settle(self.store, self.jobs, record)
+            # The payload of a task with a callback is deleted below, before the callback is claimed.
+            present = await settle(self.store, self.jobs, record, delete_payload=record.webhook is None)
             if await self._is_forgotten(present):
                 await self.jobs.launch(present.task_id)
                 report += SweepReport(started=1)

@@ -52,6 +52,7 @@ class WatchedBlobs(DirectoryBlobs):
         self.before_replace: Callable[[], object] | None = None
         self.after_delete: Callable[[], object] | None = None
         self.replies_to_lose = 0
+        self.deleted: list[str] = []
 
     async def read(self, name: str) -> Blob:
         self.reads.append(name)
@@ -73,6 +74,7 @@ class WatchedBlobs(DirectoryBlobs):
         return written
 
     async def delete(self, name: str) -> None:
+        self.deleted.append(name)
         await super().delete(name)
         if self.after_delete is not None:
             act, self.after_delete = self.after_delete, None
@@ -261,6 +263,31 @@ async def test_change_is_written_and_returned(store: Store) -> None:
     updated = await store.update(TASK, lambda record: start(record, at=NOW + dt.timedelta(microseconds=1234)))
     assert attrs.evolve(begin(pending()), started_at=NOW + dt.timedelta(milliseconds=1)) == updated
     assert updated == await store.record(TASK)
+
+
+@pytest.mark.parametrize(
+    ("webhook", "delete_payload", "expected"),
+    [
+        (None, True, [names.payload_name(TASK), names.active_name(TASK)]),
+        (None, False, [names.active_name(TASK)]),
+        (CallbackInfo(), True, [names.payload_name(TASK)]),
+        (CallbackInfo(), False, []),
+    ],
+)
+async def test_payload_is_deleted_once_when_a_task_becomes_final(
+    store: Store, blobs: WatchedBlobs, webhook: CallbackInfo | None, *, delete_payload: bool, expected: list[str]
+) -> None:
+    """The final write deletes the payload, unless the caller has; the mark stays while the callback is owed."""
+    await store.add(begin(pending(webhook=webhook)))
+    final = await store.update(TASK, lambda record: finish(record, SUCCESS, at=NOW), delete_payload=delete_payload)
+    assert expected == blobs.deleted
+    if webhook is None:
+        return
+    blobs.deleted.clear()
+    assert final.webhook is not None
+    delivered = attrs.evolve(final.webhook, state=CallbackState.DELIVERED, next_attempt_at=None)
+    await store.update(TASK, lambda record: attrs.evolve(record, webhook=delivered))
+    assert [names.active_name(TASK)] == blobs.deleted
 
 
 async def test_change_that_changes_nothing_writes_nothing(store: Store, blobs: WatchedBlobs) -> None:

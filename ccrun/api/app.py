@@ -22,7 +22,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from aiohttp_sse import EventSourceResponse
 
-from ccrun import __version__, codec, javascript_json
+from ccrun import __version__, codec
 from ccrun.api import sse
 from ccrun.api.dispatch import Dispatcher, Idempotency, Submitted
 from ccrun.api.feed import CaughtUp, Feed, FeedReader, Finished, Idle, Lines
@@ -673,9 +673,7 @@ def _digest(token: str) -> str:
 
 
 def _json(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.Response(
-        body=javascript_json.dumps(value), status=status, headers=headers, content_type="application/json"
-    )
+    return web.Response(body=codec.to_json(value), status=status, headers=headers, content_type="application/json")
 
 
 def _error(

@@ -118,10 +118,8 @@ class Dispatcher:
             return lifecycle.request_cancel(record, at=dt.datetime.now(dt.UTC))
 
         record = await self.store.update(task_id, request)
-        if record.status.is_final:
-            await self.store.delete_payload(task_id)
-            if record.owes_callback:
-                self.callback_owed()
+        if record.status.is_final and record.owes_callback:
+            self.callback_owed()
         await self.jobs.cancel(task_id, record.execution_name)
         return Cancelled(record=record, was_already_requested=before is not None and before.is_cancelling)
 
@@ -214,10 +212,7 @@ class Dispatcher:
             failed = lifecycle.finish(present, outcome, at=dt.datetime.now(dt.UTC))
             return attrs.evolve(failed, webhook=None)
 
-        buried = await self.store.update(record.task_id, fail)
-        if buried.status.is_final:
-            await self.store.delete_payload(record.task_id)
-        return buried
+        return await self.store.update(record.task_id, fail)
 
 
 def redacted_url(url: str) -> str:

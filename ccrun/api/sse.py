@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import attrs
 
-from ccrun import javascript_json
+from ccrun import codec
 
 #: Milliseconds after which a browser connects again.
 RETRY_MS: Final = 1000
@@ -47,7 +47,7 @@ def event(name: str, data: bytes, *, event_id: str | None = None) -> bytes:
 
 def json_event(name: str, data: dict[str, Any]) -> bytes:
     """Spell an event whose data is that object."""
-    return event(name, javascript_json.dumps(data))
+    return event(name, codec.to_json(data))
 
 
 def opening() -> bytes:
@@ -66,4 +66,4 @@ def lines(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
 
 def _as_text(line: bytes) -> bytes:
     """Wrap a line that would break the framing; no line that ccrun wrote does."""
-    return javascript_json.dumps({"type": "text", "content": line.decode(errors="replace")})
+    return codec.to_json({"type": "text", "content": line.decode(errors="replace")})

@@ -204,8 +204,8 @@ def _events(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for delta in deltas:
             yield {"type": "content_block_delta", "index": index, "delta": delta}
         yield {"type": "content_block_stop", "index": index}
-    stop = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    yield {"type": "message_delta", "delta": stop, "usage": message["usage"]}
+    stopped: dict[str, Any] = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+    yield {"type": "message_delta", "delta": stopped, "usage": message["usage"]}
     yield {"type": "message_stop"}
 
 

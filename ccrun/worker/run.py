@@ -19,7 +19,8 @@ from ccrun import codec, lifecycle
 from ccrun.callbacks.owed import CALLBACK_LEASE, OwedCallbacks
 from ccrun.errors import BlobNotFound, CcrunError, IllegalTransition, SealError, StorageError, TaskNotFound
 from ccrun.process.user import User
-from ccrun.seal import Purpose
+from ccrun.seal import KeyWrapper, Purpose
+from ccrun.store import Store
 from ccrun.task import (
     EXIT_TERMINATED,
     Outcome,
@@ -78,8 +79,9 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(_watching(deps, task_id, stop, shutdown))
         spec: TaskSpec | None = None
+        payload = _Payload(deps.store, deps.wrapper, task_id)
         try:
-            spec = await _open_payload(deps, task_id)
+            spec = await payload.open()
             stop.limit(began + spec.timeout_minutes * 60)
             workspace = await stack.enter_async_context(open_workspace(task_id, deps.agent_user))
             outcome = await _until_shutdown(_perform(deps, spec, workspace, stop), stop, deps.timeouts)
@@ -90,13 +92,18 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
         except CcrunError as error:
             outcome = lifecycle.failed_outcome(Reason.PREPARE_FAILED, error.message)
         try:
-            record = await _record_outcome(deps, task_id, outcome)
+            record = await _record_outcome(deps, task_id, outcome, delete_payload=not payload.is_deleted)
         except IllegalTransition as error:
             log.warning("task_already_final", message="The task was finished by another process", error=error.message)
             return
         _log_finished(record)
-        if record.owes_callback and deps.callbacks is not None:
+        if not record.owes_callback or deps.callbacks is None:
+            return
+        if payload.is_deleted:
             await _call_back(deps.callbacks, record, spec, shutdown, deps.timeouts)
+        else:
+            # A sweep deletes the payload before it delivers, so that no payload outlives its task.
+            await deps.callbacks.release(task_id)
 
 
 def _log_finished(record: TaskRecord) -> None:
@@ -157,14 +164,34 @@ async def _until_shutdown(work: Coroutine[Any, Any, Outcome], stop: StopRequest,
 # --- the steps ---------------------------------------------------------------------------------------------------------
 
 
-async def _open_payload(deps: WorkerDependencies, task_id: TaskId) -> TaskSpec:
-    try:
-        sealed = await deps.store.payload(task_id)
-    except BlobNotFound:
-        raise SealError("The sealed payload is gone.") from None
-    content = await unseal(deps.wrapper, sealed, task_id=task_id, purpose=Purpose.PAYLOAD)
-    await deps.store.delete_payload(task_id)
-    return codec.spec_from_bytes(content)
+@attrs.define
+class _Payload:
+    """The sealed request, which is read once and deleted in any case."""
+
+    store: Store
+    wrapper: KeyWrapper
+    task_id: TaskId
+    is_deleted: bool = attrs.field(default=False, init=False)
+
+    async def open(self) -> TaskSpec:
+        """Return the task that was sealed.
+
+        Raises:
+            SealError: There is no payload, or it cannot be opened.
+            KeyServiceError: The key service failed.
+            StorageError: The payload could not be read or deleted.
+        """
+        try:
+            sealed = await self.store.payload(self.task_id)
+        except BlobNotFound:
+            self.is_deleted = True
+            raise SealError("The sealed payload is gone.") from None
+        try:
+            content = await unseal(self.wrapper, sealed, task_id=self.task_id, purpose=Purpose.PAYLOAD)
+        finally:
+            await self.store.delete_payload(self.task_id)
+            self.is_deleted = True
+        return codec.spec_from_bytes(content)
 
 
 async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspace, stop: StopRequest) -> Outcome:
@@ -341,7 +368,9 @@ def _credential(deps: WorkerDependencies, spec: TaskSpec) -> tuple[Secret, Crede
 # --- the end -----------------------------------------------------------------------------------------------------------
 
 
-async def _record_outcome(deps: WorkerDependencies, task_id: TaskId, outcome: Outcome) -> TaskRecord:
+async def _record_outcome(
+    deps: WorkerDependencies, task_id: TaskId, outcome: Outcome, *, delete_payload: bool
+) -> TaskRecord:
     """Write the final record; the state and the debt of the callback are one write.
 
     Raises:
@@ -356,7 +385,7 @@ async def _record_outcome(deps: WorkerDependencies, task_id: TaskId, outcome: Ou
 
     @stamina.retry(on=StorageError, attempts=None, timeout=RECORD_SECONDS)
     async def write() -> TaskRecord:
-        return await deps.store.update(task_id, end)
+        return await deps.store.update(task_id, end, delete_payload=delete_payload)
 
     return await write()
 

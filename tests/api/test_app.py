@@ -905,11 +905,11 @@ async def test_what_runs_now_is_told(api: Api) -> None:
     """`/tasks/status` shows the running tasks with their start, how many wait, and which are being cancelled."""
     empty = await api.call("GET", "/tasks/status")
     assert {"active": 0, "max": 2, "queued": 0, "tasks": []} == empty.body
-    running, stop, _waiting = [await api.submit(taskId=task_id) for task_id in ("a", "b", "c")]
+    running, cancelled, _waiting = [await api.submit(taskId=task_id) for task_id in ("a", "b", "c")]
     await over(api, taskId="d")
     began = await api.begin(running)
-    await api.begin(stop)
-    await api.call("POST", f"/cancel/{stop}")
+    await api.begin(cancelled)
+    await api.call("POST", f"/cancel/{cancelled}")
     answer = (await api.call("GET", "/tasks/status")).body
     assert (2, 2, 1) == (answer["active"], answer["max"], answer["queued"])
     tasks = {task["taskId"]: task for task in answer["tasks"]}

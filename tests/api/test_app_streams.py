@@ -116,8 +116,8 @@ async def test_a_task_that_did_not_complete_says_why(api: Api, outcome: Outcome,
     """A failure has an `error`, a cancel a `cancelled_outcome`, right before `done`."""
     task_id = await over(api, outcome)
     stream = await bytes_of(api, f"/tasks/{task_id}/events")
-    stop = before_done.replace(b"%b", task_id.encode()) + await done_event(api, task_id)
-    assert stream.endswith(CAUGHT_UP + stop)
+    last = before_done.replace(b"%b", task_id.encode()) + await done_event(api, task_id)
+    assert stream.endswith(CAUGHT_UP + last)
 
 
 async def test_done_is_the_callbacks_payload(api: Api) -> None:

@@ -149,9 +149,9 @@ def agent() -> Iterator[Callable[[str], Callable[[], Path]]]:
     folder = Path(tempfile.mkdtemp(prefix="ccrun-test-"))
     folder.chmod(0o755)
 
-    def make(script: str, *, stop: str = f"echo {shlex.quote(json.dumps(RESULT, separators=(',', ':')))}") -> Any:
+    def make(script: str, *, last: str = f"echo {shlex.quote(json.dumps(RESULT, separators=(',', ':')))}") -> Any:
         path = folder / f"agent-{len(list(folder.iterdir()))}"
-        path.write_text(f"#!/bin/bash\ncat >/dev/null\n{script}\n{stop}\n", encoding="utf-8")
+        path.write_text(f"#!/bin/bash\ncat >/dev/null\n{script}\n{last}\n", encoding="utf-8")
         path.chmod(0o755)
         return lambda: path
 

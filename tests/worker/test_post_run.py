@@ -307,7 +307,7 @@ async def test_uploads_need_no_repository(scene: Scene, agent: Agent) -> None:
 async def test_actions_run_after_success_alone(scene: Scene, agent: Agent) -> None:
     """A task that failed pushes and uploads nothing but the patch of its changes."""
     both = PostRunActions(git=COMMIT_AND_PUSH.git, upload_files=UploadAction(glob_patterns=("**",)))
-    record = await scene.run(agent("echo new >a.txt", stop="exit 3"), actions=both)
+    record = await scene.run(agent("echo new >a.txt", last="exit 3"), actions=both)
     assert (Status.FAILED, 3, None) == (record.status, record.exit_code, record.git_commit)
     assert {"rescue.patch"} == set(await scene.stored(record))
     assert {"a.txt": b"old", "b.txt": b"old"} == await scene.repository.files("main")
@@ -328,7 +328,7 @@ async def test_a_task_that_fails_keeps_its_changes(scene: Scene, agent: Agent, g
         "git config user.name A; git config user.email a@b; echo new >a.txt; git commit -qam Own; "
         "printf '\\0\\1' >bin; rm b.txt"
     )
-    record = await scene.run(agent(script, stop="exit 1"), actions=PostRunActions())
+    record = await scene.run(agent(script, last="exit 1"), actions=PostRunActions())
     patch = rescue_of(await scene.stored(record))
     fresh = ground.folder / "fresh"
     await ground.git("clone", "--quiet", f"file://{scene.repository.path}", str(fresh))
@@ -379,13 +379,13 @@ async def test_a_worker_that_is_told_to_end_keeps_the_changes(scene: Scene, agen
 
 async def test_an_unchanged_tree_leaves_no_patch(scene: Scene, agent: Agent) -> None:
     """There is nothing to keep."""
-    record = await scene.run(agent("true", stop="exit 1"))
+    record = await scene.run(agent("true", last="exit 1"))
     assert (None, ()) == (record.uploaded_files, record.action_errors)
 
 
 async def test_a_patch_that_is_too_large_keeps_whole_files(scene: Scene, agent: Agent) -> None:
     """Those that fit, and says so."""
-    cli = agent("echo new >a.txt; seq 100000 >z.txt", stop="exit 1")
+    cli = agent("echo new >a.txt; seq 100000 >z.txt", last="exit 1")
     await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     timeouts = WorkerTimeouts(term_grace=0.3, cancel_poll=0.02, actions=PostRunLimits(rescue_bytes=5000))
     record = await scene.bench.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
@@ -399,7 +399,7 @@ async def test_a_patch_of_which_nothing_fits_is_told(scene: Scene, agent: Agent)
     """And none is kept."""
     await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     timeouts = WorkerTimeouts(term_grace=0.3, cancel_poll=0.02, actions=PostRunLimits(rescue_bytes=5000))
-    cli = agent("seq 100000 >z.txt", stop="exit 1")
+    cli = agent("seq 100000 >z.txt", last="exit 1")
     record = await scene.bench.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
     assert None is record.uploaded_files
     assert [{"action": "rescue", "error": "The changes are lost: no file's patch fits 5000 bytes."}] == list(
@@ -417,7 +417,7 @@ class FullBlobs(DirectoryBlobs):
 async def test_a_patch_that_cannot_be_stored_is_told(scene: Scene, agent: Agent, tmp_path: Path) -> None:
     """The task ends as it would have."""
     await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
-    cli = agent("echo new >a.txt", stop="exit 3")
+    cli = agent("echo new >a.txt", last="exit 3")
     record = await scene.bench.run(cli=cli, agent_user=scene.user, store=Store(FullBlobs(tmp_path / "data")))
     assert (3, [{"action": "rescue", "error": "The storage is full."}]) == (
         record.exit_code,

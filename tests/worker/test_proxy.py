@@ -520,7 +520,7 @@ async def test_an_api_that_stays_silent_is_a_502(upstream: Upstream, session: ai
 
 @pytest.mark.parametrize("ending", ["reset", "silence"])
 async def test_a_stream_that_breaks_upstream_breaks_here(
-    upstream: Upstream, session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture, stop: str
+    upstream: Upstream, session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture, ending: str
 ) -> None:
     """A stream that was cut off never looks like a whole one, and leaves nothing in the log."""
 
@@ -528,7 +528,7 @@ async def test_a_stream_that_breaks_upstream_breaks_here(
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"half of ")
-        if stop == "reset":
+        if ending == "reset":
             assert request.transport is not None
             request.transport.abort()
         await asyncio.Event().wait()

@@ -223,7 +223,7 @@ async def test_a_rescue_runs_nothing_that_was_planted(
     async with GitSsh(ground.repos) as server:
         script = planting(evidence / "trap", server.url("demo").rpartition("/")[0])
         await bench.submit(git_repo=server.url("demo"), ssh_key=Secret(key_pair().openssh))
-        record = await bench.run(cli=agent(script, stop="exit 1"), agent_user=agent_user)
+        record = await bench.run(cli=agent(script, last="exit 1"), agent_user=agent_user)
     assert Status.FAILED == record.status
     assert ["rescue.patch"] == [file.original_path for file in record.uploaded_files or ()]
     assert {} == caught(evidence)

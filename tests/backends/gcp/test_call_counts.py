@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import attrs
 import pytest
+from helpers.cloud import Receiver
 from helpers.service import PATIENCE
 from helpers.sides import Call, Door, Sides, open_door, open_sides
 from standins.gcs import BUCKET, Gcs
@@ -110,6 +111,14 @@ async def test_calls_of_submissions_do_not_depend_on_how_many_there_are(sides: S
     sides.place.cloud_run.launch_seconds = float("inf")
     await asyncio.gather(*(sides.service.submit() for _ in range(10)))
     assert (40, 10, 10) == tuple(sides.api.count(method) for method in ("objects.", "cryptoKeys.", "Jobs."))
+
+
+async def test_a_payload_is_deleted_once(sides: Sides, receiver: Receiver) -> None:
+    """The worker deletes the payload that it opens; nothing else does when the task finishes and its callback is delivered."""
+    await sides.service.submit(taskId="t", callbackUrl=receiver.url)
+    await sides.service.until("t", lambda record: record.status.is_final and not record.owes_callback)
+    payload = Call("objects.delete", "sessions/{taskId}/encrypted-payload.bin")
+    assert (1, 0) == (sides.worker.calls[payload], sides.api.calls[payload])
 
 
 async def test_poll_without_news_is_one_call(bucket: Bucket, tail: _Tail) -> None:

@@ -141,7 +141,7 @@ async def test_links_and_names_of_any_kind_are_checked_out(ground: Ground, ssh: 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
 @pytest.mark.parametrize("form", ["openssh", "pkcs8"])
 @pytest.mark.parametrize("ending", ["as is", "none", "crlf", "escaped"])
-async def test_a_key_comes_in_any_usual_form(ground: Ground, kind: str, form: str, stop: str) -> None:
+async def test_a_key_comes_in_any_usual_form(ground: Ground, kind: str, form: str, ending: str) -> None:
     """PEM or OpenSSH, with or without a last line break, with those of Windows, or with breaks that were escaped."""
     pair = key_pair(kind)
     text = str(getattr(pair, form))
@@ -150,7 +150,7 @@ async def test_a_key_comes_in_any_usual_form(ground: Ground, kind: str, form: st
         "none": text.rstrip("\n"),
         "crlf": text.replace("\n", "\r\n"),
         "escaped": text.strip().replace("\n", "\\n"),
-    }[stop]
+    }[ending]
     await ground.repos.create("demo", {"a.txt": "one"})
     async with GitSsh(ground.repos, authorized=(pair.public,)) as server:
         assert (await ground.clone(ssh_access(server.url("demo"), text))).base is not None

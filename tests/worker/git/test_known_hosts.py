@@ -83,4 +83,4 @@ def test_file_is_part_of_the_package(tmp_path: Path) -> None:
     subprocess.run(build, cwd=root, check=True, capture_output=True, timeout=60)
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
-        assert known_hosts.FILE.read_bytes() == packed.read("ccrun/worker/known_hosts")
+        assert known_hosts.FILE.read_bytes() == packed.read("ccrun/worker/git/known_hosts")
