@@ -1,4 +1,4 @@
-"""Stored JSON to facts and back: camelCase names, strict types.
+"""Conversion between facts and JSON: camelCase names, strict types.
 
 Owns the JSON form of the sealed request, the task record and the callback. The only module that imports cattrs.
 """
@@ -21,15 +21,13 @@ from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
 from ccrun.task import Secret, TaskRecord, TaskSpec
 
-# --- facts to JSON and back ------------------------------------------------------------------------------------------
-
-#: Names that are not the attribute in camelCase.
+#: JSON names that are not the attribute's name in camelCase.
 _JSON_NAMES: Final = {"anthropic_oauth_token": "anthropicOAuthToken"}
-#: Fields of a stored record that no caller sees; the webhook's `rounds` is another.
+#: Fields of a stored record that clients do not see, like `rounds` of the callback.
 _INTERNAL_FIELDS: Final = frozenset({"sealedCallbackUrl", "idempotencyDigest", "writeId"})
-#: Fields of a record that are left out where there is nothing to tell; all others are there with null.
+#: Fields of a record that are absent instead of null.
 _OPTIONAL_FIELDS: Final = ("uploadedFiles", "gitCommit")
-#: The fields of a callback that are always there, in the order in which they are told.
+#: The fields that every callback has, in order.
 _CALLBACK_FIELDS: Final = ("taskId", "status", "exitCode", "logsPath", "summary", "error", "metadata")
 
 
@@ -43,40 +41,40 @@ def to_json(value: Any) -> bytes:
 
 
 def spec_to_bytes(spec: TaskSpec) -> bytes:
-    """Return the task as it is sealed: every default spelled out, every secret plain."""
+    """Return the JSON of a request to be sealed, with all defaults and with its secrets in plain text."""
     return to_json(_converter().unstructure(spec))
 
 
 def spec_from_values(values: Mapping[str, Any]) -> TaskSpec:
-    """Return the task that checked JSON values describe."""
+    """Return the request that checked JSON values describe."""
     return _converter().structure(values, TaskSpec)
 
 
 def spec_from_bytes(content: bytes) -> TaskSpec:
-    """Return the task that was sealed. Fields that a newer version added are ignored.
+    """Return a request that was sealed. Fields that a newer version added are ignored.
 
     Raises:
-        SealError: These bytes are no task.
+        SealError: The bytes are not a request.
     """
     try:
         return _converter().structure(json.loads(content), TaskSpec)
     except _DECODE_ERRORS as error:
-        # The cause would show the plain text of the task.
+        # The cause would reveal the plain text of the request.
         raise SealError(
-            f"The sealed payload holds no task that this version can read ({type(error).__name__})."
+            f"The sealed payload is not a task that this version can read ({type(error).__name__})."
         ) from None
 
 
 def record_to_bytes(record: TaskRecord) -> bytes:
-    """Return the record as it is stored. Times keep their milliseconds."""
+    """Return the JSON of a record to be stored. Times are rounded down to milliseconds."""
     return to_json(_converter().unstructure(record))
 
 
 def record_from_bytes(content: bytes) -> TaskRecord:
-    """Return the record that was stored. Fields that a newer version added are ignored.
+    """Return a stored record. Fields that a newer version added are ignored.
 
     Raises:
-        StorageError: These bytes are no record.
+        StorageError: The bytes are not a record.
     """
     try:
         return _converter().structure(json.loads(content), TaskRecord)
@@ -85,9 +83,9 @@ def record_from_bytes(content: bytes) -> TaskRecord:
 
 
 def record_to_public(record: TaskRecord) -> dict[str, Any]:
-    """Return the record as callers see it, as JSON values.
+    """Return a record as clients see it, as JSON values.
 
-    Its shape is stable: what is not known is null; `uploadedFiles` and `gitCommit` alone are absent when there are none.
+    Every record has the same fields, null where there is no value; only `uploadedFiles` and `gitCommit` may be absent.
     """
     public = _converter().unstructure(record)
     if public["webhook"] is not None:
@@ -100,24 +98,24 @@ def record_to_public(record: TaskRecord) -> dict[str, Any]:
 
 
 def callback_body(record: TaskRecord) -> bytes:
-    """Return the body of the callback, which is also the data of the stream's `done`. The same record gives the same bytes."""
+    """Return the body of the callback, which is also the data of the `done` event. Equal records give equal bytes."""
     public = record_to_public(record)
     body = {name: public[name] for name in _CALLBACK_FIELDS}
     body |= {name: public[name] for name in (*_OPTIONAL_FIELDS, "actionErrors") if public.get(name)}
     return javascript_json.dumps(body)
 
 
-#: What structuring a value of another shape raises, and what reading bytes that are no JSON does.
+#: What parsing bytes that are not JSON raises, and what structuring a value of another shape raises.
 _DECODE_ERRORS: Final = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @functools.cache
 def _converter() -> cattrs.Converter:
-    """Return the one converter; made when it is first needed, since that takes some milliseconds of every start."""
+    """Return the converter. It is made on first use, since that takes some milliseconds of every start."""
     converter = cattrs.Converter(detailed_validation=False)
     for kind in (str, int, float, bool):
         converter.register_structure_hook(kind, _exact)
-    # Enumerations are strings too, and would fall under that.
+    # Members of enumerations are strings too, and need hooks of their own.
     converter.register_structure_hook(enum.StrEnum, lambda value, kind: kind(value))
     converter.register_unstructure_hook(enum.StrEnum, lambda member: member.value)
     converter.register_structure_hook(Secret, lambda value, _: Secret(_exact(value, str)))
@@ -126,7 +124,7 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook(dt.datetime, _format_time)
     converter.register_structure_hook(bytes, lambda value, _: base64.b64decode(_exact(value, str), validate=True))
     converter.register_unstructure_hook(bytes, lambda value: base64.b64encode(value).decode())
-    # JSON of any shape goes through as it is, however deeply it is nested.
+    # JSON of any shape is passed through, however deeply it is nested.
     converter.register_structure_hook_func(lambda kind: kind == Mapping[str, Any], lambda value, _: _exact(value, dict))
     converter.register_unstructure_hook_func(lambda kind: kind == Mapping[str, Any], lambda value: value)
     converter.register_structure_hook_factory(
@@ -139,7 +137,7 @@ def _converter() -> cattrs.Converter:
 
 
 def _exact(value: Any, kind: type) -> Any:
-    """Return a value of just this type, where cattrs would convert; a double may have been printed as a whole number."""
+    """Return a value of exactly this type, where cattrs would convert it. An integer is accepted for a float."""
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -1,7 +1,7 @@
-"""The error tree.
+"""The exception hierarchy.
 
-Every error that ccrun raises on purpose is a `CcrunError`. Errors hold plain values; the first paragraph of the docstring
-is the message when none is given. Which HTTP status an error becomes is told in one table, in `ccrun.api.app`.
+Every exception that ccrun raises on purpose is a `CcrunError`. When no message is given, the first paragraph of the class's
+docstring is the message. The API maps exceptions to HTTP statuses in one table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import attrs
 
 
 class CcrunError(Exception):
-    """Something that ccrun has to do could not be done."""
+    """The operation failed."""
 
     def __init__(self, message: str | None = None) -> None:
         self.message = message or inspect.cleandoc(type(self).__doc__ or "").partition("\n\n")[0].replace("\n", " ")
@@ -24,19 +24,19 @@ class ConfigError(CcrunError):
     """A setting has a value that is not allowed."""
 
 
-#: Exit statuses of sysexits(3): a setting is wrong; something that ccrun needs failed.
+#: Exit statuses from sysexits(3): a configuration error, and an internal error.
 EX_CONFIG: Final = 78
 EX_SOFTWARE: Final = 70
 
 
 def exit_status(error: CcrunError) -> int:
-    """Return what a command that ends with this error tells whoever started it."""
+    """Return the exit status of a command that fails with this error."""
     return EX_CONFIG if isinstance(error, ConfigError) else EX_SOFTWARE
 
 
 @attrs.frozen
 class FieldError:
-    """One thing that is wrong with a request: where (in wire names) and what is allowed."""
+    """One invalid field of a request: its path in JSON names, and a message that says what is allowed."""
 
     field: str
     message: str
@@ -46,8 +46,8 @@ class InvalidRequest(CcrunError):
     """The request is not valid.
 
     Args:
-        faults: Every fault that was found, at least one.
-        message: The sentence for `error`; by default the message of the first fault.
+        errors: All errors that were found, at least one.
+        message: The message; by default that of the first error.
     """
 
     def __init__(self, errors: list[FieldError], message: str | None = None) -> None:
@@ -56,34 +56,34 @@ class InvalidRequest(CcrunError):
 
 
 class NotConfigured(CcrunError):
-    """The service lacks a setting that this request needs."""
+    """A setting that this request needs is missing."""
 
 
 class TaskNotFound(CcrunError):
-    """There is no task of that ID."""
+    """There is no task with this ID."""
 
 
 class TaskExists(CcrunError):
-    """The task ID is in use."""
+    """The task ID is already in use."""
 
 
 class TaskAlreadyFinished(CcrunError):
-    """The task is already over."""
+    """The task has already finished."""
 
 
 class NotRedeliverable(CcrunError):
-    """There is no callback to deliver again."""
+    """The task has no callback that could be delivered again."""
 
 
 class IllegalTransition(CcrunError):
-    """A task cannot go from its present state to that one."""
+    """The task cannot change from its current status to the requested one."""
 
 
 class Busy(CcrunError):
-    """The service cannot take this on right now; try again.
+    """The service cannot accept this request now; retry later.
 
     Args:
-        retry_after: After how many seconds a further try makes sense.
+        retry_after: Seconds after which the client should retry.
     """
 
     def __init__(self, message: str | None = None, *, retry_after: int = 5) -> None:
@@ -100,15 +100,15 @@ class StorageError(CcrunError):
 
 
 class BlobNotFound(StorageError):
-    """There is no object of that name."""
+    """There is no object with this name."""
 
 
 class BlobExists(StorageError):
-    """There is already an object of that name."""
+    """There is already an object with this name."""
 
 
 class BlobChanged(StorageError):
-    """The object was changed by somebody else meanwhile."""
+    """The object was changed by another process."""
 
 
 class FileUnreadable(CcrunError):
@@ -124,4 +124,4 @@ class KeyServiceError(CcrunError):
 
 
 class CredentialUnusable(CcrunError):
-    """The credential of the model API is empty, or has a space, a line break or a character outside ASCII in it."""
+    """The model API credential is empty or contains a space, a line break or a non-ASCII character."""

@@ -1,6 +1,6 @@
-"""Strict reading of I-JSON (RFC 7493), so that a value means the same to every receiver.
+"""A strict parser of I-JSON (RFC 7493), so that every receiver reads the same value.
 
-Pure: bytes to values. Which fields a request has is not known here.
+Pure. Knows nothing of the fields of a request.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import attrs
 
 from ccrun.errors import CcrunError, FieldError
 
-#: Objects and arrays inside each other, the outermost included. Python's json gives up shortly before 1000, less the frames
-#: of its caller (some 60 under Flask), and Node's JSON.stringify at a few thousand; both keep ample room beside 256.
+#: Levels of nested objects and arrays. Python's json fails shortly before 1000 minus the frames of its caller (some 60 under
+#: Flask), and Node's JSON.stringify at a few thousand.
 MAX_DEPTH: Final = 256
-#: Beyond this, doubles skip integers (RFC 7493, section 2.2).
+#: The largest integer up to which a double represents every integer (RFC 7493, section 2.2).
 MAX_INTEGER: Final = 2**53 - 1
-#: Who has this many things to correct has seen enough; a hostile text of megabytes could hold a million.
+#: Errors in one response. A hostile text of some megabytes could have a million.
 MAX_JSON_ERRORS: Final = 100
-#: Enough to find the place; a path in a hostile text could be as long as the text.
+#: Characters of a path in an error. In a hostile text, a path could be as long as the text.
 MAX_PATH_CHARS: Final = 256
 
 _MAX_INTEGER_DIGITS: Final = len(str(MAX_INTEGER))
-#: A key that stands in a path as it is; any other is quoted, so that a path has one reading.
+#: A key that needs no quotes in a path. All others are quoted, so that a path is unambiguous.
 _PLAIN_KEY: Final = re.compile(r"[\w$@/-]([\w$@/ -]*[\w$@/-])?")
 
-#: From the whole text (always an empty step) through names and indices.
+#: Names and indices that lead from the whole text, which is the empty first step, to a value.
 _Path = list[str | int]
 
 
@@ -39,7 +39,7 @@ class NotIJson(CcrunError):
     """The text is not I-JSON.
 
     Args:
-        faults: What is wrong and where: at least one, at most `MAX_JSON_ERRORS`. The path of the whole text is empty.
+        errors: From one to `MAX_JSON_ERRORS` errors. The path of the whole text is empty.
     """
 
     def __init__(self, errors: list[FieldError]) -> None:
@@ -49,14 +49,14 @@ class NotIJson(CcrunError):
 
 @attrs.frozen
 class _InvalidNumber:
-    """Stands in a parsed value for a number that I-JSON does not have."""
+    """Replaces, in a parsed value, a number that I-JSON does not allow."""
 
     rule: str
 
 
 @attrs.frozen
 class _DuplicateKeys:
-    """Stands in a parsed value for an object that names a member twice."""
+    """Replaces, in a parsed value, an object with two members of one name."""
 
     members: list[tuple[str, Any]]
 
@@ -64,10 +64,10 @@ class _DuplicateKeys:
 def parse(text: bytes) -> Any:
     """Return the value of an I-JSON text.
 
-    Takes time and memory in proportion to the text, whatever it holds: some seconds for 10 MiB made to hurt.
+    Time and memory are linear in the size of the text: some seconds for 10 MiB of hostile input.
 
     Raises:
-        NotIJson: With every fault at once if the text is JSON at all, else with the first.
+        NotIJson: The text is not I-JSON. If it is JSON, the exception holds all errors, else only the first.
     """
     try:
         source = text.decode()
@@ -100,7 +100,7 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any] | _DuplicateKeys:
 
 
 def _integer(literal: str) -> int | _InvalidNumber:
-    # The digits are counted first: int() refuses literals of more than 4300 digits and is slow long before.
+    # The digits are counted first: int() is slow for long literals, and raises ValueError above 4300 digits.
     if len(literal) <= _MAX_INTEGER_DIGITS + 1 and abs(value := int(literal)) <= MAX_INTEGER:
         return value
     return _InvalidNumber("is an integer beyond ±(2^53 - 1), which JavaScript cannot hold; send it as a string")
@@ -125,7 +125,7 @@ _DECODER: Final = json.JSONDecoder(
 
 
 def _find_errors(root: Any) -> Iterator[FieldError]:
-    """Yield where a parsed value breaks a rule of I-JSON; the names of an object before what they name."""
+    """Yield the violations of I-JSON in a parsed value; those of an object's names come before those of its values."""
     path: _Path = [""]
     levels: list[Iterator[tuple[str | int, Any]]] = [iter([("", root)])]
     while levels:

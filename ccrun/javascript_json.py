@@ -1,7 +1,7 @@
 """JSON printed exactly as JavaScript prints it: the bytes of `JSON.stringify(JSON.parse(text))`.
 
-Only signed bytes need this form: a receiver that parses a callback and prints it again arrives at the bytes that were signed.
-Everything else is printed by `json.dumps`, which is ten times faster.
+Used for signed bytes only: a receiver may parse a callback, print it again and compare the signature. Everything else is
+printed by `ccrun.codec.to_json`, which is about ten times faster.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any, Final
 
 from ccrun.ijson import MAX_INTEGER
 
-#: What ECMAScript calls an array index, in its one spelling (its bound is checked apart).
+#: The canonical form of what ECMAScript calls an array index; its maximum is checked separately.
 _ARRAY_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _MAX_ARRAY_INDEX: Final = 2**32 - 2
 
 
 def dumps(value: Any) -> bytes:
-    r"""Return a value as JavaScript prints it: `JSON.stringify`, in UTF-8.
+    r"""Return the bytes of `JSON.stringify(value)` in UTF-8.
 
-    Members whose names are array indices come first, in ascending order, the others in their own order; numbers are doubles,
-    printed by ECMAScript's Number::toString (a NaN or an infinity as `null`); a lone surrogate is printed as `\udxxx`.
-    A text printed here is for `json.loads` to read again: `parse` would refuse 1e16 once it is spelled as an integer.
+    Members whose names are array indices come first, in ascending order; the others keep their order. Numbers are doubles,
+    printed by ECMAScript's Number::toString, and NaN and the infinities as `null`. A lone surrogate is printed as `\udxxx`.
 
-    By hand, since no library that we keep prints this form: rfc8785 sorts all members, and json prints Python's numbers.
+    Implemented here because no maintained library prints this form: rfc8785 sorts all members, and json prints numbers as
+    Python does.
 
     Args:
-        value: What `parse` returns; tuples, mappings and subclasses of `str` will do too.
+        value: Made of mappings, lists, tuples, strings, numbers, booleans and None.
 
     Raises:
-        TypeError: The value holds something that JSON does not have.
+        TypeError: The value holds an object of another type.
     """
     pieces: list[str] = []
-    # A stack of our own, since values that did not pass `parse` may be nested deeper than Python calls functions.
+    # An explicit stack, since values that did not come from `ijson.parse` may be nested deeper than Python's recursion limit.
     levels: list[tuple[Iterator[tuple[str, Any]], str]] = [(iter([("", value)]), "")]
     while levels:
         members, closing = levels[-1]
@@ -54,7 +54,7 @@ def dumps(value: Any) -> bytes:
         else:
             pieces.append(closing)
             levels.pop()
-    # backslashreplace meets nothing but lone surrogates here.
+    # Only lone surrogates cannot be encoded.
     return "".join(pieces).encode("utf-8", "backslashreplace")
 
 
@@ -62,7 +62,7 @@ def dumps(value: Any) -> bytes:
 
 
 def _rank(key: str) -> int:
-    """Return where JavaScript puts a member: an array index at its number, any other after them all."""
+    """Return the sort key of a member: the number of an array index, and a larger one for all other names."""
     if _ARRAY_INDEX.fullmatch(key) and (index := int(key)) <= _MAX_ARRAY_INDEX:
         return index
     return _MAX_ARRAY_INDEX + 1
@@ -83,7 +83,7 @@ def _listed(value: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _string(text: str) -> str:
-    # Python escapes the same characters in the same spelling when it may leave the others alone.
+    # With ensure_ascii=False, Python escapes the same characters in the same way as JavaScript.
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -105,7 +105,7 @@ def _scalar(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number as ECMAScript's Number::toString spells it; both languages choose the same shortest digits."""
+    """Return a number as ECMAScript's Number::toString prints it; both languages choose the same shortest digits."""
     try:
         digits = repr(float(value))
     except OverflowError:
@@ -117,6 +117,6 @@ def _number(value: float) -> str:
         return "0"
     if 1e-6 <= magnitude < 1e21:
         return format(Decimal(digits).normalize(), "f")
-    # Out here Python too writes an exponent, but of at least two digits.
+    # In this range Python prints an exponent too, but with at least two digits.
     mantissa, _, exponent = digits.partition("e")
     return f"{mantissa}e{int(exponent):+d}"

@@ -34,21 +34,25 @@ _NEXT_STATUSES: Final[Mapping[Status, frozenset[Status]]] = {
 
 
 def check_transition(old: Status, new: Status) -> None:
-    """Raise `IllegalTransition` unless a task may go from `old` to `new`."""
+    """Check that a task may change from one status to another.
+
+    Raises:
+        IllegalTransition: It may not.
+    """
     if new not in _NEXT_STATUSES[old]:
         raise IllegalTransition(f"A task that is {old} cannot become {new}.")
 
 
 def failed_outcome(reason: Reason, error: str, exit_code: int = EXIT_FAILED) -> Outcome:
-    """Return what a task ends in that failed without the CLI's own account of it."""
+    """Return the outcome of a task that failed for a reason that the CLI did not report."""
     return Outcome(status=Status.FAILED, reason=reason, exit_code=exit_code, error=error)
 
 
 def cancelled_outcome(outcome: Outcome | None = None) -> Outcome:
-    """Return what a cancelled task ends in, with the figures of what it had done until then."""
-    ended = outcome or Outcome(status=Status.CANCELLED, reason=Reason.CANCELLED, exit_code=EXIT_CANCELLED)
+    """Return the outcome of a cancelled task; `outcome` adds what the task had done by then."""
+    outcome = outcome or Outcome(status=Status.CANCELLED, reason=Reason.CANCELLED, exit_code=EXIT_CANCELLED)
     return attrs.evolve(
-        ended,
+        outcome,
         status=Status.CANCELLED,
         reason=Reason.CANCELLED,
         exit_code=EXIT_CANCELLED,
@@ -57,7 +61,7 @@ def cancelled_outcome(outcome: Outcome | None = None) -> Outcome:
 
 
 def start(record: TaskRecord, *, at: dt.datetime, execution_name: str | None = None) -> TaskRecord:
-    """Return the record of the same task, taken up by a worker.
+    """Return the record of a task that a worker has started.
 
     Raises:
         IllegalTransition: The task is not pending.
@@ -72,10 +76,10 @@ def start(record: TaskRecord, *, at: dt.datetime, execution_name: str | None = N
 
 
 def request_cancel(record: TaskRecord, *, at: dt.datetime) -> TaskRecord:
-    """Return the record of the same task after a cancel: over when it had not begun, marked when it runs.
+    """Return the record after a request to cancel: final when no worker has started the task, else marked for its worker.
 
     Raises:
-        IllegalTransition: The task is over.
+        IllegalTransition: The task is final.
     """
     match record.status:
         case Status.PENDING:
@@ -91,21 +95,22 @@ def request_cancel(record: TaskRecord, *, at: dt.datetime) -> TaskRecord:
 def finish(
     record: TaskRecord, outcome: Outcome, *, at: dt.datetime, lease_until: dt.datetime | None = None
 ) -> TaskRecord:
-    """Return the final record of the same task.
+    """Return the final record of a task.
 
-    A cancel that was answered stands: whatever the outcome, such a task ends as cancelled. The debt of the callback is
-    part of the same value, so that no crash falls between the final state and the debt.
+    A cancellation that the API has accepted always wins: such a task becomes cancelled, whatever the outcome. The state of
+    the callback is part of the same record, so that no crash can separate the two.
 
     Args:
-        lease_until: The writer delivers the callback itself and has until then; without, it is due at once for a sweep.
+        lease_until: When the lease of a caller that delivers the callback itself expires. None makes the callback due for a
+            sweep immediately.
 
     Raises:
-        IllegalTransition: The task is over.
+        IllegalTransition: The task is final.
     """
     if record.is_cancelling:
         outcome = cancelled_outcome(outcome)
     check_transition(record.status, outcome.status)
-    began = record.started_at or at
+    started_at = record.started_at or at
     webhook = record.webhook
     if webhook is not None:
         state = CallbackState.OWED if lease_until is None else CallbackState.DELIVERING
@@ -118,7 +123,7 @@ def finish(
         error=outcome.error,
         reason=outcome.reason,
         summary=Summary(
-            duration_ms=max(0, round((at - began).total_seconds() * 1000)),
+            duration_ms=max(0, round((at - started_at).total_seconds() * 1000)),
             turns=outcome.turns,
             errors=outcome.errors,
             started_at=record.started_at,
@@ -135,28 +140,28 @@ def finish(
     )
 
 
-# --- the callback's debt ---------------------------------------------------------------------------------------------
+# --- the callback ------------------------------------------------------------------------------------------------------
 
-#: Pauses between deliveries of a callback that is owed: one minute, then twice as long each time, six hours at most.
+#: The delay after the first failed delivery of a callback. It doubles after each one, up to six hours.
 FIRST_CALLBACK_DELAY: Final = dt.timedelta(minutes=1)
 MAX_CALLBACK_DELAY: Final = dt.timedelta(hours=6)
-#: A receiver that was not there for so long after the task's end will not come back: the callback is given up.
+#: How long after the task has finished its callback is retried. Then it is abandoned.
 CALLBACK_RETRY_PERIOD: Final = dt.timedelta(days=30)
 
 
 def is_callback_due(record: TaskRecord, *, at: dt.datetime) -> bool:
-    """Return whether the callback is owed and nobody holds a lease on it that has not run out."""
+    """Return whether the callback is owed, its delay is over, and no process holds a lease on it."""
     due = record.webhook.next_attempt_at if record.webhook else None
     return record.owes_callback and (due is None or due <= at)
 
 
 def claim_callback(record: TaskRecord, *, lease_until: dt.datetime) -> TaskRecord:
-    """Return the record of the same task while somebody delivers its callback, until then."""
+    """Return the record with its callback leased to the process that delivers it."""
     return _with_callback(record, state=CallbackState.DELIVERING, next_attempt_at=lease_until)
 
 
 def owe_callback(record: TaskRecord, *, at: dt.datetime) -> TaskRecord:
-    """Return the record of the same task with its callback due now, whatever became of it before."""
+    """Return the record with its callback due at that time, whatever its state was."""
     return _with_callback(record, state=CallbackState.OWED, next_attempt_at=at)
 
 
@@ -168,13 +173,14 @@ def record_delivery(
     error: str | None,
     at: dt.datetime,
     not_before: dt.datetime | None = None,
-    pauses: bool = True,
+    backs_off: bool = True,
 ) -> TaskRecord:
-    """Return the record of the same task after a delivery: settled, owed with a longer pause, or given up.
+    """Return the record after a delivery: its callback is delivered, owed with a longer delay, or abandoned.
 
     Args:
-        not_before: When the receiver itself wants to be asked again.
-        pauses: Whether a failure counts for the pause; without, the callback is due again at once.
+        attempts: HTTP requests that the delivery made.
+        not_before: The time before which the receiver wants no retry (its `Retry-After`).
+        backs_off: Whether a failure makes the delay longer; if not, the callback is due immediately.
     """
     before = record.webhook or CallbackInfo()
     after = attrs.evolve(before, attempts=before.attempts + attempts, last_error=error)
@@ -183,12 +189,12 @@ def record_delivery(
     elif at - (record.completed_at or at) > CALLBACK_RETRY_PERIOD:
         after = attrs.evolve(after, state=CallbackState.ABANDONED, next_attempt_at=None)
     else:
-        pause = min(FIRST_CALLBACK_DELAY * 2 ** min(before.rounds, 10), MAX_CALLBACK_DELAY)
-        due = at + pause if pauses else at
+        delay = min(FIRST_CALLBACK_DELAY * 2 ** min(before.rounds, 10), MAX_CALLBACK_DELAY)
+        due = at + delay if backs_off else at
         after = attrs.evolve(
             after,
             state=CallbackState.OWED,
-            rounds=before.rounds + pauses,
+            rounds=before.rounds + backs_off,
             next_attempt_at=max(due, not_before or due),
         )
     return attrs.evolve(record, webhook=after)

@@ -1,4 +1,4 @@
-"""The name of every object in storage, and the meaning of its parts. Pure."""
+"""The names of all objects in storage, and how to parse them. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Final
 
 from ccrun.task import TaskId
 
-# --- object names: pure ----------------------------------------------------------------------------------------------
-
-#: The digits of the first 999 chunks. See `chunk_code` for what follows.
+#: Digits of the first 999 chunk numbers; `chunk_code` describes how later ones are written.
 CHUNK_DIGITS: Final = 3
-#: Milliseconds since 1970 have 13 digits until the year 2286; taken from this, a later time gives a smaller number.
+#: Milliseconds since 1970 have 13 digits until the year 2286. Subtracted from this number, later times sort first.
 LAST_MILLISECOND: Final = 10**13 - 1
 
 CHUNK_NAME: Final = re.compile(r"([0-9]{3,})-[0-9]{8}-[0-9]{6}\.jsonl")
@@ -34,30 +32,30 @@ def payload_name(task_id: TaskId) -> str:
 
 
 def upload_name(task_id: TaskId, path: str) -> str:
-    """Return the name of a file that a task left, under its path in the place for uploads."""
+    """Return the name of an uploaded file, from its path below the uploads of the task."""
     return f"{task_prefix(task_id)}uploads/{path}"
 
 
 def active_name(task_id: TaskId) -> str:
-    """Return the name of the mark that a task is not over, or owes its callback."""
+    """Return the name of the mark that exists while a task is not final or owes its callback."""
     return f"active/{task_id}"
 
 
 def index_name(task_id: TaskId, created_at: dt.datetime) -> str:
-    """Return the name under which a listing shows tasks newest first.
+    """Return the name of the index entry of a task. In string order, these names list tasks newest first.
 
-    The digits of the time are cut into folders, so that on a disk no folder grows with the number of tasks ever run: a
-    listing looks into those of the days, hours and seconds that it shows, and no others.
+    Slashes divide the time, so that on a disk the directories stay small and a listing reads only those of the period that
+    it returns.
     """
     newest_first = f"{LAST_MILLISECOND - round(created_at.timestamp() * 1000):013d}"
     return f"index/{newest_first[:5]}/{newest_first[5:8]}/{newest_first[8:]}-{task_id}"
 
 
 def chunk_code(number: int) -> str:
-    """Return the digits of a chunk: 001 to 999, then longer, so that plain string order stays the order of the numbers.
+    """Return the digits that stand for a chunk number: 001 to 999, then longer codes that keep string order.
 
-    A name goes on with a hyphen, which sorts before any digit: `999-` comes before `999000001-`. So when the codes of one
-    width are used up, the last of them becomes the prefix of twice as many digits more, for as long as it takes.
+    In a name, a hyphen follows the code, and a hyphen sorts before every digit: `999-` comes before `999000001-`. When all
+    codes of one width are used, the last of them becomes a prefix that is followed by twice as many digits.
     """
     prefix, width = "", CHUNK_DIGITS
     while number > (most := 10**width - 1):
@@ -66,7 +64,7 @@ def chunk_code(number: int) -> str:
 
 
 def chunk_number(code: str) -> int:
-    """Return the number of a chunk from its digits: the inverse of `chunk_code`."""
+    """Return the chunk number that a code stands for; the inverse of `chunk_code`."""
     number, width = 0, CHUNK_DIGITS
     while code:
         number, code, width = number + int(code[:width]), code[width:], width * 2
@@ -79,5 +77,5 @@ def chunk_name(task_id: TaskId, number: int, at: dt.datetime) -> str:
 
 
 def before_chunk(task_id: TaskId, number: int) -> str:
-    """Return a name that sorts after every chunk before `number` and before that chunk."""
+    """Return a name that sorts just before chunk `number`, and after all earlier chunks."""
     return f"{task_prefix(task_id)}{chunk_code(number - 1)}-~" if number > 1 else task_prefix(task_id)

@@ -1,7 +1,7 @@
 """Task records, payloads, uploads and logs in object storage.
 
-Records change only by compare-and-swap, in `Store.update`. Log chunks are gapless and their names sort in time order. Nothing
-here opens a payload.
+Records change only by compare-and-swap, in `Store.update`. The numbers of log chunks have no gaps, and the names of chunks sort
+in order. Nothing here opens a payload.
 """
 
 from __future__ import annotations
@@ -34,12 +34,10 @@ from ccrun.names import (
 from ccrun.seal import Sealed
 from ccrun.task import TASK_ID_PATTERN, Status, TaskId, TaskRecord
 
-# --- facts -----------------------------------------------------------------------------------------------------------
-
 
 @attrs.frozen(kw_only=True)
 class ChunkRef:
-    """A log chunk as a listing shows it."""
+    """A log chunk in a listing."""
 
     number: int
     name: str
@@ -47,9 +45,9 @@ class ChunkRef:
 
 @attrs.frozen(kw_only=True)
 class ChunkListing:
-    """What one look at a task shows: its chunks from some number on, and the generation of its record.
+    """The chunks of a task from some number on, and the generation of its record.
 
-    `record_generation` is None when more chunks follow than one listing shows.
+    `record_generation` is None when there are more chunks than one listing holds.
     """
 
     chunks: Sequence[ChunkRef]
@@ -58,7 +56,7 @@ class ChunkListing:
 
 @attrs.frozen(kw_only=True)
 class TaskPage:
-    """Some of the tasks, newest first. `next_cursor` asks for those that follow."""
+    """Some of the tasks, newest first. `next_cursor` is the cursor of the next page."""
 
     tasks: Sequence[TaskRecord]
     next_cursor: str | None
@@ -66,7 +64,7 @@ class TaskPage:
 
 @attrs.frozen(kw_only=True)
 class ActiveTask:
-    """That a task is not over or owes its callback, and when that began."""
+    """The mark of a task that is not final or owes its callback, and when the mark was written."""
 
     task_id: TaskId
     since: dt.datetime
@@ -74,7 +72,7 @@ class ActiveTask:
 
 @attrs.frozen(kw_only=True)
 class VersionedRecord:
-    """A record and the generation that it was read at."""
+    """A record and its generation."""
 
     record: TaskRecord
     generation: int
@@ -82,50 +80,59 @@ class VersionedRecord:
 
 # --- the store -------------------------------------------------------------------------------------------------------
 
-#: Names in one listing: what Cloud Storage gives at once.
+#: Names in one listing: the page size of Cloud Storage.
 LISTING_NAMES: Final = 1000
-#: Records that one page of `GET /tasks` may read while it looks for those of one status.
+#: Records that one page of `GET /tasks` reads at most when it filters by status.
 MAX_PAGE_READS: Final = 500
-#: Records read side by side for a page.
+#: Records that are read concurrently.
 PARALLEL_READS: Final = 20
-#: Tries at a swap. Few parties ever write one record (API, worker, sweep), so losing this often means that something is wrong.
+#: Attempts of a compare-and-swap. Only the API, the worker and a sweep write a record, so more conflicts mean a defect.
 UPDATE_ATTEMPTS: Final = 20
-#: The name of a write. Two parties may write the same words in the same millisecond; only one of them may believe that it won.
+#: Random bytes of `TaskRecord.write_id`. It tells apart equal records that two processes write in the same millisecond.
 WRITE_ID_BYTES: Final = 8
-#: Active tasks that one listing shows; see `Store.active`.
+#: Marks that `Store.active` returns at most.
 MAX_ACTIVE: Final = 20_000
 
 
 class Store:
-    """Tasks in a place that keeps blobs."""
+    """All tasks in one object storage."""
 
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
 
     async def check(self) -> None:
-        """Raise `StorageError` when the storage does not work now."""
+        """Check that the storage works.
+
+        Raises:
+            StorageError: It does not.
+        """
         await self._blobs.check()
 
     def logs_path(self, task_id: TaskId) -> str:
-        """Return where the objects of a task are found from outside."""
+        """Return the URL of the objects of a task."""
         return self._blobs.url(task_prefix(task_id))
 
-    # Birth. `add_payload` and `mark_active` come first, `add` makes it a task.
+    # Creation: first `mark_active` and `add_payload`, then `add`, which makes it a task.
 
     async def add_payload(self, task_id: TaskId, sealed: Sealed) -> None:
-        """Keep the sealed request. Raises `TaskExists` when there is one under this ID."""
+        """Store the sealed request.
+
+        Raises:
+            TaskExists: There is one with this ID.
+            StorageError: The storage failed.
+        """
         try:
             await self._blobs.create(payload_name(task_id), sealed)
         except BlobExists:
             raise TaskExists(f"The task ID {task_id} is in use.") from None
 
     async def mark_active(self, task_id: TaskId) -> None:
-        """Make sure that sweeps look at this task."""
+        """Write the mark that makes sweeps process this task."""
         with contextlib.suppress(BlobExists):
             await self._blobs.create(active_name(task_id), b"")
 
     async def unmark_active(self, task_id: TaskId) -> None:
-        """Tell sweeps that there is nothing left to do for this task, unless there is again meanwhile."""
+        """Delete the mark of a task, and write it again if the task has become active meanwhile."""
         await self._blobs.delete(active_name(task_id))
         with contextlib.suppress(TaskNotFound):
             record = await self.record(task_id)
@@ -133,7 +140,12 @@ class Store:
                 await self.mark_active(task_id)
 
     async def add(self, record: TaskRecord) -> None:
-        """Keep a new record, and its place in the list of tasks. Raises `TaskExists`, and then leaves no trace."""
+        """Store a new record and its index entry.
+
+        Raises:
+            TaskExists: There is a task with this ID. Nothing was stored.
+            StorageError: The storage failed.
+        """
         listed = index_name(record.task_id, record.created_at)
         record_added, index_added = await asyncio.gather(
             self._blobs.create(record_name(record.task_id), codec.record_to_bytes(record)),
@@ -151,21 +163,36 @@ class Store:
     # The payload.
 
     async def payload(self, task_id: TaskId) -> bytes:
-        """Return the sealed request. Raises `BlobNotFound` when it was opened before."""
+        """Return the sealed request.
+
+        Raises:
+            BlobNotFound: It was deleted.
+            StorageError: The storage failed.
+        """
         return (await self._blobs.read(payload_name(task_id))).content
 
     async def delete_payload(self, task_id: TaskId) -> None:
-        """Remove the sealed request; that there is none is no error."""
+        """Delete the sealed request, if it exists."""
         await self._blobs.delete(payload_name(task_id))
 
     # The record.
 
     async def record(self, task_id: TaskId) -> TaskRecord:
-        """Return the record. Raises `TaskNotFound`."""
+        """Return the record.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            StorageError: The storage failed.
+        """
         return (await self.read_versioned(task_id)).record
 
     async def read_versioned(self, task_id: TaskId) -> VersionedRecord:
-        """Return the record with its generation. Raises `TaskNotFound`."""
+        """Return the record with its generation.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            StorageError: The storage failed.
+        """
         try:
             blob = await self._blobs.read(record_name(task_id))
         except BlobNotFound:
@@ -212,7 +239,7 @@ class Store:
             written = codec.record_from_bytes(content)
             break
         else:
-            raise StorageError("The task record is being changed too often.")
+            raise StorageError("The task record was changed by other processes too often.")
         # The record is written, so a failure from here on is no failure of the update.
         with contextlib.suppress(StorageError):
             if becomes_final and delete_payload:
@@ -221,22 +248,22 @@ class Store:
                 await self.unmark_active(task_id)
         return written
 
-    async def delete_incomplete(self, task_id: TaskId) -> None:
-        """Remove what only a task with something left to do needs: its payload, then its mark."""
+    async def delete_leftovers(self, task_id: TaskId) -> None:
+        """Delete the payload and then the mark of a task."""
         await self.delete_payload(task_id)
         await self.unmark_active(task_id)
 
     # Lists.
 
     async def active(self) -> list[ActiveTask]:
-        """Return the marks of the tasks that are not over or owe a callback, at most `MAX_ACTIVE` of them."""
+        """Return the tasks that are not final or owe their callback, at most `MAX_ACTIVE` of them."""
         entries = await self._blobs.entries("active/", limit=MAX_ACTIVE)
         return [
             ActiveTask(task_id=TaskId(entry.name.removeprefix("active/")), since=entry.updated) for entry in entries
         ]
 
     async def records(self, task_ids: Sequence[TaskId]) -> list[TaskRecord | None]:
-        """Return the records of these tasks in this order, None for one that is not there."""
+        """Return the records of these tasks in this order, None for each that does not exist."""
         gate = asyncio.Semaphore(PARALLEL_READS)
 
         async def read(task_id: TaskId) -> TaskRecord | None:
@@ -251,11 +278,11 @@ class Store:
     async def page(self, *, limit: int, cursor: str | None = None, status: Status | None = None) -> TaskPage:
         """Return the newest tasks after the cursor.
 
-        With `status` a page may hold fewer than `limit` and still have a `next_cursor`: it reads at most `MAX_PAGE_READS`
-        records, so that no call grows with the number of tasks.
+        With `status`, a page may have fewer than `limit` tasks although more follow: a call reads at most `MAX_PAGE_READS`
+        records, so that its cost does not grow with the number of tasks.
 
         Raises:
-            ValueError: That is no cursor of ours.
+            ValueError: The cursor is not the `next_cursor` of a page.
         """
         after = f"index/{_check_cursor(cursor)}" if cursor else ""
         tasks: list[TaskRecord] = []
@@ -279,19 +306,18 @@ class Store:
     # Uploads.
 
     async def add_upload(self, task_id: TaskId, path: str, file: BinaryIO, *, size: int) -> str:
-        """Keep what a file holds under a path among the uploads, and return where it is found from outside.
+        """Upload the content of a file, and return its URL.
 
         Args:
-            task_id: The task that left the file.
-            path: In the place for uploads of the task.
-            file: Opened for reading bytes, with a buffer; it is free again when this returns.
-            size: Its bytes.
+            path: The path below the uploads of the task.
+            file: Open for reading, binary and buffered. It is no longer used when this returns.
+            size: The size in bytes.
 
         Raises:
-            BlobExists: There is one of that path.
-            FileUnreadable: The file cannot be read, or has another size than that.
-            StorageError: The storage does not take it.
-            ValueError: The path leads out of that place, or is no name of an object.
+            BlobExists: There is an upload with this path.
+            FileUnreadable: The file cannot be read, or has another size.
+            StorageError: The storage failed.
+            ValueError: The path leads out of the uploads, or is not a valid object name.
         """
         name = upload_name(task_id, path)
         await self._blobs.create_from(name, file, size=size)
@@ -300,7 +326,7 @@ class Store:
     # The log, for readers.
 
     async def listing(self, task_id: TaskId, *, first: int) -> ChunkListing:
-        """Look at a task once: its chunks from number `first` on, and whether its record changed."""
+        """Return the chunks of a task from number `first` on, and the generation of its record, in one call to the storage."""
         last = record_name(task_id)
         entries = await self._blobs.entries(
             task_prefix(task_id), after=before_chunk(task_id, first), before=last + "\x00", limit=LISTING_NAMES
@@ -314,15 +340,25 @@ class Store:
         return ChunkListing(chunks=chunks, record_generation=generation)
 
     async def read_chunk(self, chunk: ChunkRef) -> bytes:
-        """Return the lines of a chunk, each with its newline. Raises `BlobNotFound`."""
+        """Return the lines of a chunk, each with its newline.
+
+        Raises:
+            BlobNotFound: There is no such chunk.
+            StorageError: The storage failed.
+        """
         return (await self._blobs.read(chunk.name)).content
 
-    # The log, for its one writer.
+    # The log, for its single writer.
 
     async def add_chunk(
         self, task_id: TaskId, number: int, lines: Sequence[bytes | bytearray], at: dt.datetime
     ) -> None:
-        """Write a chunk; that this very chunk is there already is no error. Raises `BlobExists` for another one."""
+        """Store a chunk. When the same chunk is there already, do nothing.
+
+        Raises:
+            BlobExists: There is another chunk with this number and time.
+            StorageError: The storage failed.
+        """
         name = chunk_name(task_id, number, at)
         content: list[bytes | bytearray] = []
         for line in lines:
@@ -330,7 +366,7 @@ class Store:
         try:
             await self._blobs.create(name, content)
         except BlobExists:
-            # The answer to an earlier try was lost, not the chunk.
+            # An earlier attempt may have been stored, although its response was lost.
             if (await self._blobs.read(name)).content != b"".join(content):
                 raise
 
@@ -338,5 +374,5 @@ class Store:
 def _check_cursor(cursor: str) -> str:
     time, _, task_id = cursor.partition("-")
     if not re.fullmatch(r"[0-9]{5}/[0-9]{3}/[0-9]{5}", time) or not TASK_ID_PATTERN.fullmatch(task_id):
-        raise ValueError("cursor must be the nextCursor of an earlier answer")
+        raise ValueError("cursor must be the nextCursor of an earlier response")
     return cursor

@@ -108,7 +108,7 @@ class Sweeper:
             return report
         if not record.owes_callback:
             # Whoever wrote the final record died before the mark was gone.
-            await self.store.delete_incomplete(record.task_id)
+            await self.store.delete_leftovers(record.task_id)
             return report
         if lifecycle.is_callback_due(record, at=dt.datetime.now(dt.UTC)):
             # Its removal may have failed, and a receiver may be out of reach for a month.
@@ -129,7 +129,7 @@ class Sweeper:
     async def _remove_incomplete(self, mark: ActiveTask) -> SweepReport:
         """Remove what a submission left that died before its record was written; nobody was told of that task."""
         if dt.datetime.now(dt.UTC) - mark.since > self.incomplete_age:
-            await self.store.delete_incomplete(mark.task_id)
+            await self.store.delete_leftovers(mark.task_id)
         return SweepReport()
 
     async def run_forever(self, *, every_seconds: float, sooner: asyncio.Event) -> None:

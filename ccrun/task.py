@@ -1,6 +1,6 @@
-"""Facts about a task: what a request asks for, and what is known about the task.
+"""Facts about a task: what a request asks for, and the state of the task.
 
-Values only. Nothing here reads the clock, the environment or the disk, and nothing knows JSON. `ccrun.lifecycle` has the rules
+Values only: nothing here reads the clock, the environment or the disk, and nothing knows JSON. `ccrun.lifecycle` has the rules
 for how a record may change.
 """
 
@@ -16,21 +16,21 @@ import attrs
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
-#: A prompt of this many UTF-8 bytes still fits the context of every current model several times over.
+#: Bytes of UTF-8. Larger than the context of current models.
 MAX_PROMPT_BYTES: Final = 1024 * 1024
-#: The metadata is kept in the record, which is read on every poll, so it stays small.
+#: Bytes. The metadata is part of the record, which every poll may read.
 MAX_METADATA_BYTES: Final = 64 * 1024
 #: A task ID becomes part of object names (at most 1024 bytes in Cloud Storage) and file names (at most 255).
 MAX_TASK_ID_CHARS: Final = 128
-#: Beyond this an agent has lost its way; the CLI itself sets no bound.
+#: An agent that needs more turns does not make progress. The CLI itself has no limit.
 MAX_TURNS: Final = 1000
 DEFAULT_TURNS: Final = 6
-#: One Cloud Run request lives 60 minutes at most; 55 leaves room for what comes after the agent.
+#: Minutes. A Cloud Run request has at most 60; this leaves 5 for the actions after the agent.
 DEFAULT_TIMEOUT_MINUTES: Final = 55.0
 DEFAULT_GIT_DEPTH: Final = 1
 DEFAULT_GIT_BRANCH: Final = "main"
 
-#: `claude --help` of version 2.1; `default` is its older name for `manual` and still accepted.
+#: From `claude --help` of version 2.1; `default` is its older name for `manual`.
 PERMISSION_MODES: Final = ("acceptEdits", "auto", "bypassPermissions", "default", "dontAsk", "manual", "plan")
 
 TASK_ID_PATTERN: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TASK_ID_CHARS}}}")
@@ -38,8 +38,8 @@ TASK_ID_PATTERN: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_TASK_ID_CHARS}}}")
 #: One to 128 characters of `[A-Za-z0-9_-]`: see `TASK_ID_PATTERN`.
 TaskId = NewType("TaskId", str)
 
-#: Exit codes that ccrun itself gives a task: 124 is what timeout(1) uses, the last three are a shell's for SIGINT, SIGKILL
-#: and SIGTERM.
+#: Exit codes that ccrun assigns. 124 is that of timeout(1); the last three are those of a shell for SIGINT, SIGKILL and
+#: SIGTERM.
 EXIT_FAILED: Final = 1
 EXIT_TIMEOUT: Final = 124
 EXIT_CANCELLED: Final = 130
@@ -48,7 +48,7 @@ EXIT_TERMINATED: Final = 143
 
 
 class Secret:
-    """A string that never shows itself: not in `repr`, not in `str`, not in a traceback's locals."""
+    """A string whose value `repr`, `str` and tracebacks do not show."""
 
     __slots__ = ("_value",)
 
@@ -56,7 +56,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """Return the string itself. The one way to it, so that a search finds every use."""
+        """Return the string. There is no other way to get it, so that a search finds every use."""
         return self._value
 
     def __repr__(self) -> str:
@@ -72,10 +72,10 @@ class Secret:
 
 
 def is_reserved_variable(name: str) -> bool:
-    """Whether ccrun itself decides an environment variable of the agent, so that a request may not set it.
+    """Return whether ccrun sets this environment variable of the agent, so that a request may not.
 
-    These say where the CLI sends its requests and with which credential, where it keeps its files, and how a task's processes
-    are found. All other variables are the caller's own affair: the agent runs whatever code the caller wants anyway.
+    These variables decide where the CLI sends its requests and with which credential, where it stores its files, and how the
+    processes of a task are found. A request may set all others: it can make the agent run any code anyway.
     """
     return name.startswith(_RESERVED_PREFIXES) or name in _RESERVED_VARIABLES
 
@@ -87,7 +87,7 @@ _RESERVED_VARIABLES: Final = frozenset(
 
 
 class Status(enum.StrEnum):
-    """Where a task is in its life."""
+    """The status of a task."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -97,19 +97,19 @@ class Status(enum.StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing can follow."""
+        """Whether the status can no longer change."""
         return self in (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
 class TaskType(enum.StrEnum):
-    """How the task was asked for."""
+    """Whether the client follows the task or gets a callback."""
 
     SYNC = "sync"
     ASYNC = "async"
 
 
 class Reason(enum.StrEnum):
-    """Why a task ended as it did: one word for a program."""
+    """Why a task finished with its status, for programs."""
 
     COMPLETED = "completed"
     AGENT_ERROR = "agent_error"
@@ -127,20 +127,20 @@ class Reason(enum.StrEnum):
 
 
 class CallbackState(enum.StrEnum):
-    """What became of a callback."""
+    """The state of a callback."""
 
-    #: The task is not over yet.
+    #: The task is not final yet.
     WAITING = "waiting"
-    #: Somebody is delivering it; when that takes longer than its lease, it counts as owed.
+    #: A process is delivering it. When its lease expires, the callback is owed again.
     DELIVERING = "delivering"
     #: Not delivered; due again at `next_attempt_at`.
     OWED = "owed"
     DELIVERED = "delivered"
-    #: Given up for good.
+    #: No longer retried.
     ABANDONED = "abandoned"
 
 
-# --- what a task is asked to do --------------------------------------------------------------------------------------
+# --- what a request asks for -------------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
@@ -153,7 +153,7 @@ class ConfigFile:
 
 @attrs.frozen(kw_only=True)
 class GitAction:
-    """What to commit and push after success."""
+    """What to commit and push when the agent has succeeded."""
 
     commit: bool = False
     commit_message: str | None = None
@@ -165,7 +165,7 @@ class GitAction:
 
 @attrs.frozen(kw_only=True)
 class UploadAction:
-    """Which files to keep after success."""
+    """Which files to upload when the agent has succeeded."""
 
     glob_patterns: tuple[str, ...]
     gcs_prefix: str = ""
@@ -173,7 +173,7 @@ class UploadAction:
 
 @attrs.frozen(kw_only=True)
 class PostRunActions:
-    """What happens after the agent has succeeded."""
+    """What to do when the agent has succeeded."""
 
     git: GitAction | None = None
     upload_files: UploadAction | None = None
@@ -181,7 +181,7 @@ class PostRunActions:
 
 @attrs.frozen(kw_only=True)
 class TaskSpec:
-    """One request, checked, with every default spelled out. This is what is sealed for the worker."""
+    """A valid request with all defaults filled in. This is what is sealed for the worker."""
 
     task_id: TaskId
     type: TaskType
@@ -215,7 +215,7 @@ class TaskSpec:
 
     @property
     def secrets(self) -> tuple[Secret, ...]:
-        """Every value that may not appear in a log, a record or a callback."""
+        """All values that must not appear in a log, a record or a callback."""
         named = [self.anthropic_api_key, self.anthropic_oauth_token, self.ssh_key, self.git_token]
         if self.git_token is not None and ":" in self.git_token.reveal():
             # With the name of its user in front.
@@ -223,12 +223,12 @@ class TaskSpec:
         return (*(secret for secret in named if secret is not None), *self.environment_secrets.values())
 
 
-# --- what is known of a task -----------------------------------------------------------------------------------------
+# --- the state of a task -----------------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
 class Summary:
-    """The figures of a task that has ended. From `turns` and `cost_usd` on they are the CLI's own, but for the times."""
+    """The figures of a task that has finished. All but the duration and the times are what the CLI reported."""
 
     duration_ms: int
     turns: int
@@ -243,7 +243,7 @@ class Summary:
 
 @attrs.frozen(kw_only=True)
 class UploadedFile:
-    """A file of the workspace that was kept."""
+    """A file of the workspace that was uploaded."""
 
     original_path: str
     gcs_path: str
@@ -252,19 +252,20 @@ class UploadedFile:
 
 @attrs.frozen(kw_only=True)
 class CallbackInfo:
-    """What became of a task's callback. `next_attempt_at`: when it is due, or until when a delivery has its lease."""
+    """The state of a task's callback."""
 
     state: CallbackState = CallbackState.WAITING
     attempts: int = 0
-    #: Deliveries (each of some attempts) that failed; the pauses between them grow with it.
+    #: Failed deliveries, each of one or more attempts. The delay before the next one grows with this number.
     rounds: int = 0
     last_error: str | None = None
+    #: When the callback is due, or when the lease of the process that delivers it expires.
     next_attempt_at: dt.datetime | None = None
 
 
 @attrs.frozen(kw_only=True)
 class TaskRecord:
-    """All that is kept of a task. The last three fields are ccrun's own and never shown to a caller."""
+    """The stored state of a task. Clients never see the last three fields."""
 
     task_id: TaskId
     type: TaskType
@@ -285,21 +286,21 @@ class TaskRecord:
     action_errors: tuple[Mapping[str, str], ...] = ()
     webhook: CallbackInfo | None = None
     metadata: Mapping[str, Any] | None = None
-    #: The whole callback URL, sealed under the task's data key.
+    #: The complete callback URL, sealed under the task's data key.
     sealed_callback_url: bytes | None = attrs.field(default=None, repr=False)
-    #: Tells a repeat of the request apart from another request under the same Idempotency-Key.
+    #: Distinguishes a retry of the request from another request with the same Idempotency-Key.
     idempotency_digest: str | None = attrs.field(default=None, repr=False)
-    #: Names the write that made this state, so that its writer knows it again; no part of what is known of the task.
+    #: A random ID of the write that stored this record, by which the writer recognizes it. It is no fact about the task.
     write_id: str | None = attrs.field(default=None, repr=False, eq=False)
 
     @property
     def is_cancelling(self) -> bool:
-        """Whether a cancel was asked for and the worker has not ended the task yet."""
+        """Whether the task was cancelled and its worker has not stopped yet."""
         return self.cancelled_at is not None and not self.status.is_final
 
     @property
     def owes_callback(self) -> bool:
-        """Whether the task is over and its callback neither delivered nor given up."""
+        """Whether the task is final and its callback is neither delivered nor abandoned."""
         return (
             self.status.is_final
             and self.webhook is not None
@@ -309,7 +310,7 @@ class TaskRecord:
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """How a task ended, before it is written down."""
+    """The result of a task, before it is recorded."""
 
     status: Status
     reason: Reason

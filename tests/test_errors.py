@@ -33,7 +33,7 @@ def test_every_error_has_a_sentence(kind: type[CcrunError]) -> None:
 def test_own_sentence_replaces_that_of_the_class() -> None:
     """Where the fault is known better, the error says that."""
     assert [TaskNotFound().message, TaskNotFound("There is no task t-1.").message] == [
-        "There is no task of that ID.",
+        "There is no task with this ID.",
         "There is no task t-1.",
     ]
 

@@ -353,7 +353,7 @@ async def test_swap_that_is_always_lost_is_given_up(store: Store, blobs: Watched
         blobs.before_replace = meddle
 
     blobs.before_replace = meddle
-    with pytest.raises(StorageError, match="changed too often"):
+    with pytest.raises(StorageError, match="changed by other processes too often"):
         await store.update(TASK, begin)
     assert blobs.replacements == UPDATE_ATTEMPTS
 
@@ -512,7 +512,7 @@ async def test_task_that_was_removed_is_passed_over(store: Store, blobs: Watched
 )
 async def test_made_up_cursor_is_refused(store: Store, cursor: str) -> None:
     """A cursor that no page gave is an error of the caller, and no listing is made."""
-    with pytest.raises(ValueError, match="cursor must be the nextCursor of an earlier answer"):
+    with pytest.raises(ValueError, match="cursor must be the nextCursor of an earlier response"):
         await store.page(limit=1, cursor=cursor)
 
 

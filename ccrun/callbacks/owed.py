@@ -103,7 +103,7 @@ class OwedCallbacks:
                 error=delivery.error,
                 at=now,
                 not_before=now + dt.timedelta(seconds=delivery.retry_after_seconds or 0),
-                pauses=not self.single_attempt,
+                backs_off=not self.single_attempt,
             ),
         )
 

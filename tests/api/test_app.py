@@ -888,7 +888,7 @@ async def test_a_good_limit_is_taken(api: Api, limit: str) -> None:
 async def test_a_bad_cursor_is_named(api: Api, cursor: str) -> None:
     """What is no cursor of ours is refused, and never becomes a path."""
     answer = await api.call("GET", "/tasks", params={"cursor": cursor})
-    assert (400, "cursor must be the nextCursor of an earlier answer") == (answer.status, answer.body["error"])
+    assert (400, "cursor must be the nextCursor of an earlier response") == (answer.status, answer.body["error"])
     assert ["cursor"] == [fault["field"] for fault in answer.body["details"]]
 
 
