@@ -20,7 +20,8 @@ import structlog
 from aiohttp import web
 
 from ccrun import __version__
-from ccrun.api.app import ApiDependencies, make_app
+from ccrun.api.app import make_app
+from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, PollPolicy
 from ccrun.api.request import Defaults
@@ -182,7 +183,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, news: asyncio.Event)
         project_id=config.project_id,
         backend=config.backend,
         # In the cloud the API neither decrypts nor calls receivers: the sweep runs under the worker's identity.
-        background_tasks=[sweeping] if config.is_local else [],
+        companions=[sweeping] if config.is_local else [],
         unavailable=missing_setting(config),
         callbacks_unavailable=None if config.signs_callbacks else UNSIGNED_CALLBACKS,
     )

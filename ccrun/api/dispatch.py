@@ -1,7 +1,7 @@
-"""Submit, cancel, deliver again: the use cases of the API, without HTTP.
+"""The operations of the API, without HTTP: submit, cancel, redeliver a callback, read a current record.
 
-Never decrypts and never calls a receiver. The order of a birth: mark, payload, record, launch; what is told to a caller is
-stored before.
+Never opens a payload and never calls a receiver. A submission writes mark, payload and record, then launches the worker. What a
+client is told has been stored before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import asyncio
 import datetime as dt
 import hashlib
 import hmac
+import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit, urlunsplit
@@ -18,35 +20,39 @@ import attrs
 import structlog
 
 from ccrun import codec, lifecycle
+from ccrun.api.background import BackgroundTasks
 from ccrun.errors import Busy, CcrunError, LaunchFailed, NotRedeliverable, TaskAlreadyFinished, TaskExists, TaskNotFound
 from ccrun.jobs import Jobs
 from ccrun.seal import KeyWrapper, Purpose, Sealed, new_data_key
+from ccrun.settle import settle
 from ccrun.store import Store
 from ccrun.task import CallbackInfo, Reason, Status, TaskId, TaskRecord, TaskSpec
 
 log = structlog.get_logger()
 
-#: Seconds for which a repeat of a request waits until the first one, still on its way, has its record.
+#: Seconds for which a retry of a request waits for the record of the first one.
 CREATION_WAIT_SECONDS: Final = 5.0
 CREATION_POLL_SECONDS: Final = 0.05
-#: Seconds after which a half-born task, left by a process that died, will have been swept away.
+#: Tasks whose last check is remembered.
+MAX_REMEMBERED_CHECKS: Final = 10_000
+#: Seconds after which a sweep has removed an incomplete task of a process that was killed.
 INCOMPLETE_TASK_RETRY_SECONDS: Final = 300
 
 
 @attrs.frozen(kw_only=True)
 class Idempotency:
-    """What makes a repeat of a request: the caller's key, told apart by who calls."""
+    """An Idempotency-Key and its caller. A retry of a request has the same two."""
 
     key: str
     caller: str
 
     @property
     def task_id(self) -> TaskId:
-        """The task ID that every repeat has, unless the request brings one."""
+        """The task ID of the request and all of its retries, unless the body has one."""
         return TaskId(hashlib.sha256(f"{self.caller}\n{self.key}".encode()).hexdigest()[:32])
 
     def digest(self, body: bytes) -> str:
-        """What only the same key with the same body gives; without the key it tells nothing about the body."""
+        """Return a digest of key and body. Without the key, it reveals nothing about the body."""
         return hmac.new(f"{self.caller}\n{self.key}".encode(), body, hashlib.sha256).hexdigest()
 
 
@@ -60,7 +66,7 @@ class Submitted:
 
 @attrs.frozen(kw_only=True)
 class Cancelled:
-    """A task that is over or will be soon; `was_asked_before` when an earlier cancel did it."""
+    """A cancelled task. `was_already_requested`: an earlier request had cancelled it."""
 
     record: TaskRecord
     was_already_requested: bool
@@ -68,21 +74,59 @@ class Cancelled:
 
 @attrs.frozen(kw_only=True)
 class Dispatcher:
-    """The use cases. `callback_owed` is called when a callback became due by a caller's wish."""
+    """The operations.
+
+    Args:
+        callback_owed: Called when a client has made a callback due.
+        creation_wait_seconds: How long a retry of a request waits for the record of the first one.
+        settle_interval_seconds: The minimum between two checks of one execution: clients poll, and each check is a call
+            with a quota.
+    """
 
     store: Store
     jobs: Jobs
     wrapper: KeyWrapper
     callback_owed: Callable[[], None]
     creation_wait_seconds: float = CREATION_WAIT_SECONDS
+    settle_interval_seconds: float = 2.0
+    #: When the execution of a task was last checked, on the clock of the event loop.
+    _settled_at: OrderedDict[TaskId, float] = attrs.field(factory=OrderedDict, init=False, repr=False, eq=False)
+
+    async def current_record(
+        self, task_id: TaskId, *, background: BackgroundTasks, timeout_seconds: float
+    ) -> TaskRecord:
+        """Return the record of a task, after settling it if its execution is lost.
+
+        Args:
+            background: Where the settling continues after the timeout.
+            timeout_seconds: After this time, the record is returned as it was.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            StorageError: The storage failed.
+        """
+        record = await self.store.record(task_id)
+        now = asyncio.get_running_loop().time()
+        if record.status.is_final or now < self._settled_at.get(task_id, -math.inf) + self.settle_interval_seconds:
+            return record
+        self._settled_at[task_id] = now
+        self._settled_at.move_to_end(task_id)
+        if len(self._settled_at) > MAX_REMEMBERED_CHECKS:
+            self._settled_at.popitem(last=False)
+        settling = background.spawn(settle(self.store, self.jobs, record))
+        await asyncio.wait([settling], timeout=timeout_seconds)
+        return settling.result() if settling.done() else record
 
     async def submit(self, spec: TaskSpec, *, idempotency_digest: str | None = None) -> Submitted:
         """Store a task and launch its worker.
 
+        Args:
+            idempotency_digest: Identifies the request among those with the same task ID; None without an Idempotency-Key.
+
         Raises:
-            TaskExists: The ID is in use, by another request.
-            Busy: There is no room now, or a repeat came while the first is on its way.
-            LaunchFailed: The worker cannot be started; the task is kept as failed.
+            TaskExists: Another request has the same ID.
+            Busy: There is no capacity, or the first request with this key is not stored yet.
+            LaunchFailed: The worker could not be started. The task is stored as failed.
         """
         self.jobs.check_capacity()
         record = self._first_record(spec, idempotency_digest)
@@ -102,11 +146,11 @@ class Dispatcher:
         return Submitted(record=await self._launch(record), is_replay=False)
 
     async def cancel(self, task_id: TaskId) -> Cancelled:
-        """End a task: at once when it has not begun, else by asking its worker.
+        """Cancel a task: immediately when no worker has started it, else by asking the worker to stop.
 
         Raises:
-            TaskNotFound: There is none.
-            TaskOver: It has ended already.
+            TaskNotFound: There is no such task.
+            TaskAlreadyFinished: The task is final.
         """
         before: TaskRecord | None = None
 
@@ -128,12 +172,12 @@ class Dispatcher:
 
         Raises:
             TaskNotFound: There is no such task.
-            NotRedeliverable: It is not over, or has no callback.
+            NotRedeliverable: It is not final, or has no callback.
         """
 
         def owe(record: TaskRecord) -> TaskRecord:
             if not record.status.is_final:
-                raise NotRedeliverable(f"Task {task_id} is not over yet.")
+                raise NotRedeliverable(f"Task {task_id} has not finished yet.")
             if record.webhook is None:
                 raise NotRedeliverable(f"Task {task_id} has no callback.")
             return lifecycle.owe_callback(record, at=dt.datetime.now(dt.UTC))
@@ -141,7 +185,7 @@ class Dispatcher:
         owe(await self.store.record(task_id))
         await self.store.mark_active(task_id)
         await self.store.update(task_id, owe)
-        # Once more, since whoever saw the task before may have taken the first mark away meanwhile.
+        # Again, since a process that read the old record may have deleted the first mark meanwhile.
         await self.store.mark_active(task_id)
         self.callback_owed()
 
@@ -151,7 +195,7 @@ class Dispatcher:
             task_id=spec.task_id,
             type=spec.type,
             status=Status.PENDING,
-            # Kept in milliseconds, so that what is told now is what is read later.
+            # Stored in milliseconds, so that the response equals what is read later.
             created_at=_in_milliseconds(dt.datetime.now(dt.UTC)),
             logs_path=self.store.logs_path(spec.task_id),
             callback_url=redacted_url(url.reveal()) if url else None,
@@ -161,8 +205,8 @@ class Dispatcher:
         )
 
     async def _store_new_task(self, record: TaskRecord, payload: Sealed) -> None:
-        """Store all that makes a task, or nothing of it."""
-        # The mark comes first: what no sweep looks at could stay as it is for ever.
+        """Store all parts of a task, or none."""
+        # The mark comes first: without it, no sweep would remove an incomplete task.
         await self.store.mark_active(record.task_id)
         await self.store.add_payload(record.task_id, payload)
         try:
@@ -172,7 +216,7 @@ class Dispatcher:
             raise
 
     async def _original_task(self, task_id: TaskId, digest: str) -> TaskRecord:
-        """Return the task that an earlier request with this Idempotency-Key made, as soon as it is there."""
+        """Return the record of the first request with this Idempotency-Key, as soon as it is stored."""
         try:
             async with asyncio.timeout(self.creation_wait_seconds):
                 while True:
@@ -183,7 +227,7 @@ class Dispatcher:
                         await asyncio.sleep(CREATION_POLL_SECONDS)
         except TimeoutError:
             raise Busy(
-                "An earlier request with this Idempotency-Key is not through yet.",
+                "An earlier request with this Idempotency-Key is still being processed.",
                 retry_after=INCOMPLETE_TASK_RETRY_SECONDS,
             ) from None
         if record.idempotency_digest is None or not hmac.compare_digest(record.idempotency_digest, digest):
@@ -194,16 +238,16 @@ class Dispatcher:
         try:
             execution_name = await self.jobs.launch(record.task_id)
         except (LaunchFailed, Busy) as error:
-            buried = await self._mark_launch_failed(record, error)
-            if buried.reason is Reason.LAUNCH_FAILED:
+            present = await self._mark_launch_failed(record, error)
+            if present.reason is Reason.LAUNCH_FAILED:
                 raise
-            # Only the answer was lost: a worker has taken the task up.
-            return buried
+            # Only the response was lost: a worker has started the task.
+            return present
         log.info("task_launched", message="Task launched", taskId=record.task_id, type=record.type)
         return attrs.evolve(record, execution_name=execution_name)
 
     async def _mark_launch_failed(self, record: TaskRecord, error: CcrunError) -> TaskRecord:
-        """Keep the task as failed, unless it has begun. Its caller is told at once, so no callback is owed."""
+        """Record that the task has failed, unless a worker has started it. The client gets the error, so no callback is owed."""
         outcome = lifecycle.failed_outcome(Reason.LAUNCH_FAILED, error.message)
 
         def fail(present: TaskRecord) -> TaskRecord:
@@ -216,7 +260,7 @@ class Dispatcher:
 
 
 def redacted_url(url: str) -> str:
-    """Return a callback URL without what may be secret in it: user, password and query."""
+    """Return a callback URL without the parts that may be secret: user, password and query."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 

@@ -18,7 +18,8 @@ from helpers.api import COMPLETED, FAILED, MAX_REQUEST_BYTES, Api, api_on, until
 from helpers.service import MADE_UP_KEY
 
 from ccrun import __version__, codec
-from ccrun.api.app import ENDPOINTS, ApiTimeouts
+from ccrun.api.dependencies import ApiTimeouts
+from ccrun.api.health import ENDPOINTS
 from ccrun.api.request import Defaults
 from ccrun.backends.local.key import LocalKey
 from ccrun.errors import Busy, KeyServiceError, LaunchFailed, StorageError
@@ -32,8 +33,8 @@ from ccrun.unseal import unseal
 CALLBACK: Final = "http://127.0.0.1:9/"
 TOKEN: Final = "first-token-of-the-tests"
 OTHER_TOKEN: Final = "second-token-of-the-tests"
-NO_TASK: Final = "There is no task of that ID: an ID has letters, digits, underscores and hyphens only."
-BROKEN: Final = "Something went wrong inside ccrun; its log tells what."
+NO_TASK: Final = "There is no task with this ID: an ID has letters, digits, underscores and hyphens only."
+BROKEN: Final = "An internal error occurred; the log of the service has the details."
 #: What each route that takes a task ID is called with.
 TASK_ROUTES: Final = (
     ("GET", "/tasks/{}"),
@@ -85,7 +86,7 @@ async def test_every_endpoint_of_the_index_is_there(api: Api) -> None:
 async def test_an_unknown_path_answers_404_in_json(api: Api) -> None:
     """A path that is not there is named, and the way to those that are."""
     answer = await api.call("GET", "/nothing/here")
-    assert (404, {"error": "There is no GET /nothing/here; GET / lists what there is."}) == (answer.status, answer.body)
+    assert (404, {"error": "There is no GET /nothing/here; GET / lists the endpoints."}) == (answer.status, answer.body)
 
 
 @pytest.mark.parametrize(
@@ -1155,7 +1156,7 @@ async def test_a_task_that_is_not_over_has_no_callback_yet(api: Api, runs: bool)
     if runs:
         await api.begin(task_id)
     answer = await api.call("POST", "/tasks/one/webhook")
-    assert (409, {"error": "Task one is not over yet."}) == (answer.status, answer.body)
+    assert (409, {"error": "Task one has not finished yet."}) == (answer.status, answer.body)
 
 
 async def test_a_task_without_a_callback_cannot_deliver_one(api: Api) -> None:

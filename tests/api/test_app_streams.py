@@ -15,7 +15,7 @@ from helpers.api import COMPLETED, FAILED, Api, api_on, until
 from helpers.service import PATIENCE, Event, StartService, read_events
 
 from ccrun import codec
-from ccrun.api.app import ApiTimeouts
+from ccrun.api.dependencies import ApiTimeouts
 from ccrun.errors import StorageError
 from ccrun.lifecycle import cancelled_outcome
 from ccrun.task import Outcome, Status, TaskId

@@ -560,7 +560,7 @@ async def test_task_without_a_due_callback_is_not_delivered_again(dispatcher: Di
     with pytest.raises(TaskNotFound):
         await dispatcher.redeliver(TASK)
     await dispatcher.submit(spec())
-    with pytest.raises(NotRedeliverable, match="not over yet"):
+    with pytest.raises(NotRedeliverable, match="has not finished yet"):
         await dispatcher.redeliver(TASK)
     await run_to_the_end(store)
     with pytest.raises(NotRedeliverable, match="has no callback"):

@@ -17,7 +17,8 @@ import attrs
 from aiohttp import web
 
 from ccrun import lifecycle
-from ccrun.api.app import ApiDependencies, make_app
+from ccrun.api.app import make_app
+from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, PollPolicy
 from ccrun.api.request import Defaults

@@ -22,7 +22,8 @@ from standins.cloudrun import JOB, REGION, Execution
 from standins.gcs import BUCKET
 from standins.kms import PROJECT, key_of
 
-from ccrun.api.app import ApiDependencies, make_app
+from ccrun.api.app import make_app
+from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, PollPolicy
 from ccrun.api.request import Defaults

@@ -1,0 +1,139 @@
+"""The events and the log of a task as HTTP responses."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping
+from typing import Final
+
+from aiohttp import hdrs, web
+from aiohttp_sse import EventSourceResponse
+
+from ccrun import codec
+from ccrun.api import sse
+from ccrun.api.dependencies import ApiDependencies
+from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines
+from ccrun.api.responses import invalid
+from ccrun.api.sse import Cursor
+from ccrun.api.tasks import task_id_of
+from ccrun.errors import BlobNotFound
+from ccrun.task import Status, TaskId, TaskRecord
+
+#: Bytes. A stream is written in pieces of this size, so that little is buffered for a reader that stalls.
+WRITE_BYTES: Final = 256 * 1024
+
+
+class StreamRoutes:
+    """The handlers, and the streams that are open."""
+
+    def __init__(self, deps: ApiDependencies) -> None:
+        self._deps = deps
+        self._streams: set[asyncio.Task[object]] = set()
+        self.is_closing = False
+
+    async def close(self, _: web.Application) -> None:
+        """Close all streams. To be called before the server waits for its connections."""
+        self.is_closing = True
+        for stream in self._streams:
+            stream.cancel()
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """`GET /tasks/{taskId}/events`: the events of a task, from the start, from now on, or after a cursor."""
+        task_id = task_id_of(request)
+        origin = request.query.get("from", "start")
+        if origin not in ("start", "tail"):
+            raise invalid("from", "from must be start or tail")
+        last_id = request.headers.get("Last-Event-ID") or request.query.get("lastEventId")
+        if last_id == sse.LAST_ID:
+            await self._deps.store.record(task_id)
+            # The only status that keeps a browser's EventSource from reconnecting.
+            return web.Response(status=204)
+        after = sse.parse_cursor(last_id) if last_id else None
+        if after is None and origin == "start":
+            after = Cursor()
+        return await self.follow(request, task_id, after=after)
+
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        """`GET /tasks/{taskId}/logs`: all lines that are stored, as they are stored."""
+        task_id = task_id_of(request)
+        await self._deps.store.record(task_id)
+        listing = await self._deps.store.listing(task_id, first=1)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "X-Accel-Buffering": "no"})
+        await response.prepare(request)
+        while listing.chunks and request.method != hdrs.METH_HEAD:
+            for chunk in listing.chunks:
+                try:
+                    content = await self._deps.store.read_chunk(chunk)
+                except BlobNotFound:
+                    continue
+                await self._write(response, content)
+            if listing.record_generation is not None:
+                break
+            listing = await self._deps.store.listing(task_id, first=listing.chunks[-1].number + 1)
+        await response.write_eof()
+        return response
+
+    async def follow(
+        self, request: web.Request, task_id: TaskId, *, after: Cursor | None, headers: Mapping[str, str] | None = None
+    ) -> web.StreamResponse:
+        """Stream the events of a task until it has finished.
+
+        Args:
+            after: Where to start; None for the end of what is stored.
+            headers: Additional headers of the response.
+        """
+        stream = asyncio.current_task()
+        assert stream is not None  # noqa: S101 - a handler always runs in a task
+        self._streams.add(stream)
+        try:
+            async with self._deps.feed.follow(task_id, after=after) as reader:
+                # aiohttp-sse would send its pings at any time, even in the middle of an event that is written in pieces.
+                response = EventSourceResponse(
+                    headers=headers,
+                    sep="\n",
+                    allow_all_methods=True,
+                    ping_interval=math.inf,
+                    send_timeout=self._deps.timeouts.send,
+                )
+                await response.prepare(request)
+                async with response:
+                    if request.method != hdrs.METH_HEAD:
+                        async for frames in self._frames(reader):
+                            await self._write(response, frames)
+                await response.write_eof()
+                return response
+        finally:
+            self._streams.discard(stream)
+
+    async def _frames(self, reader: FeedReader) -> AsyncIterator[bytes]:
+        record = reader.record
+        yield sse.opening() + sse.json_event(
+            "task", {"taskId": record.task_id, "status": record.status, "logsPath": record.logs_path}
+        )
+        async for item in reader.items(idle_seconds=self._deps.timeouts.heartbeat):
+            match item:
+                case Lines():
+                    yield item.frames
+                case CaughtUp():
+                    yield sse.json_event("caught_up", {})
+                case Idle():
+                    yield sse.HEARTBEAT
+                case Finished():
+                    yield _last_events(item.record)
+
+    async def _write(self, response: web.StreamResponse, content: bytes) -> None:
+        """Write in pieces, each with a timeout, so that a reader that stalls holds little memory and is disconnected."""
+        view = memoryview(content)
+        for start in range(0, len(view), WRITE_BYTES):
+            async with asyncio.timeout(self._deps.timeouts.send):
+                await response.write(view[start : start + WRITE_BYTES])
+
+
+def _last_events(record: TaskRecord) -> bytes:
+    first = b""
+    if record.status is Status.FAILED:
+        first = sse.json_event("error", {"error": record.error, "exitCode": record.exit_code})
+    elif record.status is Status.CANCELLED:
+        first = sse.json_event("cancelled", {"taskId": record.task_id})
+    return first + sse.event("done", codec.callback_body(record), event_id=sse.LAST_ID)
