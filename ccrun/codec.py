@@ -19,7 +19,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 
 from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
-from ccrun.task import Secret, TaskRecord, TaskSpec
+from ccrun.task import GitCommit, Secret, TaskRecord, TaskSpec
 
 #: JSON names that are not the attribute's name in camelCase.
 _JSON_NAMES: Final = {"anthropic_oauth_token": "anthropicOAuthToken"}
@@ -27,6 +27,8 @@ _JSON_NAMES: Final = {"anthropic_oauth_token": "anthropicOAuthToken"}
 _INTERNAL_FIELDS: Final = frozenset({"sealedCallbackUrl", "idempotencyDigest", "writeId"})
 #: Fields of a record that are absent instead of null.
 _OPTIONAL_FIELDS: Final = ("uploadedFiles", "gitCommit")
+#: Fields of a commit that are absent instead of null.
+_OMITTED_WHEN_NONE: Final = ("committed", "recovery")
 #: The fields that every callback has, in order.
 _CALLBACK_FIELDS: Final = ("taskId", "status", "exitCode", "logsPath", "summary", "error", "metadata")
 
@@ -150,7 +152,11 @@ def _format_time(moment: dt.datetime) -> str:
 
 
 def _json_names(fact: type) -> dict[str, Any]:
-    return {field.name: override(rename=_json_name(field.name)) for field in attrs.fields(fact)}
+    omitted = _OMITTED_WHEN_NONE if fact is GitCommit else ()
+    return {
+        field.name: override(rename=_json_name(field.name), omit_if_default=field.name in omitted)
+        for field in attrs.fields(fact)
+    }
 
 
 def _json_name(attribute: str) -> str:

@@ -251,6 +251,47 @@ class UploadedFile:
 
 
 @attrs.frozen(kw_only=True)
+class Recovery:
+    """What was done about a branch to which others had pushed.
+
+    Args:
+        method: `rebase`, or `force-with-lease` when the agent's commits could not be rebased.
+        remote_sha: The commit that the branch was at.
+        conflict_files: Paths that both sides had changed, in which the agent's side has won.
+    """
+
+    method: str
+    remote_sha: str
+    conflict_files: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class GitCommit:
+    """The commit that a task made or pushed.
+
+    Args:
+        sha: None in an empty repository without changes.
+        committed: False when there was nothing to commit, else None.
+        recovery: None when the push needed none.
+    """
+
+    sha: str | None
+    message: str
+    pushed: bool
+    branch: str
+    committed: bool | None = None
+    recovery: Recovery | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ActionError:
+    """Why an action after the agent has failed."""
+
+    action: str
+    error: str
+
+
+@attrs.frozen(kw_only=True)
 class CallbackInfo:
     """The state of a task's callback."""
 
@@ -282,8 +323,8 @@ class TaskRecord:
     reason: Reason | None = None
     summary: Summary | None = None
     uploaded_files: tuple[UploadedFile, ...] | None = None
-    git_commit: Mapping[str, Any] | None = None
-    action_errors: tuple[Mapping[str, str], ...] = ()
+    git_commit: GitCommit | None = None
+    action_errors: tuple[ActionError, ...] = ()
     webhook: CallbackInfo | None = None
     metadata: Mapping[str, Any] | None = None
     #: The complete callback URL, sealed under the task's data key.
@@ -323,5 +364,5 @@ class Outcome:
     session_id: str | None = None
     result: str | None = None
     uploaded_files: tuple[UploadedFile, ...] | None = None
-    git_commit: Mapping[str, Any] | None = None
-    action_errors: tuple[Mapping[str, str], ...] = ()
+    git_commit: GitCommit | None = None
+    action_errors: tuple[ActionError, ...] = ()

@@ -26,8 +26,10 @@ from ccrun.lifecycle import (
 )
 from ccrun.task import (
     TASK_ID_PATTERN,
+    ActionError,
     CallbackInfo,
     CallbackState,
+    GitCommit,
     Outcome,
     Reason,
     Secret,
@@ -222,8 +224,8 @@ def test_final_record_has_the_outcome() -> None:
         usage={"input_tokens": 5},
         session_id="s-1",
         uploaded_files=(UploadedFile(original_path="a", gcs_path="b", size_bytes=1),),
-        git_commit={"sha": "abc"},
-        action_errors=({"action": "git", "error": "It broke."},),
+        git_commit=GitCommit(sha="abc", message="m", pushed=False, branch="main"),
+        action_errors=(ActionError(action="git", error="It broke."),),
     )
     record = finish(start(pending(), at=NOW), outcome, at=NOW + dt.timedelta(seconds=1.5))
     for name in ("status", "reason", "exit_code", "error", "uploaded_files", "git_commit", "action_errors"):

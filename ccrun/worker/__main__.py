@@ -81,7 +81,7 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
             oauth_token=settings.claude_code_oauth_token,
             inherited=inherited,
             marker=process_marker(settings.data_dir, task_id),
-            pace=FlushPolicy(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),
+            flush_policy=FlushPolicy(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),
             execution_name=settings.cloud_run_execution,
             agent_user=agent_user,
             git_protocols="https:ssh:http:file" if settings.is_local else "https:ssh",

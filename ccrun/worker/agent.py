@@ -1,4 +1,4 @@
-"""One run of the Claude CLI: its output into the log, its silence and its exit watched."""
+"""One run of the Claude CLI: its output goes to the log; a stop request, its silence or its exit ends it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ import structlog
 
 from ccrun import lifecycle
 from ccrun.process.child import Child, spawn
-from ccrun.task import (
-    Outcome,
-    Reason,
-    Status,
-    TaskSpec,
-)
+from ccrun.task import Outcome, Reason, Status, TaskSpec
 from ccrun.worker import claude
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.lines import text_line
@@ -30,104 +25,107 @@ from ccrun.worker.workspace import Workspace
 log = structlog.get_logger()
 
 
-async def run_agent(
-    deps: WorkerDependencies,
-    spec: TaskSpec,
-    workspace: Workspace,
-    agent: AgentSession,
-    files: Mapping[str, Path],
-    stop: StopRequest,
-) -> Outcome:
-    """Run the CLI until it ends, or is ended; nothing of it runs afterwards."""
-    cli, start_folder = await asyncio.to_thread(lambda: (deps.cli(), workspace.start_folder(spec.cwd_relative)))
-    options = {option: path for option, path in files.items() if not option.startswith("command-")}
-    async with spawn(
-        claude.argv(spec, cli=cli, files=options),
-        env=agent.environment,
-        cwd=start_folder,
-        stdin=spec.prompt.encode(),
-        term_grace_seconds=deps.timeouts.term_grace,
-        user=workspace.agent,
-    ) as child:
-        log.info("agent_started", message="Agent started")
-        return await _follow(child, agent, stop, deps.timeouts, timeout_minutes=spec.timeout_minutes)
-
-
 @attrs.frozen(kw_only=True)
 class AgentSession:
-    """What stands between the agent and the outside."""
+    """What the agent's output and requests pass through.
+
+    Args:
+        log_line: Redacts a line and adds it to the log of the task.
+        environment: All environment variables of the agent.
+    """
 
     writer: LogWriter
-    #: Takes a line for the log, and masks what is secret in it.
-    say: Callable[[bytes | bytearray], Awaitable[None]]
+    log_line: Callable[[bytes | bytearray], Awaitable[None]]
     redactor: Redactor
     proxy: CredentialProxy
     environment: Mapping[str, str] = attrs.field(repr=False)
 
 
-async def _follow(
-    child: Child, agent: AgentSession, stop: StopRequest, timeouts: WorkerTimeouts, *, timeout_minutes: float
+async def run_agent(
+    deps: WorkerDependencies,
+    spec: TaskSpec,
+    workspace: Workspace,
+    session: AgentSession,
+    option_files: Mapping[str, Path],
+    stop: StopRequest,
 ) -> Outcome:
-    """Write down what the CLI prints until it ends, or is ended; say how that counts."""
+    """Run the CLI until it exits or is stopped, and return the outcome. No process of the agent is left.
+
+    Args:
+        option_files: The files for options of the CLI, by option.
+    """
+    cli, directory = await asyncio.to_thread(lambda: (deps.cli(), workspace.start_directory(spec.cwd_relative)))
+    async with spawn(
+        claude.argv(spec, cli=cli, files=option_files),
+        env=session.environment,
+        cwd=directory,
+        stdin=spec.prompt.encode(),
+        term_grace_seconds=deps.timeouts.term_grace,
+        user=workspace.agent,
+    ) as child:
+        log.info("agent_started", message="Agent started")
+        return await _follow(child, session, stop, deps.timeouts, timeout_minutes=spec.timeout_minutes)
+
+
+async def _follow(
+    child: Child, session: AgentSession, stop: StopRequest, timeouts: WorkerTimeouts, *, timeout_minutes: float
+) -> Outcome:
+    """Log what the CLI prints until it exits or is stopped, and return the outcome."""
     transcript = Transcript()
-    printing = asyncio.create_task(_log_lines(child, agent, transcript, timeouts))
-    wished = asyncio.create_task(stop.wait())
-    given_up = asyncio.create_task(agent.writer.until_given_up())
+    logging = asyncio.create_task(_log_output(child, session, transcript, timeouts))
+    stop_requested = asyncio.create_task(stop.wait())
+    log_given_up = asyncio.create_task(session.writer.until_given_up())
     try:
-        await asyncio.wait({printing, wished, given_up}, return_when=asyncio.FIRST_COMPLETED)
-        cause = None if printing.done() else stop.cause
-        if not printing.done():
-            # What the CLI still prints on its way out is kept.
+        await asyncio.wait({logging, stop_requested, log_given_up}, return_when=asyncio.FIRST_COMPLETED)
+        cause = None if logging.done() else stop.cause
+        if not logging.done():
+            # What the CLI prints until it exits is still logged.
             child.terminate()
         if cause is StopCause.SHUTDOWN:
             asyncio.get_running_loop().call_later(timeouts.shutdown_term_grace, child.kill)
-        must_end = await printing
+        is_hung = await logging
     finally:
-        for waiting in (printing, wished, given_up):
-            waiting.cancel()
-    if must_end:
+        for task in (logging, stop_requested, log_given_up):
+            task.cancel()
+    if is_hung:
         child.terminate()
-    ended = await child.wait()
+    exit_status = await child.wait()
     if child.stderr_tail:
-        await agent.say(text_line(child.stderr_tail, type="stderr"))
-    was_ended = must_end or cause is not None
-    outcome = outcome_of_run(transcript, ended, stopped_by_us=was_ended, rejected=agent.proxy.rejected)
-    if outcome.status is Status.COMPLETED or not was_ended:
+        await session.log_line(text_line(child.stderr_tail, type="stderr"))
+    was_stopped = is_hung or cause is not None
+    outcome = outcome_of_run(transcript, exit_status, stopped_by_us=was_stopped, rejected=session.proxy.rejected)
+    if outcome.status is Status.COMPLETED or not was_stopped:
         return outcome
     if cause is StopCause.CANCEL:
         return lifecycle.cancelled_outcome(outcome)
     if cause is not None:
-        ending_of = stopped_outcome(cause, timeout_minutes)
+        stopped = stopped_outcome(cause, timeout_minutes)
     elif transcript.has_lines:
         return outcome
     else:
-        ending_of = lifecycle.failed_outcome(
-            Reason.STALLED, f"The Claude CLI printed nothing within {timeouts.first_line:g} s."
-        )
+        message = f"The Claude CLI printed nothing within {timeouts.first_line:g} s."
+        stopped = lifecycle.failed_outcome(Reason.STALLED, message)
+    # The figures are those of the run, the status and its reason are those of the stop.
     return attrs.evolve(
-        outcome,
-        status=ending_of.status,
-        reason=ending_of.reason,
-        exit_code=ending_of.exit_code,
-        error=ending_of.error,
+        outcome, status=stopped.status, reason=stopped.reason, exit_code=stopped.exit_code, error=stopped.error
     )
 
 
-async def _log_lines(child: Child, agent: AgentSession, transcript: Transcript, timeouts: WorkerTimeouts) -> bool:
-    """Write down each line; return whether the CLI has to be ended: it fell silent when it should have spoken or ended."""
+async def _log_output(child: Child, session: AgentSession, transcript: Transcript, timeouts: WorkerTimeouts) -> bool:
+    """Log each line. Return True when the CLI must be stopped: it is silent, or retries with a rejected credential."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeouts.first_line) as silence:
             async for line in child.lines():
-                # A storage that is slow is no silence of the CLI.
+                # The time that a slow storage takes does not count as silence of the CLI.
                 silence.reschedule(None)
                 transcript.feed(line)
-                if kept := line_for_log(line):
-                    await agent.say(kept)
-                # A line can have many megabytes; none may live on here while the next one comes.
-                del line, kept
+                if logged := line_for_log(line):
+                    await session.log_line(logged)
+                # A line can have many megabytes, so it is released before the next one is read.
+                del line, logged
                 if transcript.result is None and transcript.is_refused:
-                    # It goes on asking with a credential that was refused, for minutes.
+                    # The CLI would retry with a rejected credential for minutes.
                     return True
                 if transcript.result is not None:
                     silence.reschedule(loop.time() + timeouts.after_result)

@@ -91,11 +91,11 @@ _PINNED_VARIABLES: Final = (
 )
 
 
-def inputs(spec: TaskSpec, environment: Mapping[str, str]) -> dict[str, bytes]:
-    """Return what the CLI reads from files: each file's content under the option that names it.
+def option_files(spec: TaskSpec, environment: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the contents of the files that options of the CLI name, by option.
 
-    Files and not arguments: these are large (one argument has at most 128 KiB on Linux) and confidential (arguments are in
-    the process list). They are for folders that no repository reaches, mode 0600.
+    They are files and not arguments because they are large (an argument has at most 128 KiB on Linux) and confidential
+    (arguments are visible in the process list).
     """
     # A repository's settings may set variables and win over the environment; what a flag names wins over both.
     settings = {"apiKeyHelper": "", "env": {name: environment.get(name, "") for name in _PINNED_VARIABLES}}
@@ -129,7 +129,7 @@ def argv(spec: TaskSpec, *, cli: Path, files: Mapping[str, Path]) -> list[str]:
     flag of its own; within one value the CLI splits at commas and spaces outside of parentheses.
 
     Args:
-        files: Where the `inputs` were written, under the same options.
+        files: The paths of the `option_files`, by option.
     """
     single = {"model": spec.model, "fallback-model": spec.fallback_model, "permission-mode": spec.permission_mode}
     return [

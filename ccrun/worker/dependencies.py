@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 import attrs
 
@@ -13,7 +14,23 @@ from ccrun.seal import KeyWrapper
 from ccrun.store import Store
 from ccrun.task import Secret
 from ccrun.worker.log_writer import FlushPolicy
-from ccrun.worker.post_run import PostRunLimits
+
+#: Bytes of a patch. It is in memory while secrets are redacted in it.
+MAX_RESCUE_BYTES: Final = 32 * 1024 * 1024
+
+
+@attrs.frozen(kw_only=True)
+class PostRunLimits:
+    """How long an action after the agent may take, in seconds, and how large a patch may be, in bytes.
+
+    With a minute each for a patch, the record and the callback, all of them fit into the 15 minutes that the Cloud Run job has
+    in addition to the agent's time (`scripts/deploy-job.sh`).
+    """
+
+    push: float = 300.0
+    uploads: float = 420.0
+    #: Of a larger patch, only the files that fit are stored.
+    rescue_bytes: int = MAX_RESCUE_BYTES
 
 
 @attrs.frozen(kw_only=True)
@@ -22,30 +39,30 @@ class WorkerTimeouts:
 
     #: For the clone.
     clone: float = 300.0
-    #: For each of the commands before the agent.
+    #: For each command before the agent.
     command: float = 300.0
     #: For each kind of action after the agent.
     actions: PostRunLimits = attrs.field(factory=PostRunLimits)
-    #: For the patch that keeps what would be lost.
+    #: For the patch of changes that would be lost.
     rescue: float = 60.0
     #: Between SIGTERM and SIGKILL for the agent.
     term_grace: float = 5.0
-    #: The CLI prints its first line within a second; MCP servers that it starts first may take a while.
+    #: For the first line of the CLI. It usually takes a second, but MCP servers that it starts first may take longer.
     first_line: float = 120.0
-    #: A CLI that has printed its result has nothing left to do, but may not know.
+    #: For the CLI to exit, or to print more, after it has printed a result.
     after_result: float = 60.0
-    #: Between two looks whether somebody cancelled the task.
+    #: Between two polls of the record for a cancellation.
     cancel_poll: float = 2.0
-    #: For all that follows a SIGTERM to the worker: the platform kills it after ten.
+    #: For everything after a SIGTERM to the worker; the platform sends SIGKILL after ten.
     shutdown: float = 9.0
-    #: Of those, what the agent has.
+    #: Of those, for the agent to exit.
     shutdown_term_grace: float = 3.0
-    #: Of those, what the callback has.
+    #: Of those, for the callback.
     shutdown_callback: float = 3.0
 
     @property
-    def winding_up(self) -> float:
-        """Of those, what there is until the outcome has to be recorded, which takes less than one."""
+    def shutdown_work(self) -> float:
+        """Of those, what is left until the outcome must be recorded, which takes less than one."""
         return self.shutdown - self.shutdown_callback - 1.0
 
 
@@ -54,15 +71,16 @@ class WorkerDependencies:
     """What a worker is made of.
 
     Args:
-        cli: The Claude CLI.
+        callbacks: None when callbacks are not configured.
+        cli: Returns the path of the Claude CLI, or raises `CcrunError`.
         upstream: The base URL of the model API.
-        api_key: The operator's own credential, for requests that bring none.
-        oauth_token: The same in its other form; the key is taken when both are there.
+        api_key: The operator's API key, for requests without a credential.
+        oauth_token: The operator's OAuth token, used when there is no API key.
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
-        marker: By which the processes of this task, and of no other on this machine, are found.
-        execution_name: What the platform calls this execution.
-        agent_user: Whom the agent runs as, None where that is the worker's own user.
-        git_protocols: Those that a repository may come by, as git lists them.
+        marker: An environment variable's value by which the processes of this task are found.
+        execution_name: The name of this execution at the platform.
+        agent_user: The user of the agent's processes, None for the worker's own.
+        git_protocols: The protocols that git may use, separated by colons (git(1), GIT_ALLOW_PROTOCOL).
     """
 
     store: Store
@@ -74,7 +92,7 @@ class WorkerDependencies:
     oauth_token: Secret | None = None
     inherited: Mapping[str, str]
     marker: str
-    pace: FlushPolicy = attrs.field(factory=FlushPolicy)
+    flush_policy: FlushPolicy = attrs.field(factory=FlushPolicy)
     timeouts: WorkerTimeouts = attrs.field(factory=WorkerTimeouts)
     execution_name: str | None = None
     agent_user: User | None = None

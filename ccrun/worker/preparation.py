@@ -1,4 +1,4 @@
-"""What comes before the agent: its variables in `.env`, and the commands of the request."""
+"""What happens before the agent starts: its variables are written to `.env`, and the commands of the request run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,44 @@ from ccrun.process.child import spawn
 from ccrun.task import Secret
 from ccrun.worker import dotenv
 from ccrun.worker.git.changes import DOTENV
+from ccrun.worker.git.checkout import Checkout
 from ccrun.worker.git.run import SYSTEM_PATH, Git
 from ccrun.worker.lines import text_line, worker_line
 from ccrun.worker.workspace import Workspace
 
-#: Of a command's output, for the error: what a terminal shows of the end.
+#: Bytes at the end of a command's output that its error shows.
 TAIL_BYTES: Final = 1000
-#: A `.env` that a repository brings and that is larger than this is none.
+#: Bytes of a `.env` of the repository that are kept at most.
 MAX_DOTENV_BYTES: Final = 1024 * 1024
 
-Say = Callable[[bytes | bytearray], Awaitable[None]]
+LogLine = Callable[[bytes | bytearray], Awaitable[None]]
 
 
 class PreparationFailed(CcrunError):
-    """A command of the request, or something else before the agent, failed."""
+    """A step before the agent has failed."""
 
 
 # --- .env ------------------------------------------------------------------------------------------------------------
+
+
+async def prepare_dotenv(
+    secrets: Mapping[str, Secret], workspace: Workspace, checkout: Checkout | None, *, log_line: LogLine
+) -> None:
+    """Write the variables to `.env`, and log which of them could not be written there.
+
+    Raises:
+        PreparationFailed: The file cannot be written.
+        GitError: git failed.
+    """
+    if not secrets:
+        return
+    git = None
+    if checkout is not None and checkout.origin is not None:
+        git = checkout.worker_git(workspace.root).at(workspace.repository)
+    left_out = await write_dotenv(workspace, secrets, git)
+    if left_out:
+        names = ", ".join(left_out)
+        await log_line(worker_line("dotenv", content=f"Not in .env, which could not tell them rightly: {names}."))
 
 
 async def write_dotenv(workspace: Workspace, secrets: Mapping[str, Secret], git: Git | None) -> tuple[str, ...]:
@@ -88,22 +109,22 @@ def _exclude(info: Path) -> None:
 
 
 async def run_commands(
-    commands: Sequence[str], workspace: Workspace, *, environment: Mapping[str, str], say: Say, seconds: float
+    commands: Sequence[str], workspace: Workspace, *, environment: Mapping[str, str], log_line: LogLine, seconds: float
 ) -> None:
-    """Run the commands one after the other, each in a shell and a process group of its own, and put what they print into the log.
+    """Run the commands one after another, each in a shell with its own process group, and log their output.
 
     Args:
-        environment: The agent's.
-        say: Takes a line for the log.
-        seconds: What each of them has.
+        environment: The environment variables of the agent.
+        log_line: Adds a line to the log of the task.
+        seconds: The timeout of each command.
 
     Raises:
-        PreparationFailed: One failed, or was not done in time; those that follow it are not run.
+        PreparationFailed: A command failed or timed out. Those after it are not run.
     """
     shell = await asyncio.to_thread(shutil.which, "bash", path=SYSTEM_PATH) or "/bin/sh"
     for index, command in enumerate(commands, start=1):
-        await say(worker_line("command", event="began", index=index, command=command))
-        # In a file: an argument would stand in the list of processes, with whatever secret is in it.
+        await log_line(worker_line("command", event="began", index=index, command=command))
+        # In a file: an argument would be visible in the process list, with any secret in it.
         script = workspace.inputs / f"command-{index}"
         which = f"Pre-execution command {index} of {len(commands)}"
         tail = bytearray()
@@ -115,22 +136,26 @@ async def run_commands(
                     async for line in child.lines():
                         tail += line[-TAIL_BYTES:] + b"\n"
                         del tail[:-TAIL_BYTES]
-                        await say(text_line(line, type="worker", step="command", event="output", index=index))
-                    ended = await child.wait()
+                        await log_line(text_line(line, type="worker", step="command", event="output", index=index))
+                    exit_status = await child.wait()
             except TimeoutError:
-                bound = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
-                raise PreparationFailed(f"{which} was not done within {bound}{_end_of(tail)}") from None
-        await say(worker_line("command", event="ended", index=index, exitCode=ended.code))
-        if not ended.ok:
-            how = f"was killed by signal {ended.signal}" if ended.signal else f"failed with exit code {ended.code}"
+                limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
+                raise PreparationFailed(f"{which} did not finish within {limit}{_end_of(tail)}") from None
+        await log_line(worker_line("command", event="ended", index=index, exitCode=exit_status.code))
+        if not exit_status.ok:
+            how = (
+                f"was killed by signal {exit_status.signal}"
+                if exit_status.signal
+                else f"failed with exit code {exit_status.code}"
+            )
             raise PreparationFailed(f"{which} {how}{_end_of(tail)}")
 
 
 def command_files(commands: Sequence[str]) -> dict[str, bytes]:
-    """Return the files that `run_commands` expects among the inputs."""
+    """Return the scripts that `run_commands` runs, by file name."""
     return {f"command-{index}": f"{command}\n".encode() for index, command in enumerate(commands, start=1)}
 
 
 def _end_of(tail: bytes | bytearray) -> str:
-    words = tail.decode(errors="replace").strip()
-    return f"; the end of its output: {words}" if words else "; it printed nothing."
+    text = tail.decode(errors="replace").strip()
+    return f"; the end of its output: {text}" if text else "; it printed nothing."

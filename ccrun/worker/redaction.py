@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final
 
+import attrs
+
 from ccrun.task import Secret
 
 #: Characters. Shorter values ("true", "8080", "dev") stand everywhere in a log and protect nothing.
@@ -49,8 +51,14 @@ class Redactor:
                 return self.text(value)
             case dict():
                 return {self.text(key): self.value(item) for key, item in value.items()}
-            case list() | tuple():
+            case tuple():
+                return tuple(self.value(item) for item in value)
+            case list():
                 return [self.value(item) for item in value]
+            case _ if attrs.has(type(value)):
+                return attrs.evolve(
+                    value, **{field.name: self.value(getattr(value, field.name)) for field in attrs.fields(type(value))}
+                )
         return value
 
 

@@ -1,4 +1,4 @@
-"""The request to stop a task before it has finished: a timeout, a cancel, or the shutdown of the worker."""
+"""Requests to stop a task before it has finished: a timeout, a cancellation, or the shutdown of the worker."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from ccrun import lifecycle
-from ccrun.task import (
-    EXIT_TERMINATED,
-    EXIT_TIMEOUT,
-    Outcome,
-    Reason,
-)
+from ccrun.task import EXIT_TERMINATED, EXIT_TIMEOUT, Outcome, Reason
 
 T = TypeVar("T")
 
 
 class StopCause(enum.Enum):
-    """Why a task is ended from outside."""
+    """Why a task is stopped."""
 
     TIMEOUT = enum.auto()
     CANCEL = enum.auto()
@@ -27,22 +22,22 @@ class StopCause(enum.Enum):
 
 
 class StopRequested(Exception):
-    """The task is to be ended before this is done."""
+    """The task was stopped before the work was done."""
 
 
 class StopRequest:
-    """The first wish to end the task. Later ones change nothing, but for the one to hurry."""
+    """The first request to stop a task. Later ones have no effect, except that a shutdown limits the time that is left."""
 
     def __init__(self) -> None:
         self.cause: StopCause | None = None
-        #: When this process was told to end, on the loop's clock.
+        #: When the shutdown was requested, on the clock of the event loop.
         self.shutdown_at: float | None = None
         self._requested = asyncio.Event()
         self._shutdown = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
 
     def request(self, cause: StopCause) -> None:
-        """Ask for the end of the task."""
+        """Request that the task stops."""
         if cause is StopCause.SHUTDOWN and self.shutdown_at is None:
             self.shutdown_at = asyncio.get_running_loop().time()
             self._shutdown.set()
@@ -50,12 +45,12 @@ class StopRequest:
             self.cause = cause
             self._requested.set()
 
-    def limit(self, at: float) -> None:
-        """End the task at this time."""
+    def set_deadline(self, at: float) -> None:
+        """Stop the task with a timeout at this time, on the clock of the event loop."""
         self._deadline = asyncio.get_running_loop().call_at(at, self.request, StopCause.TIMEOUT)
 
     def cancel_deadline(self) -> None:
-        """Let what follows take its time: the agent has done its work, and what keeps it has bounds of its own."""
+        """Withdraw the timeout, even if it has passed: the agent is done, and what follows has timeouts of its own."""
         if self._deadline is not None:
             self._deadline.cancel()
         if self.cause is StopCause.TIMEOUT:
@@ -63,39 +58,39 @@ class StopRequest:
             self._requested.clear()
 
     async def wait(self) -> None:
-        """Wait for the first wish."""
+        """Wait for the first request."""
         await self._requested.wait()
 
     async def wait_for_shutdown(self) -> None:
-        """Wait until this process is told to end."""
+        """Wait until a shutdown is requested."""
         await self._shutdown.wait()
 
-    async def before(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what the work returns; break it off when the task is to be ended first.
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what the work returns. Cancel it when a stop is requested first.
 
         Raises:
-            Ended: It was broken off.
+            StopRequested: The work was cancelled.
         """
-        doing, wished = asyncio.create_task(work), asyncio.create_task(self.wait())
+        working, requested = asyncio.create_task(work), asyncio.create_task(self.wait())
         try:
-            await asyncio.wait({doing, wished}, return_when=asyncio.FIRST_COMPLETED)
-            if not doing.done():
+            await asyncio.wait({working, requested}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
                 raise StopRequested
-            return doing.result()
+            return working.result()
         finally:
-            for waiting in (doing, wished):
-                waiting.cancel()
-            await asyncio.gather(doing, wished, return_exceptions=True)
+            for task in (working, requested):
+                task.cancel()
+            await asyncio.gather(working, requested, return_exceptions=True)
 
 
 def stopped_outcome(cause: StopCause | None, timeout_minutes: float) -> Outcome:
-    """Return what a task ends in that was ended from outside."""
+    """Return the outcome of a task that was stopped."""
     match cause:
         case StopCause.TIMEOUT:
-            error = f"The task was not done within {timeout_minutes:g} minutes."
+            error = f"The task did not finish within {timeout_minutes:g} minutes."
             return lifecycle.failed_outcome(Reason.TIMEOUT, error, exit_code=EXIT_TIMEOUT)
         case StopCause.CANCEL:
             return lifecycle.cancelled_outcome()
         case StopCause.SHUTDOWN | None:
-            error = "The worker was told to end before the task was done."
+            error = "The worker was shut down before the task finished."
             return lifecycle.failed_outcome(Reason.KILLED, error, exit_code=EXIT_TERMINATED)

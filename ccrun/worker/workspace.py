@@ -1,14 +1,14 @@
-"""The rooms of a task on disk, and what is put into them before the agent comes.
+"""The directories of a task on disk, and what is written into them before the agent starts.
 
-What ccrun itself writes stands beside the folder that the agent works in, never inside it, so nothing of it reaches a commit.
+What ccrun itself writes is beside the directory that the agent works in, never inside it, so that none of it gets into a commit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
-import secrets
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -21,21 +21,22 @@ from ccrun.errors import CcrunError
 from ccrun.process.user import User
 from ccrun.removal import remove_tree
 from ccrun.task import ConfigFile, TaskId
+from ccrun.task_directories import candidate_names, private_prefix
 
-#: Names of the workspace to try before giving up; only a leftover of the same task takes the first.
+#: Names to try for the workspace. The first is taken when the same task has left a directory.
 NAME_ATTEMPTS: Final = 3
 
 
 class WorkspaceError(CcrunError):
-    """The workspace cannot be made."""
+    """The workspace cannot be created or used."""
 
 
 @attrs.frozen(kw_only=True)
 class Workspace:
-    """The folders of a task. `repository` is the agent's; the others belong to the CLI that serves it.
+    """The directories of a task.
 
     Args:
-        agent: Whom the agent runs as, None where that is the worker's own user.
+        agent: The user of the agent's processes, None for the worker's own.
     """
 
     root: Path
@@ -43,53 +44,53 @@ class Workspace:
 
     @property
     def repository(self) -> Path:
-        """Where the agent works."""
+        """The working directory of the agent."""
         return self.root / "repository"
 
     @property
     def home(self) -> Path:
-        """The agent's HOME."""
+        """HOME of the agent."""
         return self.root / "home"
 
     @property
     def config(self) -> Path:
-        """The CLI's CLAUDE_CONFIG_DIR."""
+        """CLAUDE_CONFIG_DIR of the CLI."""
         return self.root / "config"
 
     @property
     def inputs(self) -> Path:
-        """What options of the CLI name."""
+        """The files that options of the CLI and commands of the request need."""
         return self.root / "inputs"
 
     @property
     def temporary(self) -> Path:
-        """The agent's TMPDIR."""
+        """TMPDIR of the agent."""
         return self.root / "tmp"
 
-    def start_folder(self, cwd_relative: str) -> Path:
-        """Return where the agent starts.
+    def start_directory(self, cwd_relative: str) -> Path:
+        """Return the directory in which the agent starts.
 
         Raises:
-            WorkspaceError: There is no such folder inside the workspace.
+            WorkspaceError: There is no such directory inside the workspace.
         """
         try:
             folder = (self.repository / cwd_relative).resolve()
             if folder.is_relative_to(self.repository.resolve()) and folder.is_dir():
                 return folder
         except (OSError, RuntimeError, ValueError):
-            # Too long, a link that leads to itself, a NUL: no folder either.
+            # The path is too long, has a NUL, or leads through a symbolic link to itself.
             pass
-        raise WorkspaceError(f"cwdRelative names no folder of the workspace: {cwd_relative}")
+        raise WorkspaceError(f"cwdRelative is not a directory of the workspace: {cwd_relative}")
 
 
 @contextlib.asynccontextmanager
 async def open_workspace(task_id: TaskId, agent: User | None = None) -> AsyncIterator[Workspace]:
-    """Make the rooms of a task, and remove them with all that the agent left in them.
+    """Create the directories of a task, and remove them afterwards with everything in them.
 
-    They are the worker's own until `chown_to_agent`.
+    They belong to the worker's user until `chown_to_agent` is called.
 
     Raises:
-        WorkspaceError: They cannot be made.
+        WorkspaceError: They cannot be created.
     """
     workspace = attrs.evolve(await asyncio.to_thread(_make, task_id), agent=agent)
     try:
@@ -100,27 +101,26 @@ async def open_workspace(task_id: TaskId, agent: User | None = None) -> AsyncIte
 
 @contextlib.asynccontextmanager
 async def private_directory(task_id: TaskId) -> AsyncIterator[Path]:
-    """Make a folder for what the agent may not have: a new one each time, for one that was there before may have been found.
+    """Create a directory for what the agent must not read. It is new each time, since the agent may have found an older one.
 
     Raises:
-        WorkspaceError: It cannot be made.
+        WorkspaceError: It cannot be created.
     """
     try:
-        # Its name is one that whoever clears up after a worker knows: see `ccrun.jobs`.
-        room = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=f"ws-{task_id}."))
+        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix=private_prefix(task_id)))
     except OSError as error:
-        raise WorkspaceError(f"A folder cannot be made: {error.strerror}.") from error
+        raise WorkspaceError(f"A temporary directory cannot be created: {error.strerror}.") from error
     try:
-        yield room
+        yield directory
     finally:
-        await asyncio.shield(asyncio.to_thread(remove_tree, room))
+        await asyncio.shield(asyncio.to_thread(remove_tree, directory))
 
 
 async def chown_to_agent(workspace: Workspace) -> None:
-    """Make all that is in the rooms the agent's. From here on nothing may be written there by the worker's own hand.
+    """Give the directories to the agent's user. From now on the worker must not write there itself.
 
     Raises:
-        WorkspaceError: It cannot be done.
+        WorkspaceError: The owner cannot be changed.
     """
     if workspace.agent is not None:
         await asyncio.to_thread(_chown, workspace.root, workspace.agent)
@@ -128,63 +128,71 @@ async def chown_to_agent(workspace: Workspace) -> None:
 
 def _chown(root: Path, agent: User) -> None:
     try:
-        for folder, folders, files in os.walk(root):
-            for name in (*folders, *files):
-                os.chown(Path(folder, name), agent.uid, agent.gid, follow_symlinks=False)
+        for directory, directories, files in os.walk(root):
+            for name in (*directories, *files):
+                os.chown(Path(directory, name), agent.uid, agent.gid, follow_symlinks=False)
         os.chown(root, agent.uid, agent.gid, follow_symlinks=False)
     except OSError as error:
         raise WorkspaceError(f"The workspace cannot be given to the agent's user: {error.strerror}.") from error
 
 
 async def write_inputs(
-    workspace: Workspace, *, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]
+    workspace: Workspace,
+    *,
+    slash_commands: Mapping[str, ConfigFile],
+    option_files: Mapping[str, bytes],
+    command_files: Mapping[str, bytes],
 ) -> dict[str, Path]:
-    """Write what the request gives the CLI: slash commands, and the files that options name; return where the latter are.
+    """Write what the request gives the CLI, and return the paths of the option files by option.
+
+    Args:
+        option_files: The contents of files for options of the CLI, by option.
+        command_files: The contents of the scripts of the commands before the agent, by file name.
 
     Raises:
-        WorkspaceError: It cannot be written.
+        WorkspaceError: A file cannot be written.
     """
-    return await asyncio.to_thread(_write_inputs, workspace, commands, inputs)
+    return await asyncio.to_thread(_write_inputs, workspace, slash_commands, option_files, command_files)
 
 
 def _make(task_id: TaskId) -> Workspace:
     temporary = Path(tempfile.gettempdir())
-    # No task ID has a dot; see `ccrun.jobs`, which clears up after a worker that was killed.
-    names = [f"ws-{task_id}", *(f"ws-{task_id}.{secrets.token_hex(4)}" for _ in range(NAME_ATTEMPTS - 1))]
     try:
-        for name in names:
-            # A folder that is already there may be somebody else's trap in a place where everybody may write.
+        for name in itertools.islice(candidate_names(task_id), NAME_ATTEMPTS):
+            # A directory that exists may have been prepared by another user of a shared /tmp.
             with contextlib.suppress(FileExistsError):
                 root = temporary / name
                 root.mkdir(mode=0o700)
                 workspace = Workspace(root=root)
-                for room in (
+                for directory in (
                     workspace.repository,
                     workspace.home,
                     workspace.config,
                     workspace.inputs,
                     workspace.temporary,
                 ):
-                    room.mkdir(mode=0o700)
+                    directory.mkdir(mode=0o700)
                 return workspace
     except OSError as error:
-        raise WorkspaceError(f"The workspace cannot be made: {error.strerror}.") from error
-    raise WorkspaceError("The workspace cannot be made: its folder is there already.")
+        raise WorkspaceError(f"The workspace cannot be created: {error.strerror}.") from error
+    raise WorkspaceError("The workspace cannot be created: its directory exists already.")
 
 
 def _write_inputs(
-    workspace: Workspace, commands: Mapping[str, ConfigFile], inputs: Mapping[str, bytes]
+    workspace: Workspace,
+    slash_commands: Mapping[str, ConfigFile],
+    option_files: Mapping[str, bytes],
+    command_files: Mapping[str, bytes],
 ) -> dict[str, Path]:
     try:
         (workspace.config / "commands").mkdir(mode=0o700)
-        for name, file in commands.items():
+        for name, file in slash_commands.items():
             (workspace.config / "commands" / f"{name}.md").write_text(_markdown(file), encoding="utf-8")
-        files = {option: workspace.inputs / option for option in inputs}
-        for option, path in files.items():
-            path.write_bytes(inputs[option])
+        for name, content in (*option_files.items(), *command_files.items()):
+            (workspace.inputs / name).write_bytes(content)
     except OSError as error:
         raise WorkspaceError(f"The CLI's configuration cannot be written: {error.strerror}.") from error
-    return files
+    return {option: workspace.inputs / option for option in option_files}
 
 
 def _markdown(file: ConfigFile) -> str:

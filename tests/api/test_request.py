@@ -18,12 +18,15 @@ from ccrun.api import checks
 from ccrun.api.request import MAX_CONFIG_FILES, Defaults, parse_request, request_fields
 from ccrun.errors import InvalidRequest, SealError, StorageError
 from ccrun.task import (
+    ActionError,
     CallbackInfo,
     CallbackState,
     ConfigFile,
     GitAction,
+    GitCommit,
     PostRunActions,
     Reason,
+    Recovery,
     Secret,
     Status,
     Summary,
@@ -727,6 +730,16 @@ SUMMARIES = st.builds(
     session_id=st.none() | TEXT,
     result=st.none() | TEXT,
 )
+GIT_COMMITS = st.builds(
+    GitCommit,
+    sha=st.none() | TEXT,
+    message=TEXT,
+    pushed=st.booleans(),
+    branch=TEXT,
+    committed=st.sampled_from([None, False]),
+    recovery=st.none()
+    | st.builds(Recovery, method=TEXT, remote_sha=TEXT, conflict_files=st.lists(TEXT, max_size=2).map(tuple)),
+)
 RECORDS = st.builds(
     TaskRecord,
     task_id=st.from_regex(task.TASK_ID_PATTERN, fullmatch=True),
@@ -744,8 +757,8 @@ RECORDS = st.builds(
     | st.lists(st.builds(UploadedFile, original_path=TEXT, gcs_path=TEXT, size_bytes=st.integers(0, 2**53 - 1))).map(
         tuple
     ),
-    git_commit=st.none() | OBJECT,
-    action_errors=st.lists(st.dictionaries(TEXT, TEXT, max_size=2), max_size=2).map(tuple),
+    git_commit=st.none() | GIT_COMMITS,
+    action_errors=st.lists(st.builds(ActionError, action=TEXT, error=TEXT), max_size=2).map(tuple),
     webhook=st.none()
     | st.builds(
         CallbackInfo,
@@ -855,7 +868,7 @@ DONE = attrs.evolve(
         cost_usd=0.25,
     ),
     uploaded_files=(UploadedFile(original_path="a.log", gcs_path="gs://bucket/a.log", size_bytes=3),),
-    git_commit={"sha": "a1", "message": "m", "pushed": True, "branch": "main"},
+    git_commit=GitCommit(sha="a1", message="m", pushed=True, branch="main"),
 )
 
 
@@ -907,7 +920,7 @@ def test_the_callback_has_the_documented_body() -> None:
 def test_the_callback_leaves_out_actions_that_there_were_none_of() -> None:
     """Without uploads and commit their fields are absent; failed actions are told."""
     bare = attrs.evolve(DONE, uploaded_files=None, git_commit=None)
-    failed = attrs.evolve(bare, action_errors=({"action": "git", "error": "No."},))
+    failed = attrs.evolve(bare, action_errors=(ActionError(action="git", error="No."),))
 
     assert ["taskId", "status", "exitCode", "logsPath", "summary", "error", "metadata"] == list(
         json.loads(codec.callback_body(bare))
@@ -931,9 +944,28 @@ def test_metadata_goes_back_with_the_values_it_came_with() -> None:
 
 def test_a_figure_that_json_does_not_have_does_not_lose_the_task() -> None:
     """A NaN that an agent reported becomes null in the record, which can still be written and read."""
-    record = attrs.evolve(DONE, git_commit={"n": float("nan"), "s": "\ud800"})
+    assert DONE.summary is not None
+    summary = attrs.evolve(DONE.summary, usage={"n": float("nan"), "s": "\ud800"})
+    record = codec.record_from_bytes(codec.record_to_bytes(attrs.evolve(DONE, summary=summary)))
 
-    assert {"n": None, "s": "\ud800"} == codec.record_from_bytes(codec.record_to_bytes(record)).git_commit
+    assert record.summary is not None
+    assert {"n": None, "s": "\ud800"} == record.summary.usage
+
+
+def test_a_commit_has_only_the_fields_that_apply() -> None:
+    """`committed` and `recovery` are absent where they say nothing; all other fields are always there."""
+    plain = GitCommit(sha=None, message="m", pushed=False, branch="main")
+    recovery = Recovery(method="rebase", remote_sha="b2", conflict_files=("a.txt",))
+    recovered = attrs.evolve(plain, sha="a1", pushed=True, recovery=recovery)
+
+    def printed(commit: GitCommit) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(codec.record_to_bytes(attrs.evolve(DONE, git_commit=commit)))["gitCommit"]
+        return value
+
+    assert {"sha": None, "message": "m", "pushed": False, "branch": "main"} == printed(plain)
+    assert {**printed(plain), "committed": False} == printed(attrs.evolve(plain, committed=False))
+    expected = {"method": "rebase", "remoteSha": "b2", "conflictFiles": ["a.txt"]}
+    assert {**printed(plain), "sha": "a1", "pushed": True, "recovery": expected} == printed(recovered)
 
 
 def test_importing_codec_makes_no_converter() -> None:

@@ -49,7 +49,7 @@ async def test_an_example_is_a_task_that_goes_well(file: Path, start_service: St
         answer = await service.submit(**{**body, "callbackUrl": "http://127.0.0.1:9/"})
         record = await service.until_over(answer["taskId"])
     assert (Status.COMPLETED, None) == (record.status, record.error)
-    assert not [error for error in record.action_errors if error["action"] != "uploadFiles"]
+    assert not [error for error in record.action_errors if error.action != "uploadFiles"]
 
 
 async def until_listening(process: asyncio.subprocess.Process) -> str:

@@ -119,7 +119,7 @@ async def bench(tmp_path: Path) -> Bench:
         marker=str(tmp_path),
         git_protocols="https:ssh:http:file",
         inherited={"PATH": os.environ["PATH"], "SERVICE_SECRET": "of-the-service"},
-        pace=FlushPolicy(flush_seconds=0.05, first_flush_seconds=0.01, retry_seconds=0.5),
+        flush_policy=FlushPolicy(flush_seconds=0.05, first_flush_seconds=0.01, retry_seconds=0.5),
         timeouts=WorkerTimeouts(term_grace=0.3, cancel_poll=0.02),
     )
     dispatcher = Dispatcher(store=store, jobs=NoJobs(), wrapper=wrapper, callback_owed=lambda: None)

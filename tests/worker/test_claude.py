@@ -23,7 +23,7 @@ from ccrun.process.child import spawn
 from ccrun.process.exit import Exit
 from ccrun.task import ConfigFile, Outcome, Reason, Secret, Status, TaskId, TaskSpec, TaskType, is_reserved_variable
 from ccrun.testing.model import Fail, Hang, RecordedRequest, Say, Script, ScriptedModel, UseTool, sequence
-from ccrun.worker.claude import MAX_TEMPORARY_PATH_BYTES, argv, environment, inputs
+from ccrun.worker.claude import MAX_TEMPORARY_PATH_BYTES, argv, environment, option_files
 from ccrun.worker.transcript import (
     MAX_ERROR_CHARS,
     MAX_PARSED_LINE_BYTES,
@@ -200,7 +200,7 @@ def test_nothing_confidential_is_an_argument() -> None:
         environment_secrets={"WORD_7": Secret("word-8")},
         anthropic_api_key=Secret("word-9"),
     )
-    files = {option: Path("/f", option) for option in inputs(spec, surroundings(spec))}
+    files = {option: Path("/f", option) for option in option_files(spec, surroundings(spec))}
     assert "word" not in " ".join(argv(spec, cli=Path("claude"), files=files)).lower()
 
 
@@ -208,7 +208,7 @@ def test_subagents_become_what_the_flag_takes() -> None:
     """Lists that front matter writes as text become lists, empty fields go, and a description is always there."""
     matter = {"name": "other", "tools": "Read, Bash(git log:*, -n),", "model": None, "disallowedTools": ["Edit"]}
     spec = task(subagents={"a": ConfigFile(frontmatter=matter, content="Be a."), "b": ConfigFile(content="Be b.")})
-    assert json.loads(inputs(spec, {})["agents"]) == {
+    assert json.loads(option_files(spec, {})["agents"]) == {
         "a": {
             "description": "The subagent a.",
             "tools": ["Read", "Bash(git log:*, -n)"],
@@ -553,7 +553,7 @@ def run_cli(room: Path) -> Callable[..., Any]:
                 marker=str(room),
             )
             files = {}
-            for option, content in inputs(spec, surrounding).items():
+            for option, content in option_files(spec, surrounding).items():
                 files[option] = room / "inputs" / option
                 files[option].write_bytes(content)
             command = argv(spec, cli=cli, files=files)

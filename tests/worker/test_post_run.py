@@ -18,9 +18,19 @@ from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.errors import StorageError
 from ccrun.process.user import User
 from ccrun.store import Store
-from ccrun.task import GitAction, PostRunActions, Reason, Secret, Status, TaskRecord, UploadAction
-from ccrun.worker.dependencies import WorkerTimeouts
-from ccrun.worker.post_run import PostRunLimits
+from ccrun.task import (
+    ActionError,
+    GitAction,
+    GitCommit,
+    PostRunActions,
+    Reason,
+    Recovery,
+    Secret,
+    Status,
+    TaskRecord,
+    UploadAction,
+)
+from ccrun.worker.dependencies import PostRunLimits, WorkerTimeouts
 
 __all__ = ["agent", "agent_user", "bench", "ground"]
 pytestmark = needs_ssh
@@ -86,7 +96,7 @@ async def test_what_the_agent_changed_is_committed_and_pushed(scene: Scene, agen
     record = await scene.run(agent("echo new >a.txt; rm b.txt; echo c >c.txt"))
     sha = await scene.repository.sha("main")
     assert (Status.COMPLETED, ()) == (record.status, record.action_errors)
-    assert {"sha": sha, "message": "From the agent", "pushed": True, "branch": "main"} == record.git_commit
+    assert GitCommit(sha=sha, message="From the agent", pushed=True, branch="main") == record.git_commit
     assert {"a.txt": b"new\n", "c.txt": b"c\n"} == await scene.repository.files("main")
     assert None is record.uploaded_files
     assert f"Pushed {str(sha)[:12]} to main." == (await scene.said("git"))[-1]
@@ -97,7 +107,7 @@ async def test_nothing_to_commit_is_no_error_and_said(scene: Scene, agent: Agent
     record = await scene.run(agent("true"))
     sha = await scene.repository.sha("main")
     assert () == record.action_errors
-    expected = {"sha": sha, "message": "Nothing to commit", "pushed": False, "branch": "main", "committed": False}
+    expected = GitCommit(sha=sha, message="Nothing to commit", pushed=False, branch="main", committed=False)
     assert expected == record.git_commit
     assert ["Nothing to commit."] == await scene.said("git")
 
@@ -107,8 +117,8 @@ async def test_a_commit_without_a_push_stays_local(scene: Scene, agent: Agent) -
     record = await scene.run(agent("echo new >a.txt"), actions=PostRunActions(git=GitAction(commit=True)))
     assert record.git_commit is not None
     assert (False, f"Changes by Claude Code\n\nTask: {TASK}") == (
-        record.git_commit["pushed"],
-        record.git_commit["message"],
+        record.git_commit.pushed,
+        record.git_commit.message,
     )
     assert {"a.txt": b"old", "b.txt": b"old"} == await scene.repository.files("main")
 
@@ -118,7 +128,7 @@ async def test_a_push_without_a_commit_takes_the_agents_own(scene: Scene, agent:
     script = "git config user.name A; git config user.email a@b; echo new >a.txt; git commit -qam Own; echo more >b.txt"
     record = await scene.run(agent(script), actions=PostRunActions(git=GitAction(push=True)))
     assert record.git_commit is not None
-    assert ("Own", True) == (record.git_commit["message"], record.git_commit["pushed"])
+    assert ("Own", True) == (record.git_commit.message, record.git_commit.pushed)
     assert {"a.txt": b"new\n", "b.txt": b"old"} == await scene.repository.files("main")
 
 
@@ -138,7 +148,7 @@ async def test_another_branch_is_made(scene: Scene, agent: Agent) -> None:
     record = await scene.run(agent("echo new >a.txt"), actions=elsewhere)
     assert record.git_commit is not None
     assert {"main", "agent/work"} == set(await scene.repository.branches())
-    assert "agent/work" == record.git_commit["branch"]
+    assert "agent/work" == record.git_commit.branch
 
 
 async def test_a_branch_that_moved_is_told_as_recovery(scene: Scene, agent: Agent) -> None:
@@ -152,9 +162,9 @@ async def test_a_branch_that_moved_is_told_as_recovery(scene: Scene, agent: Agen
     scene.server.before = move
     record = await scene.run(agent("echo ours >a.txt"))
     assert record.git_commit is not None
-    recovery = {"method": "rebase", "remoteSha": theirs[0], "conflictFiles": ["a.txt"]}
-    assert (True, recovery) == (record.git_commit["pushed"], record.git_commit["recovery"])
-    assert await scene.repository.sha("main") == record.git_commit["sha"]
+    recovery = Recovery(method="rebase", remote_sha=theirs[0], conflict_files=("a.txt",))
+    assert (True, recovery) == (record.git_commit.pushed, record.git_commit.recovery)
+    assert await scene.repository.sha("main") == record.git_commit.sha
 
 
 async def test_with_fail_a_branch_that_moved_is_reported_and_the_work_kept(scene: Scene, agent: Agent) -> None:
@@ -174,10 +184,10 @@ async def test_with_fail_a_branch_that_moved_is_reported_and_the_work_kept(scene
 
     record = await scene.bench.run(cli=cli, agent_user=scene.user)
     assert record.git_commit is not None
-    assert (Status.COMPLETED, False) == (record.status, record.git_commit["pushed"])
+    assert (Status.COMPLETED, False) == (record.status, record.git_commit.pushed)
     [error] = record.action_errors
-    assert "git" == error["action"]
-    assert "has moved to" in error["error"]
+    assert "git" == error.action
+    assert "has moved to" in error.error
     assert b"+ours" in (await scene.stored(record))["rescue.patch"]
 
 
@@ -186,8 +196,8 @@ async def test_a_protected_branch_is_reported_and_the_work_kept(scene: Scene, ag
     scene.repository.protect("main")
     record = await scene.run(agent("echo ours >a.txt"))
     [error] = record.action_errors
-    assert (Status.COMPLETED, "git") == (record.status, error["action"])
-    assert "GH006" in error["error"]
+    assert (Status.COMPLETED, "git") == (record.status, error.action)
+    assert "GH006" in error.error
     assert b"+ours" in (await scene.stored(record))["rescue.patch"]
 
 
@@ -200,7 +210,7 @@ async def test_a_repository_inside_is_told(scene: Scene, agent: Agent) -> None:
         )
     )
     assert [
-        {"action": "git", "error": "Repositories inside the repository were left out of the commit: nested."}
+        ActionError(action="git", error="Repositories inside the repository were left out of the commit: nested.")
     ] == list(record.action_errors)
     assert {"a.txt": b"new\n", "b.txt": b"old"} == await scene.repository.files("main")
 
@@ -223,7 +233,7 @@ async def test_a_commit_of_dotenv_by_the_agent_is_not_pushed(scene: Scene, agent
     script = "git add -f .env; git -c user.name=a -c user.email=a@b commit -qm leak"
     record = await scene.run(agent(script), environment_secrets={"SECRET_ONE": Secret("made-up-value")})
     assert [
-        {"action": "git", "error": "The agent has committed .env, which holds secrets, so nothing was pushed."}
+        ActionError(action="git", error="The agent has committed .env, which holds secrets, so nothing was pushed.")
     ] == list(record.action_errors)
     assert {"a.txt", "b.txt"} == set(await scene.repository.files("main"))
     assert b"made-up-value" not in b"".join((await scene.stored(record)).values())
@@ -246,7 +256,7 @@ async def test_a_workspace_without_a_repository_can_be_told(scene: Scene, agent:
         agent("echo x >x"), actions=PostRunActions(git=GitAction(commit=True)), git_repo=None, ssh_key=None
     )
     [error] = record.action_errors
-    assert error["error"].startswith("The workspace is no git repository")
+    assert error.error.startswith("The workspace is no git repository")
 
 
 async def test_no_secret_is_in_what_is_told(scene: Scene, agent: Agent) -> None:
@@ -258,7 +268,7 @@ async def test_no_secret_is_in_what_is_told(scene: Scene, agent: Agent) -> None:
         agent(f"echo {secret} >a.txt; echo {secret}"), actions=told, environment_secrets={"S": Secret(secret)}
     )
     assert record.git_commit is not None
-    assert "With ***" == record.git_commit["message"]
+    assert "With ***" == record.git_commit.message
     assert "***" in str(record.action_errors)
     everything = json.dumps(await scene.bench.log()) + repr(record)
     assert secret not in everything
@@ -278,7 +288,7 @@ async def test_files_are_uploaded_and_told(scene: Scene, agent: Agent) -> None:
     assert {"kept/out/.x": b"1\n", "kept/a.log": b"2\n"} == await scene.stored(record)
     assert ["a.log", "out/.x"] == sorted(file.original_path for file in record.uploaded_files or ())
     assert record.git_commit is not None
-    assert record.git_commit["pushed"]
+    assert record.git_commit.pushed
 
 
 async def test_our_dotenv_is_never_uploaded(scene: Scene, agent: Agent) -> None:
@@ -293,7 +303,7 @@ async def test_an_action_that_fails_lets_the_others_run(scene: Scene, agent: Age
     scene.repository.protect("main")
     both = PostRunActions(git=COMMIT_AND_PUSH.git, upload_files=UploadAction(glob_patterns=("a.txt",)))
     record = await scene.run(agent("echo new >a.txt"), actions=both)
-    assert ["git"] == [error["action"] for error in record.action_errors]
+    assert ["git"] == [error.action for error in record.action_errors]
     assert {"a.txt", "rescue.patch"} == set(await scene.stored(record))
 
 
@@ -392,7 +402,7 @@ async def test_a_patch_that_is_too_large_keeps_whole_files(scene: Scene, agent: 
     patch = rescue_of(await scene.stored(record))
     assert b"+new" in patch
     assert b"z.txt" not in patch
-    assert ["rescue"] == [error["action"] for error in record.action_errors]
+    assert ["rescue"] == [error.action for error in record.action_errors]
 
 
 async def test_a_patch_of_which_nothing_fits_is_told(scene: Scene, agent: Agent) -> None:
@@ -402,7 +412,7 @@ async def test_a_patch_of_which_nothing_fits_is_told(scene: Scene, agent: Agent)
     cli = agent("seq 100000 >z.txt", last="exit 1")
     record = await scene.bench.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
     assert None is record.uploaded_files
-    assert [{"action": "rescue", "error": "The changes are lost: no file's patch fits 5000 bytes."}] == list(
+    assert [ActionError(action="rescue", error="The changes are lost: no file's patch fits into 5000 bytes.")] == list(
         record.action_errors
     )
 
@@ -419,7 +429,7 @@ async def test_a_patch_that_cannot_be_stored_is_told(scene: Scene, agent: Agent,
     await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     cli = agent("echo new >a.txt", last="exit 3")
     record = await scene.bench.run(cli=cli, agent_user=scene.user, store=Store(FullBlobs(tmp_path / "data")))
-    assert (3, [{"action": "rescue", "error": "The storage is full."}]) == (
+    assert (3, [ActionError(action="rescue", error="The storage is full.")]) == (
         record.exit_code,
         list(record.action_errors),
     )
@@ -446,8 +456,8 @@ async def test_a_push_that_hangs_is_given_up(scene: Scene, agent: Agent) -> None
     timeouts = WorkerTimeouts(term_grace=0.3, cancel_poll=0.02, actions=PostRunLimits(push=0.5))
     record = await scene.bench.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
     [error] = record.action_errors
-    assert (Status.COMPLETED, "git") == (record.status, error["action"])
-    assert error["error"].startswith("The repository was not pushed within 0.5 s")
+    assert (Status.COMPLETED, "git") == (record.status, error.action)
+    assert error.error.startswith("The repository was not pushed within 0.5 s")
     assert b"+new" in (await scene.stored(record))["rescue.patch"]
 
 
@@ -501,4 +511,4 @@ async def test_it_goes_over_http_with_a_token_too(scene: Scene, agent: Agent, gr
             agent("echo new >a.txt"), git_repo=server.url("group/demo"), ssh_key=None, git_token=Secret(TOKEN)
         )
     assert record.git_commit is not None
-    assert await scene.repository.sha("main") == record.git_commit["sha"]
+    assert await scene.repository.sha("main") == record.git_commit.sha

@@ -105,7 +105,7 @@ async def test_a_command_over_its_time_is_ended(bench: Bench, agent: Agent) -> N
     """With all that it has started."""
     await bench.submit(pre_execution_commands=(f"(exec -a sleeper-{TASK} sleep 600) & echo begun; wait",))
     record = await bench.run(cli=agent("true"), timeouts=WorkerTimeouts(term_grace=0.2, cancel_poll=0.02, command=0.5))
-    assert "Pre-execution command 1 of 1 was not done within 0.5 s; the end of its output: begun" == record.error
+    assert "Pre-execution command 1 of 1 did not finish within 0.5 s; the end of its output: begun" == record.error
     assert not [
         found for found in psutil.process_iter(["cmdline"]) if f"sleeper-{TASK}" in (found.info["cmdline"] or ())
     ]
@@ -180,7 +180,7 @@ async def test_a_start_folder_that_leads_out_is_refused(bench: Bench, agent: Age
     """A command may have made a link of it."""
     await bench.submit(pre_execution_commands=(f"ln -s {target} start",), cwd_relative="start")
     record = await bench.run(cli=agent("echo never"))
-    assert (Reason.PREPARE_FAILED, "cwdRelative names no folder of the workspace: start") == (
+    assert (Reason.PREPARE_FAILED, "cwdRelative is not a directory of the workspace: start") == (
         record.reason,
         record.error,
     )

@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccrun.task import Secret
+from ccrun.task import GitCommit, Recovery, Secret
 from ccrun.worker.redaction import MASK, Redactor
 
 KEY_FILE = "-----BEGIN MADE-UP KEY-----\nfirst/line+of/it==\nsecond/line\n-----END MADE-UP KEY-----\n"
@@ -106,5 +107,8 @@ def test_values_are_masked_in_every_depth(value: Any) -> None:
 
 
 def test_facts_of_an_outcome_are_values_too() -> None:
-    """Tuples, in which facts hold lists, are masked like lists."""
-    assert redactor("made-up-secret").value(({"error": "made-up-secret"},)) == [{"error": MASK}]
+    """Facts and tuples of facts are masked too."""
+    recovery = Recovery(method="rebase", remote_sha="b2", conflict_files=("made-up-secret.txt",))
+    commit = GitCommit(sha="a1", message="made-up-secret", pushed=True, branch="main", recovery=recovery)
+    masked = attrs.evolve(commit, message=MASK, recovery=attrs.evolve(recovery, conflict_files=(f"{MASK}.txt",)))
+    assert (masked,) == redactor("made-up-secret").value((commit,))

@@ -171,7 +171,7 @@ async def test_a_task_over_its_time_ends_with_124_and_leaves_no_process(bench: B
     await bench.submit(timeout_minutes=0.01)
     record = await bench.run(cli=lambda: fake_cli(PRELUDE + STUBBORN))
     assert (Status.FAILED, Reason.TIMEOUT, 124) == (record.status, record.reason, record.exit_code)
-    assert "The task was not done within 0.01 minutes." == record.error
+    assert "The task did not finish within 0.01 minutes." == record.error
     [line] = await bench.log()
     assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
 
@@ -197,7 +197,7 @@ async def test_a_worker_that_is_told_to_end_records_that(bench: Bench, fake_cli:
     record = await running
     assert time.monotonic() - began < 10
     assert (Status.FAILED, Reason.KILLED, 143) == (record.status, record.reason, record.exit_code)
-    assert "The worker was told to end before the task was done." == record.error
+    assert "The worker was shut down before the task finished." == record.error
     assert 1 == len(await bench.log())
 
 
@@ -346,7 +346,7 @@ async def test_a_log_that_cannot_be_written_fails_the_task(bench: Bench, fake_cl
         store=Store(LogRefused(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "say(type='x')\ntime.sleep(600)")
     )
     assert (Status.FAILED, Reason.KILLED) == (record.status, record.reason)
-    expected = "The storage failed, so the task was ended: "
+    expected = "The storage failed, so the task was stopped: "
     assert expected + "The storage folder cannot be written: No space left on device." == record.error
 
 

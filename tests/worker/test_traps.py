@@ -182,7 +182,7 @@ async def test_nothing_that_was_planted_runs_after_the_agent(
         record = await bench.run(cli=cli, agent_user=agent_user)
         assert (Status.COMPLETED, None) == (record.status, record.error)
         assert record.git_commit is not None
-        assert record.git_commit["pushed"], record.action_errors
+        assert record.git_commit.pushed, record.action_errors
         assert b"new\n" == (await repository.files("main"))["a.txt"]
         assert {} == caught(evidence)
         if way == "http":
@@ -246,8 +246,8 @@ async def test_a_submodule_that_is_an_option_is_not_pushed(
         script = agent(f"printf {shlex.quote(module)} >.gitmodules; echo new >a.txt")
         record = await bench.run(cli=script, agent_user=agent_user)
     [error] = record.action_errors
-    assert error["error"].startswith("The agent's commit holds what no server should get: ")
-    assert "gitmodules" in error["error"]
+    assert error.error.startswith("The agent's commit holds what no server should get: ")
+    assert "gitmodules" in error.error
     assert b"old" == (await repository.files("main"))["a.txt"]
     assert ["rescue.patch"] == [file.original_path for file in record.uploaded_files or ()]
     assert {} == caught(evidence)

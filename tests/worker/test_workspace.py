@@ -178,7 +178,7 @@ async def test_workspace_that_cannot_be_made_is_told_without_its_path(
 ) -> None:
     """Where no workspace can be, the error names no local path."""
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "missing"))
-    with pytest.raises(WorkspaceError, match=r"^The workspace cannot be made: No such file or directory\.$"):
+    with pytest.raises(WorkspaceError, match=r"^The workspace cannot be created: No such file or directory\.$"):
         async with open_workspace(TASK):
             pass
 
@@ -191,7 +191,7 @@ def test_agent_starts_inside_of_the_repository(workspace: Workspace, relative: s
     """A relative path names a folder of the repository, through links that stay inside too."""
     (workspace.repository / "a" / "b").mkdir(parents=True)
     (workspace.repository / "inside").symlink_to("a")
-    assert workspace.repository / expected == workspace.start_folder(relative)
+    assert workspace.repository / expected == workspace.start_directory(relative)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_agent_starts_nowhere_else(workspace: Workspace, relative: str) -> None:
     (workspace.repository / "link").symlink_to(workspace.config)
     (workspace.repository / "loop").symlink_to("loop")
     with pytest.raises(WorkspaceError) as caught:
-        workspace.start_folder(relative)
-    assert f"cwdRelative names no folder of the workspace: {relative}" == caught.value.message
+        workspace.start_directory(relative)
+    assert f"cwdRelative is not a directory of the workspace: {relative}" == caught.value.message
 
 
 # --- what is put into them -------------------------------------------------------------------------------------------
@@ -213,13 +213,20 @@ def test_agent_starts_nowhere_else(workspace: Workspace, relative: str) -> None:
 
 async def test_commands_are_found_by_the_cli(workspace: Workspace) -> None:
     """A slash command is a file of its name in the CLI's configuration folder."""
-    await write_inputs(workspace, commands={"deploy": ConfigFile(content="Deploy it.\n")}, inputs={})
+    await write_inputs(
+        workspace, slash_commands={"deploy": ConfigFile(content="Deploy it.\n")}, command_files={}, option_files={}
+    )
     assert (workspace.config / "commands" / "deploy.md").read_bytes() == b"Deploy it.\n"
 
 
 async def test_inputs_are_files_of_their_own(workspace: Workspace) -> None:
     """What an option names stands in a file beside the repository, byte for byte."""
-    files = await write_inputs(workspace, commands={}, inputs={"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"})
+    files = await write_inputs(
+        workspace,
+        slash_commands={},
+        command_files={},
+        option_files={"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"},
+    )
     assert {"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"} == {
         option: path.read_bytes() for option, path in files.items()
     }
@@ -246,7 +253,12 @@ async def test_front_matter_says_what_was_asked_for(temporary: Path, front: dict
     """Whatever values a front matter has, they are read back as they are, and none gets out of it."""
     workspace = Workspace(root=Path(tempfile.mkdtemp(dir=temporary)))
     workspace.config.mkdir()
-    await write_inputs(workspace, commands={"c": ConfigFile(frontmatter=front, content=content)}, inputs={})
+    await write_inputs(
+        workspace,
+        slash_commands={"c": ConfigFile(frontmatter=front, content=content)},
+        command_files={},
+        option_files={},
+    )
     post = frontmatter.loads((workspace.config / "commands" / "c.md").read_text(encoding="utf-8"))
     assert (front, content) == (post.metadata, post.content)
 
@@ -254,7 +266,9 @@ async def test_front_matter_says_what_was_asked_for(temporary: Path, front: dict
 async def test_configuration_that_cannot_be_written_is_told(workspace: Workspace) -> None:
     """A name that the disk does not take is an error without a local path."""
     with pytest.raises(WorkspaceError, match=r"^The CLI's configuration cannot be written: File name too long\.$"):
-        await write_inputs(workspace, commands={"x" * 300: ConfigFile(content="")}, inputs={})
+        await write_inputs(
+            workspace, slash_commands={"x" * 300: ConfigFile(content="")}, command_files={}, option_files={}
+        )
 
 
 # --- rooms for another user -----------------------------------------------------------------------------------------------

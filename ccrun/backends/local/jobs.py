@@ -7,7 +7,6 @@ import contextlib
 import datetime as dt
 import os
 import signal
-import tempfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from ccrun.errors import Busy, CcrunError
 from ccrun.jobs import ExecutionState
 from ccrun.names import payload_name
 from ccrun.process import detached, tree
-from ccrun.removal import remove_tree
 from ccrun.task import TaskId
+from ccrun.task_directories import remove_leftovers
 
 log = structlog.get_logger()
 
@@ -122,7 +121,7 @@ class SubprocessJobs:
     async def clear(self, task_id: TaskId) -> None:
         self._ended.pop(task_id, None)
         await tree.kill_marked(self._marker(task_id))
-        await asyncio.to_thread(_remove_workspaces, task_id)
+        await asyncio.to_thread(remove_leftovers, task_id)
         await asyncio.to_thread(self._sign_of_life(task_id).unlink, missing_ok=True)
 
     def _fill_places(self) -> None:
@@ -153,11 +152,3 @@ class SubprocessJobs:
             self._ended.popitem(last=False)
         self._worker_ended()
         self._fill_places()
-
-
-def _remove_workspaces(task_id: TaskId) -> None:
-    temporary = Path(tempfile.gettempdir())
-    # No task ID has a dot, so the second pattern matches this task's alone.
-    for path in (temporary / f"ws-{task_id}", *temporary.glob(f"ws-{task_id}.*")):
-        if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid():
-            remove_tree(path)

@@ -200,7 +200,7 @@ class Changes:
                             return False
                     ended = await child.wait()
             except TimeoutError:
-                raise GitError(f"git {arguments[0]} was not done within {LOCAL_SECONDS:g} s.") from None
+                raise GitError(f"git {arguments[0]} did not finish within {LOCAL_SECONDS:g} s.") from None
             except OSError as error:
                 raise GitError(f"What git {arguments[0]} prints cannot be kept: {error.strerror}.") from None
             if not ended.ok:

@@ -1,47 +1,122 @@
-"""The repository in the workspace, and what is kept of it outside."""
+"""The git repository in the workspace, and what is kept of it outside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import attrs
 
+from ccrun.process.user import User
+from ccrun.task import TaskSpec
+from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes
 from ccrun.worker.git.changes import Changes
-from ccrun.worker.git.clone import Clone, PackSnapshot
-from ccrun.worker.git.remote import Access
-from ccrun.worker.git.run import Git
-from ccrun.worker.workspace import Workspace
+from ccrun.worker.git.clone import Clone, PackSnapshot, clone
+from ccrun.worker.git.remote import Access, remote_of
+from ccrun.worker.git.run import SYSTEM_PATH, Git, environment, find_git
+from ccrun.worker.lines import worker_line
+from ccrun.worker.workspace import Workspace, private_directory
+
+
+@attrs.frozen(kw_only=True)
+class Origin:
+    """The server that a repository was cloned from, and what came from it.
+
+    Args:
+        snapshot: The objects that came from the server; None when nothing is to be pushed.
+    """
+
+    access: Access
+    clone: Clone
+    snapshot: PackSnapshot | None = None
 
 
 @attrs.frozen(kw_only=True)
 class Checkout:
-    """The repository in the workspace, and what is kept of it outside.
+    """The git repository in the workspace.
 
     Args:
         agent_git: git as the agent's user, without any secret.
-        worker_git: git as the worker's user; its home is given to it for each use.
-        access: How to get into the server; None where the request names no repository.
-        clone: What was cloned.
-        keepsake: The objects that came from the server, when something is to be pushed.
-        hides_dotenv: Whether `.env` is ours.
+        worker_git: Returns git as the worker's user, with this directory as its home.
+        origin: None when the request names no repository.
+        excludes_dotenv: Whether ccrun has written `.env`.
     """
 
     workspace: Workspace
     agent_git: Git
     worker_git: Callable[[Path], Git]
-    access: Access | None = None
-    clone: Clone | None = None
-    snapshot: PackSnapshot | None = None
+    origin: Origin | None = None
     excludes_dotenv: bool = False
 
     async def changes(self) -> Changes:
-        """Look at what the agent left. Raises `GitError`."""
+        """Return what the agent has changed.
+
+        Raises:
+            GitError: The repository cannot be read.
+        """
         return await changes.examine(
             self.agent_git,
             self.workspace.repository,
-            base=self.clone.base if self.clone else None,
+            base=self.origin.clone.base if self.origin else None,
             excludes_dotenv=self.excludes_dotenv,
             room=self.workspace.root,
         )
+
+
+async def check_out(
+    deps: WorkerDependencies,
+    spec: TaskSpec,
+    workspace: Workspace,
+    *,
+    stack: AsyncExitStack,
+    log_line: Callable[[bytes], Awaitable[None]],
+) -> Checkout | None:
+    """Clone the repository that the request names; return None when git has nothing to do for this task.
+
+    Args:
+        stack: Closes what has to live as long as the checkout.
+        log_line: Adds a line to the log of the task.
+
+    Raises:
+        GitError: git is not installed, or the repository cannot be cloned.
+    """
+    action = spec.post_execution_actions.git
+    if spec.git_repo is None and not (action is not None and (action.commit or action.push)):
+        return None
+    program = await asyncio.to_thread(find_git, SYSTEM_PATH)
+
+    def git_at(home: Path, user: User | None, protocols: str = "") -> Git:
+        variables = environment(
+            program=program, inherited=deps.inherited, home=home, marker=deps.marker, protocols=protocols
+        )
+        return Git(program=program, environment=variables, cwd=home, user=user)
+
+    checkout = Checkout(
+        workspace=workspace,
+        agent_git=git_at(workspace.root, workspace.agent),
+        worker_git=lambda home: git_at(home, None, deps.git_protocols),
+        excludes_dotenv=bool(spec.environment_secrets),
+    )
+    if spec.git_repo is None:
+        return checkout
+    remote = remote_of(spec.git_repo, prefers_ssh=spec.ssh_key is not None)
+    access = Access(remote=remote, ssh_key=spec.ssh_key, git_token=spec.git_token)
+    async with private_directory(spec.task_id) as directory:
+        cloned = await clone(
+            checkout.worker_git(directory),
+            access,
+            workspace.repository,
+            revision=spec.git_branch,
+            depth=spec.git_depth,
+            submodules=spec.git_submodules,
+            seconds=deps.timeouts.clone,
+        )
+    await log_line(worker_line("clone", host=remote.host or None, revision=spec.git_branch, commit=cloned.base))
+    snapshot = None
+    if action is not None and action.push:
+        snapshot = await PackSnapshot.of(workspace.repository)
+        stack.callback(snapshot.close)
+    return attrs.evolve(checkout, origin=Origin(access=access, clone=cloned, snapshot=snapshot))

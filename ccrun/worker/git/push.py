@@ -12,10 +12,11 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
+from ccrun.task import Recovery
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import COMMIT, Clone, PackSnapshot
 from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
@@ -42,25 +43,6 @@ _OLD_FAULTS: Final = (
 )
 
 RESULT: Final = "refs/ccrun/result"
-
-
-@attrs.frozen(kw_only=True)
-class Recovery:
-    """What was done about a branch that had moved.
-
-    Args:
-        method: `rebase`, or `force-with-lease` when the agent's commits could not be put on top.
-        remote_sha: The commit that the branch was at.
-        conflict_files: Paths that both sides had changed, in which the agent's side has won.
-    """
-
-    method: str
-    remote_sha: str
-    conflict_files: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as the record has it."""
-        return {"method": self.method, "remoteSha": self.remote_sha, "conflictFiles": list(self.conflict_files)}
 
 
 @attrs.frozen(kw_only=True)

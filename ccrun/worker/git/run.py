@@ -113,7 +113,7 @@ class Git:
                 **({} if max_bytes is None else {"max_bytes": max_bytes}),
             )
         except ProcessTimeout:
-            raise GitError(f"git {_command(arguments)} was not done within {seconds:g} s.") from None
+            raise GitError(f"git {_command(arguments)} did not finish within {seconds:g} s.") from None
         except OutputTooLarge:
             raise GitError(f"git {_command(arguments)} printed too much.") from None
 

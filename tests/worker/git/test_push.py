@@ -12,10 +12,11 @@ from standins.githttp import GitHttp
 from standins.gitssh import GitSsh, Mode, needs_ssh
 from standins.repos import Executable, Link, Repository
 
+from ccrun.task import Recovery
 from ccrun.worker.git import changes, push
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import Clone, PackSnapshot
-from ccrun.worker.git.push import BranchMoved, Push, Pushed, Recovery, import_commit
+from ccrun.worker.git.push import BranchMoved, Push, Pushed, import_commit
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError
 

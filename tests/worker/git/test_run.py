@@ -49,7 +49,7 @@ async def test_a_git_that_fails_is_told_in_its_last_words(tmp_path: Path) -> Non
 async def test_a_git_over_its_time_is_ended(tmp_path: Path) -> None:
     """In bounded time, whatever it waits for."""
     waiting = git_at(tmp_path).at(tmp_path, "alias.wait=!sleep 600")
-    with pytest.raises(GitError, match=r"^git wait was not done within 0\.2 s\.$"):
+    with pytest.raises(GitError, match=r"^git wait did not finish within 0\.2 s\.$"):
         await waiting("wait", seconds=0.2)
 
 
