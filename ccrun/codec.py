@@ -19,7 +19,8 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 
 from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
-from ccrun.task import GitCommit, Secret, TaskRecord, TaskSpec
+from ccrun.task import GitCommit, GitToken, Secret, TaskRecord, TaskSpec
+from ccrun.urls import GitUrl, parse_git_url
 
 #: JSON names that are not the attribute's name in camelCase.
 _JSON_NAMES: Final = {"anthropic_oauth_token": "anthropicOAuthToken"}
@@ -122,6 +123,13 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook(enum.StrEnum, lambda member: member.value)
     converter.register_structure_hook(Secret, lambda value, _: Secret(_exact(value, str)))
     converter.register_unstructure_hook(Secret, Secret.reveal)
+    # A request has been parsed already; a stored payload has the text.
+    converter.register_structure_hook(
+        GitUrl, lambda value, _: value if isinstance(value, GitUrl) else parse_git_url(_exact(value, str))
+    )
+    converter.register_unstructure_hook(GitUrl, lambda url: url.url)
+    converter.register_structure_hook(GitToken, lambda value, _: GitToken.parse(_exact(value, str)))
+    converter.register_unstructure_hook(GitToken, lambda token: token.text.reveal())
     converter.register_structure_hook(dt.datetime, lambda value, _: dt.datetime.fromisoformat(_exact(value, str)))
     converter.register_unstructure_hook(dt.datetime, _format_time)
     converter.register_structure_hook(bytes, lambda value, _: base64.b64decode(_exact(value, str), validate=True))

@@ -10,9 +10,11 @@ import datetime as dt
 import enum
 import re
 from collections.abc import Mapping
-from typing import Any, Final, NewType
+from typing import Any, Final, NewType, Self
 
 import attrs
+
+from ccrun.urls import GitUrl
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -152,6 +154,25 @@ class ConfigFile:
 
 
 @attrs.frozen(kw_only=True)
+class GitToken:
+    """A token for git over HTTP, with the user name that belongs to it, if the request names one."""
+
+    user: str | None
+    token: Secret
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the token that `token` or `user:token` stands for."""
+        user, colon, token = text.rpartition(":")
+        return cls(user=user if colon else None, token=Secret(token))
+
+    @property
+    def text(self) -> Secret:
+        """The form that `parse` takes."""
+        return self.token if self.user is None else Secret(f"{self.user}:{self.token.reveal()}")
+
+
+@attrs.frozen(kw_only=True)
 class GitAction:
     """What to commit and push when the agent has succeeded."""
 
@@ -198,12 +219,12 @@ class TaskSpec:
     disallowed_tools: tuple[str, ...] = ()
     permission_mode: str | None = None
     max_turns: int = DEFAULT_TURNS
-    git_repo: str | None = None
+    git_repo: GitUrl | None = None
     git_branch: str | None = None
     git_depth: int = DEFAULT_GIT_DEPTH
     git_submodules: bool = False
     ssh_key: Secret | None = None
-    git_token: Secret | None = None
+    git_token: GitToken | None = None
     environment_secrets: Mapping[str, Secret] = attrs.field(factory=dict)
     pre_execution_commands: tuple[str, ...] = attrs.field(default=(), repr=False)
     mcp_config: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
@@ -216,10 +237,9 @@ class TaskSpec:
     @property
     def secrets(self) -> tuple[Secret, ...]:
         """All values that must not appear in a log, a record or a callback."""
-        named = [self.anthropic_api_key, self.anthropic_oauth_token, self.ssh_key, self.git_token]
-        if self.git_token is not None and ":" in self.git_token.reveal():
-            # With the name of its user in front.
-            named.append(Secret(self.git_token.reveal().rpartition(":")[2]))
+        named = [self.anthropic_api_key, self.anthropic_oauth_token, self.ssh_key]
+        if self.git_token is not None:
+            named += [self.git_token.token, self.git_token.text]
         return (*(secret for secret in named if secret is not None), *self.environment_secrets.values())
 
 

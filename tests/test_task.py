@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import re
 from collections.abc import Callable
 
 import attrs
@@ -30,6 +31,7 @@ from ccrun.task import (
     CallbackInfo,
     CallbackState,
     GitCommit,
+    GitToken,
     Outcome,
     Reason,
     Secret,
@@ -100,7 +102,7 @@ def test_secrets_of_a_request_are_all_that_must_be_masked() -> None:
         anthropic_api_key=Secret("api"),
         anthropic_oauth_token=Secret("oauth"),
         ssh_key=Secret("ssh"),
-        git_token=Secret("user:git"),
+        git_token=GitToken.parse("user:git"),
         environment_secrets={"A": Secret("one"), "B": Secret("two")},
         callback_url=Secret("https://example.com"),
     )
@@ -109,7 +111,7 @@ def test_secrets_of_a_request_are_all_that_must_be_masked() -> None:
 
 def test_every_secret_field_of_a_request_is_covered() -> None:
     """A field for a secret that is added to the request is also added to what is masked."""
-    fields = {field.name for field in attrs.fields(TaskSpec) if "Secret" in str(field.type)}
+    fields = {field.name for field in attrs.fields(TaskSpec) if re.search("Secret|Token", str(field.type))}
     assert {
         "anthropic_api_key",
         "anthropic_oauth_token",

@@ -7,19 +7,18 @@ names. A check returns the value as the codec takes it, or raises `InvalidValue`
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import attrs
 
 from ccrun import globs, javascript_json, task
 from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
+from ccrun.urls import GitUrl, InvalidGitUrl, is_http_url, parse_git_url
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -328,69 +327,28 @@ def branch(value: Any, place: Location) -> str:
     return branch
 
 
-# --- URLs ---
-
-#: urlsplit drops line breaks and tabs without a word, and readers of URLs disagree about backslashes.
-_INVALID_IN_URL: Final = re.compile(r"[\s\x00-\x1f\x7f-\x9f\\]")
-#: `git@host:path`; neither user nor host nor path may look like an option to ssh or git.
-_SCP_LIKE: Final = re.compile(r"\w[\w.-]*@[a-z0-9][a-z0-9.-]*:(?![-:])\S+", re.ASCII | re.IGNORECASE)
+# --- URLs and credentials of git ---
 
 
 def callback_url(value: Any, place: Location) -> str:
+    """Check the URL of a callback."""
     if not isinstance(value, str) or len(value) > MAX_URL_CHARS or not is_http_url(value):
         raise InvalidValue("is not a valid URL")
     return value
 
 
-def is_http_url(url: str) -> bool:
-    """Tell whether this is an `http` or `https` URL with a host that can be looked up, in Unicode or ASCII."""
-    if _INVALID_IN_URL.search(url):
-        return False
+def git_repo(value: Any, place: Location, *, local: bool) -> GitUrl:
+    """Check the URL of a repository. No error repeats it, since it may hold a token.
+
+    Args:
+        local: Whether http and file URLs are allowed.
+    """
+    allowed = "must be an https or SSH URL or git@host:path" + (", or an http or file URL" if local else "")
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and parts.port != 0 and _is_host(parts.hostname or "")
-    except ValueError:
-        return False
-
-
-def _is_host(host: str) -> bool:
-    try:
-        if ":" in host:
-            return ipaddress.IPv6Address(host).scope_id is None
-        in_ascii = host.encode("idna")
-        in_ascii.decode("idna")
-    except ValueError:
-        return False
-    return re.fullmatch(rb"[A-Za-z0-9_][A-Za-z0-9._-]*", in_ascii) is not None
-
-
-def git_repo(value: Any, place: Location, *, local: bool) -> str:
-    """Check the URL of a repository. Its rules never repeat it: it may hold a token."""
-    url = string(value, max_bytes=MAX_URL_CHARS)
-    other = InvalidValue("must be an https or SSH URL or git@host:path" + (", or an http or file URL" if local else ""))
-    if _SCP_LIKE.fullmatch(url) and "://" not in url:
-        return url
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise other from None
-    if _INVALID_IN_URL.search(url) or not re.match(r"/[^-]", parts.path):
-        raise other
-    # Git decodes %2d in a user or host of SSH to a dash again: plain names only.
-    host_is_plain = port != 0 and _is_host(host)
-    match parts.scheme:
-        case "https" | "http" if "@" in parts.netloc:
-            raise InvalidValue("may not hold a user name, password or token: put the token into gitToken")
-        case "ssh" if parts.password is not None:
-            raise InvalidValue("may not hold a password: put the key into sshKey")
-        case "ssh" if re.fullmatch(r"(\w[\w.-]*)?", parts.username or "", re.ASCII) and host_is_plain:
-            return url
-        case "https" if host_is_plain:
-            return url
-        case "http" if local and host_is_plain:
-            return url
-        case "file" if local and not parts.netloc:
-            return url
-        case _:
-            raise other
+        url = parse_git_url(string(value, max_bytes=MAX_URL_CHARS))
+    except InvalidGitUrl as error:
+        message = str(error)
+        raise InvalidValue(message if message.startswith("may not") else allowed) from None
+    if not local and url.scheme in ("http", "file"):
+        raise InvalidValue(allowed)
+    return url

@@ -1,7 +1,6 @@
-"""Delivery of one callback to one receiver, with retries.
+"""The delivery of one callback to one receiver, with retries.
 
-Reports what became of the delivery. What the body holds, whether a callback is owed and when the next delivery is due is decided
-elsewhere.
+Does not decide what the body holds, whether a callback is owed, and when the next delivery is due.
 """
 
 from __future__ import annotations
@@ -10,15 +9,13 @@ import asyncio
 import datetime as dt
 import email.utils
 import io
-import itertools
 import random
 import time
 from typing import Final
 
 import aiohttp
 import attrs
-import stamina
-import stamina.instrumentation
+import structlog
 from yarl import URL
 
 from ccrun.callbacks.guard import AddressNotPublic, CallbackGuard, public_socket
@@ -26,50 +23,48 @@ from ccrun.callbacks.sign import sign
 from ccrun.errors import CcrunError
 from ccrun.task import Secret
 
-#: Receivers answer at once and work later; one that needs longer than this is not well.
+log = structlog.get_logger()
+
+#: Seconds for one attempt. A receiver should respond immediately and work later.
 ATTEMPT_SECONDS: Final = 10.0
-#: With the pauses between them, five tries span about half a minute: the time in which a receiver is deployed anew.
+#: With the delays between them, five attempts span about half a minute, the time of a redeployment of the receiver.
 MAX_ATTEMPTS: Final = 5
-#: The worker waits for its delivery, and a worker costs money. What is not delivered by then, a sweep delivers later.
+#: Seconds for a delivery. The worker waits for it, and a worker costs money; a sweep retries later.
 DELIVERY_SECONDS: Final = 60.0
-#: Pauses of about 1, 3, 9 and 27 s.
+#: Seconds. Together with the factor, delays of about 1, 3, 9 and 27 s.
 FIRST_RETRY_DELAY_SECONDS: Final = 1.0
 RETRY_DELAY_FACTOR: Final = 3
-#: A receiver that wants to be left alone for longer than a day is misconfigured.
+#: Seconds. A receiver that asks for more than a day is misconfigured.
 MAX_RETRY_AFTER_SECONDS: Final = 24 * 3600.0
 
-#: Server errors, and the few others that pass by themselves: Request Timeout, Too Early, Too Many Requests.
+#: Server errors, Request Timeout, Too Early and Too Many Requests.
 _TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, *range(500, 600)})
-
-
-# Otherwise stamina would look for its hooks, and import them, when the first retry is due: in the event loop.
-stamina.instrumentation.get_on_retry_hooks()
 
 
 @attrs.frozen(kw_only=True)
 class RetryPolicy:
-    """How long a delivery goes on."""
+    """How often and for how long a delivery is attempted."""
 
-    #: One try: from the look-up of the name until the status of the answer.
+    #: For one attempt, from resolving the host name to receiving the status.
     attempt_seconds: float = ATTEMPT_SECONDS
     attempts: int = MAX_ATTEMPTS
-    #: All tries and pauses. A try is begun only when it can have its full time.
+    #: For all attempts and delays. An attempt starts only if it can have its full time.
     total_seconds: float = DELIVERY_SECONDS
-    #: Each further pause is `RETRY_DELAY_FACTOR` times as long; all are shortened by up to half at random.
+    #: Each further delay is `RETRY_DELAY_FACTOR` times as long. All are shortened at random, by half at most.
     first_delay_seconds: float = FIRST_RETRY_DELAY_SECONDS
 
 
 @attrs.frozen(kw_only=True)
 class Delivery:
-    """What became of a delivery."""
+    """The result of a delivery."""
 
     delivered: bool
     attempts: int
-    #: One sentence about the last try; holds nothing of the URL. None when delivered.
+    #: One sentence about the last attempt, without any part of the URL. None when delivered.
     error: str | None = None
-    #: Whether the answer was one that does not change by asking again.
+    #: Whether a retry would not change the response.
     final: bool = False
-    #: How long the receiver itself asked to be left alone.
+    #: How long the receiver wants no retry.
     retry_after_seconds: float | None = None
 
 
@@ -82,51 +77,47 @@ async def deliver(
     guard: CallbackGuard,
     policy: RetryPolicy | None = None,
 ) -> Delivery:
-    """POST a body until a receiver takes it or there is no sense in going on. Never raises but when it is cancelled.
+    """POST a body until the receiver accepts it or a retry makes no sense. All errors are in the result.
 
-    A 2xx is success. No answer, 5xx, 408, 425 and 429 are tried again, each time signed anew, after what `Retry-After`
-    asks for and a growing pause; any other answer is final. Redirects are not followed; the body of an answer is not read.
+    A 2xx response is success. No response, 5xx, 408, 425 and 429 are retried, after what `Retry-After` asks for plus a growing
+    delay; each attempt is signed anew. Any other response is final. Redirects are not followed, and the body of a response is
+    not read.
 
     Args:
-        url: http or https; `user:password@` in it becomes Basic authentication.
+        url: http or https. `user:password@` in it becomes Basic authentication.
         webhook_id: See `sign`.
-        patience: By default, that of a worker.
+        policy: By default, that of a worker.
     """
     policy = policy or RetryPolicy()
     clock = asyncio.get_running_loop().time
     attempt_seconds = min(policy.attempt_seconds, policy.total_seconds)
     last_start = clock() + policy.total_seconds - attempt_seconds
-    pauses = (
-        policy.first_delay_seconds * RETRY_DELAY_FACTOR**tries * random.uniform(0.5, 1)  # noqa: S311 - not a secret
-        for tries in itertools.count()
-    )
-
-    def pause_after(error: Exception) -> float | bool:
-        if not isinstance(error, _Undelivered) or error.final:
-            return False
-        seconds = (error.retry_after_seconds or 0.0) + next(pauses)
-        return seconds if clock() + seconds <= last_start else False
-
+    delay = policy.first_delay_seconds
     attempts = 0
-    try:
-        async for attempt in stamina.retry_context(pause_after, attempts=policy.attempts, timeout=None):
-            with attempt:
-                attempts = attempt.num
-                headers = sign(body, webhook_id=webhook_id, secret=secret, timestamp=int(time.time()))
-                await _post(url, body, headers, guard, attempt_seconds)
-    except _Undelivered as error:
-        return Delivery(
-            delivered=False,
-            attempts=attempts,
-            error=error.message,
-            final=error.final,
-            retry_after_seconds=error.retry_after_seconds,
-        )
-    return Delivery(delivered=True, attempts=attempts)
+    while True:
+        attempts += 1
+        headers = sign(body, webhook_id=webhook_id, secret=secret, timestamp=int(time.time()))
+        try:
+            await _post(url, body, headers, guard, attempt_seconds)
+        except _Undelivered as error:
+            seconds = (error.retry_after_seconds or 0.0) + delay * random.uniform(0.5, 1)  # noqa: S311 - not a secret
+            if error.final or attempts == policy.attempts or clock() + seconds > last_start:
+                return Delivery(
+                    delivered=False,
+                    attempts=attempts,
+                    error=error.message,
+                    final=error.final,
+                    retry_after_seconds=error.retry_after_seconds,
+                )
+        else:
+            return Delivery(delivered=True, attempts=attempts)
+        log.warning("callback_retried", message="Retrying callback", attempts=attempts, delaySeconds=round(seconds, 1))
+        await asyncio.sleep(seconds)
+        delay *= RETRY_DELAY_FACTOR
 
 
 class _Undelivered(CcrunError):
-    """The receiver did not take the callback."""
+    """The receiver did not accept the callback."""
 
     def __init__(self, message: str, *, final: bool = False, retry_after_seconds: float | None = None) -> None:
         self.final = final
@@ -135,7 +126,7 @@ class _Undelivered(CcrunError):
 
 
 def _session(guard: CallbackGuard, host: str) -> aiohttp.ClientSession:
-    """Return a session for one request, which takes nothing from the environment, from before or from elsewhere."""
+    """Return a session for one request, without proxies of the environment, cookies, cached addresses or open connections."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
             socket_factory=None if guard.trusts(host) else public_socket, use_dns_cache=False, force_close=True
@@ -147,24 +138,24 @@ def _session(guard: CallbackGuard, host: str) -> aiohttp.ClientSession:
 
 
 async def _post(url: Secret, body: bytes, headers: dict[str, str], guard: CallbackGuard, seconds: float) -> None:
-    """Send one request; return if it is answered with a 2xx, else raise `_Undelivered`."""
+    """Send one request. Raise `_Undelivered` unless the response is 2xx."""
     try:
         target = URL(url.reveal())
         if target.raw_user or target.raw_password:
-            # By hand, since aiohttp takes them as Latin-1.
+            # Not by aiohttp, which encodes them as Latin-1.
             credentials = aiohttp.encode_basic_auth(target.user or "", target.password or "")
             headers = {**headers, "Authorization": credentials}
             target = target.with_user(None)
         async with _session(guard, target.raw_host or "") as session:
             async with asyncio.timeout(seconds):
-                # As a file, which aiohttp sends piece by piece.
-                answer = await session.post(target, data=io.BytesIO(body), headers=headers, allow_redirects=False)
-            answer.close()
+                # A file, which aiohttp sends in pieces.
+                response = await session.post(target, data=io.BytesIO(body), headers=headers, allow_redirects=False)
+            response.close()
     except TimeoutError:
         raise _Undelivered(f"The receiver did not answer within {seconds:g} s.") from None
     except (aiohttp.ClientError, ValueError) as error:
         raise _explain(error) from None
-    status = answer.status
+    status = response.status
     if 200 <= status < 300:
         return
     if 300 <= status < 400:
@@ -174,7 +165,7 @@ async def _post(url: Secret, body: bytes, headers: dict[str, str], guard: Callba
     raise _Undelivered(
         f"The receiver answered {status}.",
         final=status not in _TRANSIENT_STATUSES,
-        retry_after_seconds=_retry_after(answer.headers.get("Retry-After"), dt.datetime.now(dt.UTC)),
+        retry_after_seconds=_retry_after(response.headers.get("Retry-After"), dt.datetime.now(dt.UTC)),
     )
 
 

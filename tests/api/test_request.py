@@ -24,6 +24,7 @@ from ccrun.task import (
     ConfigFile,
     GitAction,
     GitCommit,
+    GitToken,
     PostRunActions,
     Reason,
     Recovery,
@@ -37,6 +38,7 @@ from ccrun.task import (
     UploadAction,
     UploadedFile,
 )
+from ccrun.urls import parse_git_url
 
 MINIMAL: Mapping[str, Any] = {
     "prompt": "Fix the tests.",
@@ -141,12 +143,12 @@ def test_a_full_request_keeps_every_value() -> None:
         disallowed_tools=("WebFetch",),
         permission_mode="acceptEdits",
         max_turns=20,
-        git_repo="git@github.com:org/repo.git",
+        git_repo=parse_git_url("git@github.com:org/repo.git"),
         git_branch="feature/x",
         git_depth=50,
         git_submodules=True,
         ssh_key=Secret("made-up\nkey\n"),
-        git_token=Secret("made-up-git-token"),
+        git_token=GitToken.parse("made-up-git-token"),
         environment_secrets={"DB_URL": Secret("postgres://u:p@h/db"), "EMPTY": Secret("")},
         pre_execution_commands=("npm ci", "- odd"),
         mcp_config={"mcpServers": {"x": {"command": "node", "args": ["${DB_URL}"]}}},
@@ -366,7 +368,7 @@ def test_a_callback_url_that_cannot_be_called_is_refused_in_the_documented_words
 )
 def test_a_repository_may_be_reached_by_https_and_ssh(url: str) -> None:
     """The URLs that hosting services show are taken as they are."""
-    assert url == parse({**MINIMAL, "gitRepo": url}).git_repo
+    assert parse_git_url(url) == parse({**MINIMAL, "gitRepo": url}).git_repo
 
 
 @pytest.mark.parametrize(
@@ -416,7 +418,7 @@ def test_a_repository_that_could_be_an_option_a_command_or_a_secret_is_refused(u
 @pytest.mark.parametrize("url", ["http://localhost:3000/repo", "file:///srv/repo.git"])
 def test_only_the_local_backend_reaches_repositories_by_http_and_file(url: str) -> None:
     """In the cloud, http and file URLs are refused."""
-    assert url == parse({**MINIMAL, "gitRepo": url}, backend_is_local=True).git_repo
+    assert parse_git_url(url) == parse({**MINIMAL, "gitRepo": url}, backend_is_local=True).git_repo
     assert {"gitRepo": "gitRepo must be an https or SSH URL or git@host:path"} == faults_of("gitRepo", url)
 
 

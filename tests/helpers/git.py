@@ -14,10 +14,11 @@ from standins.gitssh import GitSsh, KeyPair, key_pair
 from standins.repos import Repos
 
 from ccrun.process.user import User, find_user
-from ccrun.task import Secret
+from ccrun.task import GitToken, Secret
+from ccrun.urls import parse_git_url
 from ccrun.worker.git import run
 from ccrun.worker.git.clone import Clone, clone
-from ccrun.worker.git.remote import Access, remote_of
+from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git
 
 #: Seconds for one exchange with a server on loopback.
@@ -39,13 +40,13 @@ def git_at(home: Path, user: User | None = None, protocols: str = PROTOCOLS) -> 
 def ssh_access(url: str, key: KeyPair | str | None = None) -> Access:
     """Return how to get into a server over SSH, by default with the key that it takes."""
     text = key if isinstance(key, str) else (key or key_pair()).openssh
-    return Access(remote=remote_of(url, prefers_ssh=False), ssh_key=Secret(text))
+    return Access(remote=parse_git_url(url), ssh_key=Secret(text))
 
 
 def http_access(url: str, token: str | None = TOKEN) -> Access:
     """Return how to get into a server over HTTP, by default with the token that it takes."""
-    secret = None if token is None else Secret(token)
-    return Access(remote=remote_of(url, prefers_ssh=False), git_token=secret)
+    secret = None if token is None else GitToken.parse(token)
+    return Access(remote=parse_git_url(url), git_token=secret)
 
 
 @attrs.frozen(kw_only=True)

@@ -26,6 +26,7 @@ from ccrun.process.user import User, find_user
 from ccrun.store import Store
 from ccrun.task import Secret, TaskId, TaskRecord, TaskSpec, TaskType
 from ccrun.testing.model import Script, ScriptedModel
+from ccrun.urls import parse_git_url
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.run import SYSTEM_PATH
 from ccrun.worker.log_writer import FlushPolicy
@@ -91,6 +92,8 @@ class Bench:
             "timeout_minutes": 1.0,
             "anthropic_api_key": Secret(MADE_UP_KEY),
         }
+        if (url := fields.get("git_repo")) is not None:
+            fields["git_repo"] = parse_git_url(url)
         await self.dispatcher.submit(TaskSpec(**{**defaults, **fields}))
 
     async def run(self, **changes: Any) -> TaskRecord:

@@ -22,6 +22,7 @@ from ccrun.task import (
     ActionError,
     GitAction,
     GitCommit,
+    GitToken,
     PostRunActions,
     Reason,
     Recovery,
@@ -508,7 +509,7 @@ async def test_it_goes_over_http_with_a_token_too(scene: Scene, agent: Agent, gr
     """From the clone to the push."""
     async with GitHttp(ground.repos) as server:
         record = await scene.run(
-            agent("echo new >a.txt"), git_repo=server.url("group/demo"), ssh_key=None, git_token=Secret(TOKEN)
+            agent("echo new >a.txt"), git_repo=server.url("group/demo"), ssh_key=None, git_token=GitToken.parse(TOKEN)
         )
     assert record.git_commit is not None
     assert await scene.repository.sha("main") == record.git_commit.sha

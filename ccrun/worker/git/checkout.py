@@ -15,7 +15,7 @@ from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes
 from ccrun.worker.git.changes import Changes
 from ccrun.worker.git.clone import Clone, PackSnapshot, clone
-from ccrun.worker.git.remote import Access, remote_of
+from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import SYSTEM_PATH, Git, environment, find_git
 from ccrun.worker.lines import worker_line
 from ccrun.worker.workspace import Workspace, private_directory
@@ -102,7 +102,8 @@ async def check_out(
     )
     if spec.git_repo is None:
         return checkout
-    remote = remote_of(spec.git_repo, prefers_ssh=spec.ssh_key is not None)
+    # An SSH key cannot open an https URL.
+    remote = spec.git_repo if spec.ssh_key is None else spec.git_repo.over_ssh()
     access = Access(remote=remote, ssh_key=spec.ssh_key, git_token=spec.git_token)
     async with private_directory(spec.task_id) as directory:
         cloned = await clone(

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit
 
 import attrs
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -23,7 +22,8 @@ from cryptography.hazmat.primitives import serialization
 from ccrun.process.capture import ProcessResult
 from ccrun.process.child import spawn
 from ccrun.removal import remove_tree
-from ccrun.task import Secret
+from ccrun.task import GitToken, Secret
+from ccrun.urls import GitUrl
 from ccrun.worker.git import known_hosts
 from ccrun.worker.git.run import Git, GitError, last_error
 
@@ -36,61 +36,14 @@ CONNECT_SECONDS: Final = 20
 #: Seconds of silence, four of which end a connection over SSH whose other end has gone.
 ALIVE_SECONDS: Final = 15
 
-_SCP_LIKE: Final = re.compile(r"(?P<user>[^@/]+)@(?P<host>[^:/]+):(?P<path>.*)", re.DOTALL)
 #: The password is the token; the user is one that the servers take with it. GitHub and GitLab take any, Bitbucket this one:
 #: https://support.atlassian.com/bitbucket-cloud/docs/using-access-tokens/
 _TOKEN_USERS: Final = {"bitbucket.org": "x-token-auth"}
-#: Where a host is reached over SSH, when not under its own name. Bitbucket moved by November 2026:
-#: https://support.atlassian.com/bitbucket-cloud/docs/configure-ssh-and-two-step-verification/
-_SSH_HOSTS: Final = {"bitbucket.org": "ssh.bitbucket.org"}
 _DEFAULT_USER: Final = "x-access-token"
 #: Prints what git asks its credential helpers for. The token comes by the environment; git itself has it in memory alone.
 _CREDENTIAL_HELPER: Final = (
     '!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$CCRUN_GIT_USER" "$CCRUN_GIT_TOKEN"; }; f'
 )
-
-
-# --- where it is: pure -----------------------------------------------------------------------------------------------
-
-
-@attrs.frozen(kw_only=True)
-class Remote:
-    """A repository on a server. `url` is what git gets, without any secret."""
-
-    url: str
-    scheme: str
-    host: str
-
-    @property
-    def is_ssh(self) -> bool:
-        """Whether it is reached over SSH."""
-        return self.scheme == "ssh"
-
-    @property
-    def origin(self) -> str:
-        """Scheme, host and port: for what a credential is meant."""
-        split = urlsplit(self.url)
-        return f"{split.scheme}://{split.netloc.rpartition('@')[2]}"
-
-
-def remote_of(url: str, *, prefers_ssh: bool) -> Remote:
-    """Return where a repository is.
-
-    Args:
-        url: As a checked request has it: https, http, file or ssh, or `user@host:path`.
-        prefers_ssh: Turns an https URL into its SSH form: the key cannot open the other. A port of https is none of SSH.
-    """
-    if "://" not in url and (match := _SCP_LIKE.fullmatch(url)):
-        return Remote(url=url, scheme="ssh", host=match["host"].lower())
-    split = urlsplit(url)
-    host = (split.hostname or "").lower()
-    if prefers_ssh and split.scheme == "https":
-        # Paths of SSH are not decoded by the other side.
-        path = unquote(split.path).rstrip("/")
-        host = _SSH_HOSTS.get(host, host)
-        literal = f"[{host}]" if ":" in host else host
-        return Remote(url=f"ssh://git@{literal}{path}", scheme="ssh", host=host)
-    return Remote(url=url, scheme=split.scheme, host=host)
 
 
 # --- how to get in ---------------------------------------------------------------------------------------------------
@@ -100,9 +53,9 @@ def remote_of(url: str, *, prefers_ssh: bool) -> Remote:
 class Access:
     """What opens the repository, and which host keys its server has shown so far."""
 
-    remote: Remote
+    remote: GitUrl
     ssh_key: Secret | None = None
-    git_token: Secret | None = None
+    git_token: GitToken | None = None
     #: Lines of a known_hosts(5); a server that was new to us at the clone has to be the same one at the push.
     _seen: bytes = attrs.field(default=b"", init=False, repr=False)
 
@@ -117,11 +70,10 @@ class Access:
             async with self._over_ssh(git) as opened:
                 yield opened
         elif self.git_token is not None and self.remote.scheme in ("https", "http"):
-            user, _, token = self.git_token.reveal().rpartition(":")
             # For this server alone: a redirection to another gets nothing.
             settings = f"credential.{self.remote.origin}.helper={_CREDENTIAL_HELPER}"
-            known = user or _TOKEN_USERS.get(self.remote.host, _DEFAULT_USER)
-            yield git.at(git.cwd, settings, CCRUN_GIT_USER=known, CCRUN_GIT_TOKEN=token)
+            user = self.git_token.user or _TOKEN_USERS.get(self.remote.host, _DEFAULT_USER)
+            yield git.at(git.cwd, settings, CCRUN_GIT_USER=user, CCRUN_GIT_TOKEN=self.git_token.token.reveal())
         else:
             yield git
 
@@ -229,7 +181,7 @@ class RemoteError(GitError):
     """The server of the repository refused, or could not be reached."""
 
 
-def refusal(remote: Remote, ran: ProcessResult, access: Access, doing: str) -> RemoteError:
+def refusal(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> RemoteError:
     """Return what a failed exchange with the server means, in one sentence.
 
     Args:
@@ -245,7 +197,7 @@ def refusal(remote: Remote, ran: ProcessResult, access: Access, doing: str) -> R
     return RemoteError(f"The repository could not be {doing}: {words}")
 
 
-def _credential_hint(remote: Remote, access: Access) -> str:
+def _credential_hint(remote: GitUrl, access: Access) -> str:
     name, given = ("sshKey", access.ssh_key) if remote.is_ssh else ("gitToken", access.git_token)
     return f"check {name}" if given is not None else f"the request brings no {name}"
 
@@ -295,7 +247,7 @@ _ERROR_MESSAGES: Final = (
 )
 
 
-def network_error(remote: Remote, doing: str, seconds: float) -> RemoteError:
+def network_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
     """Return what it means that an exchange was not done in time."""
     bound = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
     return RemoteError(

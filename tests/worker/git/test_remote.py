@@ -1,4 +1,4 @@
-"""Where a repository is, and what a refusal means; how to get in is tested with real servers, in `test_clone`."""
+"""What a refusal means. Access is tested with real servers, in `test_clone`."""
 
 from __future__ import annotations
 
@@ -9,41 +9,8 @@ import pytest
 from ccrun.process.capture import ProcessResult
 from ccrun.process.exit import Exit
 from ccrun.task import Secret
-from ccrun.worker.git.remote import Access, Remote, _ssh_config, network_error, refusal, remote_of
-
-
-@pytest.mark.parametrize(
-    ("url", "expected", "host"),
-    [
-        ("https://github.com/org/repo", "ssh://git@github.com/org/repo", "github.com"),
-        ("https://github.com/org/repo.git", "ssh://git@github.com/org/repo.git", "github.com"),
-        ("https://github.com/org/repo/", "ssh://git@github.com/org/repo", "github.com"),
-        ("https://gitlab.com/group/sub/deep/repo.git", "ssh://git@gitlab.com/group/sub/deep/repo.git", "gitlab.com"),
-        ("https://bitbucket.org/team/repo", "ssh://git@ssh.bitbucket.org/team/repo", "ssh.bitbucket.org"),
-        ("https://Git.Example.com:8443/a/b.git", "ssh://git@git.example.com/a/b.git", "git.example.com"),
-        ("https://[2001:db8::1]/a/b.git", "ssh://git@[2001:db8::1]/a/b.git", "2001:db8::1"),
-        ("https://example.com/a%20b/c.git", "ssh://git@example.com/a b/c.git", "example.com"),
-        ("ssh://alice@example.com:2222/a/b.git", "ssh://alice@example.com:2222/a/b.git", "example.com"),
-        ("ssh://example.com/a/b.git", "ssh://example.com/a/b.git", "example.com"),
-        ("git@github.com:org/repo.git", "git@github.com:org/repo.git", "github.com"),
-        ("deploy@Example.com:org/repo", "deploy@Example.com:org/repo", "example.com"),
-    ],
-)
-def test_with_a_key_a_repository_is_reached_over_ssh(url: str, expected: str, host: str) -> None:
-    """Https URLs in their SSH form: groups of any depth, without the port of https; those of SSH as they are."""
-    assert Remote(url=expected, scheme="ssh", host=host) == remote_of(url, prefers_ssh=True)
-
-
-@pytest.mark.parametrize("url", ["https://github.com/org/repo", "http://127.0.0.1:80/x.git", "file:///srv/x.git"])
-def test_without_a_key_a_url_stays_as_it_is(url: str) -> None:
-    """And is no matter of SSH."""
-    remote = remote_of(url, prefers_ssh=False)
-    assert (url, False) == (remote.url, remote.is_ssh)
-
-
-def test_a_credential_is_for_scheme_host_and_port() -> None:
-    """Nothing else of the URL decides who gets it."""
-    assert "https://example.com:8443" == remote_of("https://example.com:8443/a/b?x#y", prefers_ssh=False).origin
+from ccrun.urls import parse_git_url
+from ccrun.worker.git.remote import Access, _ssh_config, network_error, refusal
 
 
 @pytest.mark.parametrize(
@@ -78,7 +45,7 @@ def test_a_credential_is_for_scheme_host_and_port() -> None:
 )
 def test_a_refusal_is_one_clear_sentence(stderr: bytes, sentence: str) -> None:
     """Which says what to check, and repeats no URL."""
-    remote = Remote(url="ssh://git@h/x", scheme="ssh", host="h")
+    remote = parse_git_url("ssh://git@h/x")
     access = Access(remote=remote, ssh_key=Secret("made-up"))
     ran = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=stderr)
     assert sentence == refusal(remote, ran, access, "cloned").message
@@ -87,7 +54,7 @@ def test_a_refusal_is_one_clear_sentence(stderr: bytes, sentence: str) -> None:
 def test_the_field_that_is_missing_is_named() -> None:
     """The token for https, the key for SSH."""
     ran = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=b"fatal: Authentication failed for 'x'")
-    remote = remote_of("https://h/x", prefers_ssh=False)
+    remote = parse_git_url("https://h/x")
     access = Access(remote=remote)
     assert "h refused the login: the request brings no gitToken." == refusal(remote, ran, access, "cloned").message
 
@@ -95,7 +62,7 @@ def test_the_field_that_is_missing_is_named() -> None:
 @pytest.mark.parametrize(("seconds", "bound"), [(300.0, "5 minutes"), (0.5, "0.5 s")])
 def test_an_exchange_that_takes_too_long_is_told(seconds: float, bound: str) -> None:
     """With the time that it had."""
-    remote = remote_of("https://h/x", prefers_ssh=False)
+    remote = parse_git_url("https://h/x")
     expected = f"The repository was not pushed within {bound}: h is too slow, or hangs."
     assert expected == network_error(remote, "pushed", seconds).message
 
@@ -111,5 +78,5 @@ def test_only_unknown_hosts_may_show_a_new_key(host: str, checking: str) -> None
 
 def test_a_key_shows_itself_nowhere() -> None:
     """Not in what a debugger or a log would print of the access."""
-    access = Access(remote=remote_of("git@h:x", prefers_ssh=False), ssh_key=Secret("made-up"))
+    access = Access(remote=parse_git_url("git@h:x"), ssh_key=Secret("made-up"))
     assert "made-up" not in repr(access)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from ccrun.urls import GitUrl, parse_git_url
+
+
+@pytest.mark.parametrize(
+    ("url", "expected", "host"),
+    [
+        ("https://github.com/org/repo", "ssh://git@github.com/org/repo", "github.com"),
+        ("https://github.com/org/repo.git", "ssh://git@github.com/org/repo.git", "github.com"),
+        ("https://github.com/org/repo/", "ssh://git@github.com/org/repo", "github.com"),
+        ("https://gitlab.com/group/sub/deep/repo.git", "ssh://git@gitlab.com/group/sub/deep/repo.git", "gitlab.com"),
+        ("https://bitbucket.org/team/repo", "ssh://git@ssh.bitbucket.org/team/repo", "ssh.bitbucket.org"),
+        ("https://Git.Example.com:8443/a/b.git", "ssh://git@git.example.com/a/b.git", "git.example.com"),
+        ("https://[2001:db8::1]/a/b.git", "ssh://git@[2001:db8::1]/a/b.git", "2001:db8::1"),
+        ("https://example.com/a%20b/c.git", "ssh://git@example.com/a b/c.git", "example.com"),
+        ("ssh://alice@example.com:2222/a/b.git", "ssh://alice@example.com:2222/a/b.git", "example.com"),
+        ("ssh://example.com/a/b.git", "ssh://example.com/a/b.git", "example.com"),
+        ("git@github.com:org/repo.git", "git@github.com:org/repo.git", "github.com"),
+        ("deploy@Example.com:org/repo", "deploy@Example.com:org/repo", "example.com"),
+    ],
+)
+def test_ssh_form_of_a_url(url: str, expected: str, host: str) -> None:
+    """An https URL becomes an SSH URL without the port, with groups of any depth; an SSH URL stays as it is."""
+    assert GitUrl(url=expected, scheme="ssh", host=host) == parse_git_url(url).over_ssh()
+
+
+@pytest.mark.parametrize("url", ["https://github.com/org/repo", "http://127.0.0.1:80/x.git", "file:///srv/x.git"])
+def test_a_url_is_passed_to_git_unchanged(url: str) -> None:
+    """A URL that is not one of SSH is not reached over SSH."""
+    remote = parse_git_url(url)
+    assert (url, False) == (remote.url, remote.is_ssh)
+
+
+def test_a_credential_is_for_scheme_host_and_port() -> None:
+    """Path and query of the URL do not matter."""
+    assert "https://example.com:8443" == parse_git_url("https://example.com:8443/a/b?x#y").origin
