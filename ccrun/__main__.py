@@ -1,4 +1,4 @@
-"""The command line: `serve`, `worker`, `sweep`, `demo`. Each loads its own wing only."""
+"""The command line: `serve`, `worker`, `sweep`, `check` and `demo`. Each command loads only what it needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import cyclopts
 
@@ -25,9 +25,9 @@ def serve(*, port: int | None = None, host: str | None = None, data_dir: Path | 
     """Serve the HTTP API until SIGTERM or Ctrl-C.
 
     Args:
-        port: Instead of PORT.
-        host: Instead of HOST.
-        data_dir: Instead of CCRUN_DATA_DIR.
+        port: Overrides PORT.
+        host: Overrides HOST.
+        data_dir: Overrides CCRUN_DATA_DIR.
     """
     from ccrun.server import serve
 
@@ -37,7 +37,7 @@ def serve(*, port: int | None = None, host: str | None = None, data_dir: Path | 
 
 @app.command
 def worker() -> int:
-    """Run the one task that TASK_ID names; started by ccrun itself, not by hand."""
+    """Run the task that TASK_ID names. ccrun starts this itself."""
     from ccrun.worker.__main__ import main
 
     return main()
@@ -45,16 +45,30 @@ def worker() -> int:
 
 @app.command
 def sweep() -> int:
-    """Settle tasks that died and deliver callbacks that are owed, once. Part of `serve` on the local backend."""
+    """Settle lost tasks and deliver owed callbacks, once. The local backend does this as part of `serve`."""
     from ccrun.server import sweep_once
 
     return _run(sweep_once)
 
 
 @app.command
-def demo(
-    *, prompt: Annotated[str | None, cyclopts.Parameter(help="What to ask instead of the demo's own task.")] = None
-) -> int:
+def check(name: Literal["local", "remote", "remote-async", "auth", "examples"], /, *files: Path) -> int:
+    """Check a service from outside, as its clients see it.
+
+    SERVICE_URL names a service that runs; AUTH_TOKEN is its bearer token, and TEST_CALLBACK_URL is where its callbacks go.
+
+    Args:
+        name: `local` starts a service here. `remote` streams a task of the service at SERVICE_URL. `remote-async` runs one in the
+            background. `auth` sends requests without a token and with a wrong one. `examples` sends the requests in the files.
+        files: Requests for `examples`.
+    """
+    from ccrun.cli.check import run_checks
+
+    return asyncio.run(run_checks(name, files, config.environment()))
+
+
+@app.command
+def demo(*, prompt: Annotated[str | None, cyclopts.Parameter(help="The prompt of the task.")] = None) -> int:
     """Show a task from the request to the verified callback, on this machine alone."""
     from ccrun.cli.demo import show
 
@@ -67,7 +81,7 @@ def _run(command: Any, overrides: Mapping[str, str] | None = None) -> int:
         log.configure(settings.log_format, settings.log_level)
         asyncio.run(command(settings))
     except CcrunError as error:
-        print(error.message, file=sys.stderr)  # noqa: T201 - before there is a log, and for whoever typed the command
+        print(error.message, file=sys.stderr)  # noqa: T201 - the log may not be configured yet
         return exit_status(error)
     except KeyboardInterrupt:
         return 130

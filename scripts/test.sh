@@ -39,7 +39,7 @@ check_service() {
     # By the environment, since command lines are there for all to read.
     [ -z "${!name:-}" ] || export "${name?}"
   done
-  "$VENV/bin/python" -P -m ccrun.cli.check "$word" "$@"
+  "$VENV/bin/python" -P -m ccrun check "$word" "$@"
 }
 
 find_service() {

@@ -1,13 +1,13 @@
-"""Checks of a service from outside, as its callers see it; `scripts/test.sh` runs them by name.
+"""`ccrun check`: checks a service from outside, as its clients see it.
 
-    local          of a service that is started here, with a scripted model unless there is a credential
-    remote         of the service at SERVICE_URL: is it well, does POST /run stream a task to its end?
-    remote-async   of the same: does a task of POST /run-async come to its end, and is its callback sent?
-    auth           of the same: is it closed to whoever brings no token, or a wrong one?
-    examples       are these files taken as requests, and do their tasks go well? At SERVICE_URL if it is set, else here
+    local          a service that is started here, with a scripted model unless there is a credential
+    remote         the service at SERVICE_URL: is it healthy, does POST /run stream a task until it has finished?
+    remote-async   the same service: does a task of POST /run-async finish, and is its callback sent?
+    auth           the same service: does it reject requests without a token or with a wrong one?
+    examples       requests from files: are they accepted, and do their tasks complete? At SERVICE_URL if it is set, else here
 
-AUTH_TOKEN is the bearer token to bring; TEST_CALLBACK_URL is where callbacks go. A credential for the model that is in the
-environment goes with each request.
+AUTH_TOKEN is the bearer token to send; TEST_CALLBACK_URL is where callbacks go. A credential for the model in the environment is
+sent with each request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import json
 import re
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -25,19 +24,15 @@ from urllib.parse import urlsplit
 import aiohttp
 import attrs
 
-from ccrun import config
-from ccrun.cli.local_service import (
-    ANSWER_SECONDS,
+from ccrun.cli.client import (
+    RESPONSE_SECONDS,
     DemoFailed,
     cancelled_by_signals,
     cancelled_on_failure,
-    check,
     check_completed,
-    environment_with_model,
+    check_response,
     events_of,
     record_of,
-    running_service,
-    temporary_folder,
 )
 from ccrun.cli.screen import Screen, figures
 from ccrun.errors import CcrunError
@@ -45,22 +40,26 @@ from ccrun.process import linux
 from ccrun.task import Secret
 from ccrun.testing.model import Say, sequence
 from ccrun.testing.receiver import Receiver
+from ccrun.testing.service import environment_with_model, running_service, temporary_directory
 
 #: Seconds for one task with its callback. In the cloud its container starts first, and a model may take a minute.
 TASK_SECONDS: Final = 900.0
-#: Seconds between two looks at a task that is waited for.
+#: Seconds between two polls of a task.
 TASK_POLL_SECONDS: Final = 0.5
-#: What is asked of the model: as little as shows that it answers.
+#: The request of a check: as little as shows that the model answers.
 REQUEST: Final = {"prompt": "Say hello in one short sentence.", "maxTurns": 1, "timeoutMinutes": 5}
 ANSWER: Final = "Hello from a script: no model stands behind this answer."
-REFUSALS: Final = (401, 403)
+REJECTIONS: Final = (401, 403)
 
 
 @attrs.frozen(kw_only=True)
 class Target:
-    """A service that is checked, and what is brought along.
+    """A service to check, and what is sent to it.
 
-    With `receiver` callbacks go there; it takes none that is not genuine. A service elsewhere cannot reach it.
+    Args:
+        credential: Fields of each request.
+        callback_url: Where callbacks go, when there is no receiver.
+        receiver: Receives and verifies callbacks. Only a service on this machine can reach it.
     """
 
     client: aiohttp.ClientSession
@@ -71,90 +70,90 @@ class Target:
     receiver: Receiver | None = None
 
 
-#: Says what was found; raises DemoFailed when it is not what it should be.
+#: Returns what was found, or raises `DemoFailed`.
 Check: TypeAlias = Callable[[Target], Awaitable[str]]
 
 
 # --- the checks --------------------------------------------------------------------------------------------------------
 
 
-async def health(visit: Target) -> str:
-    """The service lives."""
-    async with visit.client.get("/health", timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as answer:
-        await check(answer)
+async def health(target: Target) -> str:
+    """Check that the service is alive."""
+    async with target.client.get("/health", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as answer:
+        await check_response(answer)
         if await answer.json() != {"status": "ok"}:
-            raise DemoFailed("GET /health does not say that the service is well.")
-    return "GET /health: the service lives"
+            raise DemoFailed("GET /health does not report a healthy service.")
+    return "GET /health: the service is alive"
 
 
-async def ready(visit: Target) -> str:
-    """It reaches storage and key."""
-    async with visit.client.get("/ready", timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as answer:
-        await check(answer)
+async def ready(target: Target) -> str:
+    """Check that the service reaches its storage and its key."""
+    async with target.client.get("/ready", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as answer:
+        await check_response(answer)
     return "GET /ready: it reaches its storage and its key"
 
 
-async def run(visit: Target) -> str:
-    """A task is streamed to its end, and can be read afterwards."""
-    return await _run(visit, REQUEST)
+async def run(target: Target) -> str:
+    """Check that a task is streamed until it has finished, and can be read afterwards."""
+    return await _run(target, REQUEST)
 
 
-async def run_async(visit: Target) -> str:
-    """A task comes to its end in the background, and its callback is sent."""
-    return await _run_async(visit, REQUEST)
+async def run_async(target: Target) -> str:
+    """Check that a task finishes in the background, and its callback is sent."""
+    return await _run_async(target, REQUEST)
 
 
-async def closed(visit: Target) -> str:
-    """Who brings no token, or a wrong one, is turned away; who brings the right one is not."""
-    strangers: dict[str, dict[str, str]] = {
+async def closed(target: Target) -> str:
+    """Check that requests without a token or with a wrong one are rejected, and those with the right one are not."""
+    rejected: dict[str, dict[str, str]] = {
         "no token": {},
-        "a wrong token": {"Authorization": "Bearer made-up-token-of-a-stranger"},
+        "a wrong token": {"Authorization": "Bearer made-up-wrong-token"},
     }
-    async with aiohttp.ClientSession(visit.url, timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as stranger:
-        for name, headers in strangers.items():
-            async with stranger.get("/tasks", headers=headers) as answer:
-                if answer.status not in REFUSALS:
+    async with aiohttp.ClientSession(target.url, timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as client:
+        for name, headers in rejected.items():
+            async with client.get("/tasks", headers=headers) as answer:
+                if answer.status not in REJECTIONS:
                     raise DemoFailed(
-                        f"GET /tasks with {name} is answered with {answer.status}: whoever reaches this service may use it."
+                        f"GET /tasks with {name} gives {answer.status}: anyone who reaches this service can use it."
                     )
-    if visit.token is None:
-        return "GET /tasks: refused without a token and with a wrong one (AUTH_TOKEN is not set: a right one was not tried)"
-    async with visit.client.get("/tasks", timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as answer:
-        await check(answer)
-    return "GET /tasks: refused without a token and with a wrong one, answered with the right one"
+    if target.token is None:
+        return "GET /tasks: rejected without a token and with a wrong one (AUTH_TOKEN is not set: the right one was not tried)"
+    async with target.client.get("/tasks", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as answer:
+        await check_response(answer)
+    return "GET /tasks: rejected without a token and with a wrong one, accepted with the right one"
 
 
 def example(file: Path, environment: Mapping[str, str]) -> Check:
-    """Return the check of one request that is kept in a file: with a `callbackUrl` it is one for `/run-async`.
+    """Return the check of a request in a file. A request with a `callbackUrl` goes to `/run-async`.
 
-    A field `${NAME}` has the value of that variable; a file that needs one which is not set is left out.
+    A field `${NAME}` gets the value of that variable; a file that needs one which is not set is skipped.
     """
 
-    async def taken(visit: Target) -> str:
+    async def accepted(target: Target) -> str:
         try:
             body = json.loads(await asyncio.to_thread(file.read_bytes))
         except (OSError, ValueError) as error:
             raise DemoFailed(f"{file.name} cannot be read: {error}.") from None
         if not isinstance(body, dict):
-            raise DemoFailed(f"{file.name} is no JSON object.")
+            raise DemoFailed(f"{file.name} is not a JSON object.")
         try:
             body = _filled(body, environment)
         except Skipped as error:
             raise Skipped(f"{file.name}: {error.message}") from None
-        # Made up in the file, and in the way of a second run.
+        # These are examples in the file, and would prevent a second run.
         for name in ("taskId", "anthropicApiKey", "anthropicOAuthToken"):
             body.pop(name, None)
         send = _run_async if body.pop("callbackUrl", None) else _run
         try:
-            return f"{file.name}: {await send(visit, body)}"
+            return f"{file.name}: {await send(target, body)}"
         except CcrunError as error:
             raise DemoFailed(f"{file.name}: {error.message}") from None
 
-    return taken
+    return accepted
 
 
 class Skipped(CcrunError):
-    """A check that cannot be made."""
+    """A check that cannot be run."""
 
 
 def _filled(body: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
@@ -167,54 +166,56 @@ def _filled(body: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str
     return filled
 
 
-async def _run(visit: Target, body: Mapping[str, Any]) -> str:
-    ending: Mapping[str, Any] = {}
+async def _run(target: Target, body: Mapping[str, Any]) -> str:
+    last: Mapping[str, Any] = {}
     names: list[str] = []
-    async with visit.client.post("/run", json={**body, **visit.credential}) as answer:
-        await check(answer)
+    async with target.client.post("/run", json={**body, **target.credential}) as answer:
+        await check_response(answer)
         task_id = answer.headers.get("X-Task-Id", "")
-        async with cancelled_on_failure(visit.client, task_id):
+        async with cancelled_on_failure(target.client, task_id):
             async for name, data in events_of(answer.content):
                 names.append(name)
                 if name == "done":
-                    ending = data
-    check_completed(ending)
+                    last = data
+    check_completed(last)
     if names[0] != "task" or names[-1] != "done":
         raise DemoFailed(
-            f"The stream of {task_id} begins with {names[0]} and ends with {names[-1]}, not with task and done."
+            f"The events of {task_id} start with {names[0]} and end with {names[-1]}, not with task and done."
         )
-    record = await record_of(visit.client, task_id)
+    record = await record_of(target.client, task_id)
     check_completed(record)
-    async with visit.client.get(f"/tasks/{task_id}/logs") as answer:
-        await check(answer)
+    async with target.client.get(f"/tasks/{task_id}/logs") as answer:
+        await check_response(answer)
         lines = len((await answer.read()).splitlines())
     streamed = names.count("message")
     if lines != streamed:
         raise DemoFailed(f"The log of {task_id} has {lines} lines, its stream had {streamed}.")
-    return f"POST /run: {task_id} was streamed to its end, {lines} lines ({figures(record)})"
+    return f"POST /run: {task_id} was streamed until it had finished, {lines} lines ({figures(record)})"
 
 
-async def _run_async(visit: Target, body: Mapping[str, Any]) -> str:
-    target = visit.receiver.url if visit.receiver else visit.callback_url or visit.url
-    async with visit.client.post("/run-async", json={**body, **visit.credential, "callbackUrl": target}) as answer:
-        await check(answer)
+async def _run_async(target: Target, body: Mapping[str, Any]) -> str:
+    url = target.receiver.url if target.receiver else target.callback_url or target.url
+    async with target.client.post("/run-async", json={**body, **target.credential, "callbackUrl": url}) as answer:
+        await check_response(answer)
         task_id = (await answer.json())["taskId"]
-    async with cancelled_on_failure(visit.client, task_id):
-        record = await _called_back(visit, task_id)
+    async with cancelled_on_failure(target.client, task_id):
+        record = await _called_back(target, task_id)
     check_completed(record)
-    said = f"POST /run-async: {task_id} is completed ({figures(record)}), "
+    found = f"POST /run-async: {task_id} is completed ({figures(record)}), "
     webhook = record["webhook"]
     if webhook["state"] == "delivered":
-        return said + ("its callback was delivered" + (" and verified" if visit.receiver else ""))
-    if visit.receiver or visit.callback_url:
+        return found + ("its callback was delivered" + (" and verified" if target.receiver else ""))
+    if target.receiver or target.callback_url:
         raise DemoFailed(f"The callback of {task_id} was not delivered: {webhook.get('lastError')}.")
-    return said + "its callback was sent, and refused by the service itself: set TEST_CALLBACK_URL to see it delivered"
+    return (
+        found + "its callback was sent, and rejected by the service itself: set TEST_CALLBACK_URL to see it delivered"
+    )
 
 
-async def _called_back(visit: Target, task_id: str) -> dict[str, Any]:
-    """Wait until the task is over and its callback was tried; return its record."""
+async def _called_back(target: Target, task_id: str) -> dict[str, Any]:
+    """Wait until the task has finished and a delivery of its callback was attempted; return its record."""
     while True:
-        record = await record_of(visit.client, task_id)
+        record = await record_of(target.client, task_id)
         webhook = record["webhook"]
         if webhook["state"] in ("delivered", "abandoned") or (webhook["state"] == "owed" and webhook["attempts"]):
             return record
@@ -226,11 +227,11 @@ async def _called_back(visit: Target, task_id: str) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def local_target(screen: Screen) -> AsyncIterator[Target]:
-    """Start a service on this machine, and a receiver of its callbacks."""
+    """Start a service on this machine, and a receiver for its callbacks."""
     async with contextlib.AsyncExitStack() as stack:
-        folder = await stack.enter_async_context(temporary_folder())
+        folder = await stack.enter_async_context(temporary_directory())
         environment, is_real = await environment_with_model(stack, sequence(Say(ANSWER)))
-        screen.row("model", "a real one, at the cost of your credential" if is_real else "none: a script answers")
+        screen.row("model", "a real one, billed to your credential" if is_real else "none: a script answers")
         service = await stack.enter_async_context(running_service(environment, folder))
         receiver = await stack.enter_async_context(Receiver(service.callback_secret))
         timeout = aiohttp.ClientTimeout(total=TASK_SECONDS)
@@ -246,18 +247,18 @@ async def local_target(screen: Screen) -> AsyncIterator[Target]:
 
 @contextlib.asynccontextmanager
 async def remote_target(screen: Screen, environment: Mapping[str, str]) -> AsyncIterator[Target]:
-    """Go to the service at SERVICE_URL.
+    """Connect to the service at SERVICE_URL.
 
     Raises:
-        DemoFailed: It is not set, or a token would go over the wire for all to read.
+        DemoFailed: It is not set, or a token would be sent without encryption.
     """
     url = environment.get("SERVICE_URL", "").rstrip("/")
     if not url:
         raise DemoFailed("SERVICE_URL is not set: it names the service to check.")
     token = environment.get("AUTH_TOKEN")
-    is_near = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    if token and not url.startswith("https:") and not is_near:
-        raise DemoFailed("SERVICE_URL must begin with https: the token would be there for all to read.")
+    is_loopback = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    if token and not url.startswith("https:") and not is_loopback:
+        raise DemoFailed("SERVICE_URL must begin with https: the token would be sent without encryption.")
     names = {"anthropicApiKey": "ANTHROPIC_API_KEY", "anthropicOAuthToken": "CLAUDE_CODE_OAUTH_TOKEN"}
     credentials = {field: environment[name] for field, name in names.items() if environment.get(name)}
     screen.row("service", url)
@@ -269,18 +270,22 @@ async def remote_target(screen: Screen, environment: Mapping[str, str]) -> Async
         yield Target(
             client=client,
             url=url,
-            # One is enough: the first.
+            # One is enough.
             credential=dict(list(credentials.items())[:1]),
             token=Secret(token) if token else None,
             callback_url=environment.get("TEST_CALLBACK_URL") or None,
         )
 
 
-async def run_checks(word: str, files: Sequence[Path], environment: Mapping[str, str]) -> int:
-    """Run the checks of that name, and print what each found.
+async def run_checks(name: str, files: Sequence[Path], environment: Mapping[str, str]) -> int:
+    """Run checks, and print what each found.
+
+    Args:
+        name: Which checks; the module docstring lists them.
+        files: The requests of `examples`.
 
     Returns:
-        The exit status: 0 if all is as it should be, 1 if not, 2 if there is no such word, 128 + n after signal n.
+        The exit status: 0 when all passed, 1 when one failed, 128 + n after signal n.
     """
     checks: dict[str, Sequence[Check]] = {
         "local": (health, ready, run, run_async),
@@ -290,38 +295,35 @@ async def run_checks(word: str, files: Sequence[Path], environment: Mapping[str,
         "examples": tuple(example(file, environment) for file in files),
     }
     screen = Screen()
-    if word not in checks:
-        screen.row("failed", f"There is no check {word}; there are {', '.join(checks)}.")
-        return 2
-    if not checks[word]:
+    if not checks[name]:
         screen.row("failed", "No example was named, and there is none in docs/examples.")
         return 1
-    is_here = word == "local" or (word == "examples" and not environment.get("SERVICE_URL"))
-    # As in the service: an agent of the same user must not read what is in our environment.
+    is_local = name == "local" or (name == "examples" and not environment.get("SERVICE_URL"))
+    # As in the service: an agent of the same user must not read this environment.
     linux.harden()
     linux.become_subreaper()
     failed = 0
-    with cancelled_by_signals() as ended_by:
+    with cancelled_by_signals() as signals:
         try:
-            async with local_target(screen) if is_here else remote_target(screen, environment) as visit:
-                for each in checks[word]:
-                    failed += not await _passes(each, visit, screen)
+            async with local_target(screen) if is_local else remote_target(screen, environment) as target:
+                for each in checks[name]:
+                    failed += not await _passes(each, target, screen)
         except CcrunError as error:
             screen.row("failed", error.message)
             return 1
         except asyncio.CancelledError:
-            if not ended_by:
+            if not signals:
                 raise
-            return 128 + ended_by[0]
+            return 128 + signals[0]
     return 1 if failed else 0
 
 
-async def _passes(each: Check, visit: Target, screen: Screen) -> bool:
+async def _passes(each: Check, target: Target, screen: Screen) -> bool:
     try:
         async with asyncio.timeout(TASK_SECONDS):
-            screen.row("passed", await each(visit))
+            screen.row("passed", await each(target))
     except Skipped as error:
-        screen.row("left out", error.message)
+        screen.row("skipped", error.message)
         return True
     except CcrunError as error:
         screen.row("failed", error.message)
@@ -330,13 +332,3 @@ async def _passes(each: Check, visit: Target, screen: Screen) -> bool:
     else:
         return True
     return False
-
-
-def main() -> int:
-    """Run what the arguments name."""
-    word, *files = sys.argv[1:] or [""]
-    return asyncio.run(run_checks(word, [Path(file) for file in files], config.environment()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""Shows a task from the request to the verified callback: the real service and the real CLI, on this machine alone.
+"""`ccrun demo`: shows a task from the request to the verified callback, with the real service and the real CLI on this machine.
 
-The model is a script unless there is a key. All that it starts and writes is gone when it returns, for whatever reason.
+The model is a script unless there is a key. Everything that the demo starts and writes is gone when it returns.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ import aiohttp
 import attrs
 
 from ccrun import __version__
-from ccrun.cli.local_service import (
+from ccrun.cli.client import (
     DemoFailed,
     cancelled_by_signals,
     cancelled_on_failure,
-    check,
     check_completed,
-    environment_with_model,
+    check_response,
     events_of,
     record_of,
-    running_service,
-    temporary_folder,
 )
 from ccrun.cli.screen import Screen, figures, rows
 from ccrun.errors import CcrunError
@@ -38,63 +35,63 @@ from ccrun.process import linux
 from ccrun.task import Secret
 from ccrun.testing.model import demo_script
 from ccrun.testing.receiver import InvalidCallback, ReceivedCallback, Receiver, verify
+from ccrun.testing.service import environment_with_model, running_service, temporary_directory
 
-#: Seconds for each of the two tasks with its callback. A script is done in some five; a model may take a minute or two.
+#: Seconds for each of the two tasks with its callback. A script takes about five; a model may take a minute or two.
 TASK_SECONDS: Final = 600.0
-#: Seconds between two looks at the task that is waited for.
+#: Seconds between two polls of the task.
 POLL_SECONDS: Final = 0.1
 
 PROMPT: Final = "Write a short note into NOTE.md, read it back, and tell me what it says."
 TOOLS: Final = ("Bash",)
 
 NO_MODEL: Final = (
-    "No model: neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set, so a scripted stand-in answers, and every "
-    "word of the agent was written beforehand. The rest is real: the service, the Claude Code CLI and the commands it "
-    "runs, the stream, the callback."
+    "No model: neither ANTHROPIC_API_KEY nor CLAUDE_CODE_OAUTH_TOKEN is set, so a script replies in its place. The rest is "
+    "real: the service, the Claude Code CLI and the commands it runs, the stream, the callback."
 )
 REAL_MODEL: Final = (
-    "A real model, at the cost of your credential. The agent may run commands here, with your rights; it begins in a "
-    "temporary folder."
+    "A real model, billed to your credential. The agent may run commands here, with your rights; it starts in a "
+    "temporary directory."
 )
 PROMPT_UNREAD: Final = "Your prompt is sent, but a script does not read it: set ANTHROPIC_API_KEY to have it answered."
 
 
 async def show(prompt: str | None) -> int:
-    """Show one task of `POST /run` and one of `POST /run-async`; print what to type next.
+    """Show one task of `POST /run` and one of `POST /run-async`, and print what to do next.
 
     Returns:
-        The exit status: 0 if all went as it should, 1 if not, 128 + n after signal n.
+        The exit status: 0 on success, 1 on failure, 128 + n after signal n.
     """
-    # As in the service: an agent of the same user must not read the key in our environment.
+    # As in the service: an agent of the same user must not read the key in this environment.
     linux.harden()
-    # Workers outlive their service; so they become our children and are ended with the rest.
+    # Workers outlive their service. As a subreaper, this process becomes their parent and can kill them.
     linux.become_subreaper()
     screen = Screen()
-    with cancelled_by_signals() as ended_by:
+    with cancelled_by_signals() as signals:
         try:
-            screen.heading(f"ccrun {__version__}: a task, from request to verified callback, on this machine alone")
+            screen.heading(f"ccrun {__version__}: a task, from request to verified callback, on this machine")
             async with contextlib.AsyncExitStack() as stack:
-                await _play(stack, screen, prompt)
+                await _run_tasks(stack, screen, prompt)
         except CcrunError as error:
             screen.row("failed", error.message)
             return 1
         except asyncio.CancelledError:
-            if not ended_by:
+            if not signals:
                 raise
-            return 128 + ended_by[0]
+            return 128 + signals[0]
     screen.heading("Next, with a key of your own")
     screen.verbatim(_next_steps())
     return 0
 
 
-async def _play(stack: contextlib.AsyncExitStack, screen: Screen, prompt: str | None) -> None:
-    folder = await stack.enter_async_context(temporary_folder())
+async def _run_tasks(stack: contextlib.AsyncExitStack, screen: Screen, prompt: str | None) -> None:
+    directory = await stack.enter_async_context(temporary_directory())
     environment, is_real = await environment_with_model(stack, demo_script)
     screen.row("model", REAL_MODEL if is_real else NO_MODEL)
     if prompt is not None and not is_real:
         screen.row("prompt", PROMPT_UNREAD)
-    service = await stack.enter_async_context(running_service(environment, folder))
-    screen.row("service", f"ccrun serve listens on {service.url}; its data is in a temporary folder.")
+    service = await stack.enter_async_context(running_service(environment, directory))
+    screen.row("service", f"ccrun serve listens on {service.url}; its data is in a temporary directory.")
     receiver = await stack.enter_async_context(Receiver(service.callback_secret))
     client = await stack.enter_async_context(aiohttp.ClientSession(service.url))
     body = {"prompt": prompt or PROMPT, "allowedTools": TOOLS}
@@ -104,50 +101,48 @@ async def _play(stack: contextlib.AsyncExitStack, screen: Screen, prompt: str | 
         async with asyncio.timeout(TASK_SECONDS):
             await _show_callback(client, screen, body, receiver, service.callback_secret)
     except (aiohttp.ClientError, TimeoutError) as error:
-        fault = str(error) or "it took too long"
-        raise DemoFailed(
-            " ".join([f"The service did not answer as it should: {fault}.", *service.complaints])
-        ) from None
+        reason = str(error) or "it took too long"
+        raise DemoFailed(" ".join([f"The service failed: {reason}.", *service.warnings])) from None
 
 
-# --- the two acts ------------------------------------------------------------------------------------------------------
+# --- the two tasks -----------------------------------------------------------------------------------------------------
 
 
 async def _show_stream(client: aiohttp.ClientSession, screen: Screen, body: Mapping[str, Any]) -> None:
-    screen.heading("POST /run: the answer is the task's life, as it happens")
+    screen.heading("POST /run: the response streams the events of the task")
     body = {**body, "taskId": _task_id()}
     screen.row("request", json.dumps(body, ensure_ascii=False))
-    ending: Mapping[str, Any] = {}
+    last: Mapping[str, Any] = {}
     async with (
         cancelled_on_failure(client, body["taskId"]),
         client.post("/run", json=body, timeout=aiohttp.ClientTimeout(total=None)) as answer,
     ):
-        await check(answer)
+        await check_response(answer)
         async for name, data in events_of(answer.content):
             for row in rows(name, data):
                 screen.row(row.label, row.text)
             if name == "done":
-                ending = data
-    check_completed(ending)
+                last = data
+    check_completed(last)
 
 
 async def _show_callback(
     client: aiohttp.ClientSession, screen: Screen, body: Mapping[str, Any], receiver: Receiver, secret: Secret
 ) -> None:
-    screen.heading("POST /run-async: answered at once, called back when the task is over")
+    screen.heading("POST /run-async: an immediate response, and a callback when the task has finished")
     task_id = _task_id()
     body = {**body, "taskId": task_id, "callbackUrl": receiver.url, "metadata": {"shownBy": "ccrun demo"}}
     screen.row("request", json.dumps(body, ensure_ascii=False))
     async with cancelled_on_failure(client, task_id):
         async with client.post("/run-async", json=body) as answer:
-            await check(answer)
+            await check_response(answer)
             screen.row(str(answer.status), json.dumps(await answer.json()))
         record = await _called_back(client, screen, task_id)
         callback = await receiver.first()
     payload = json.loads(callback.body)
     screen.row("callback", f"{payload['taskId']} is {payload['status']}: {figures(payload)}")
     age = verify(callback, secret=secret, now=time.time())
-    screen.row("verified", f"X-Webhook-Signature fits the body, byte by byte, and is {age:.0f} s old.")
+    screen.row("verified", f"X-Webhook-Signature matches the body and is {age:.0f} s old.")
     _show_forgery(screen, callback, secret, task_id)
     screen.row("record", f"GET /tasks/{task_id}: {record['status']}, callback delivered.")
     check_completed(payload)
@@ -157,14 +152,14 @@ def _show_forgery(screen: Screen, callback: ReceivedCallback, secret: Secret, ta
     forged = attrs.evolve(callback, body=callback.body.replace(task_id.encode(), b"another-task"))
     try:
         verify(forged, secret=secret, now=time.time())
-    except InvalidCallback as fault:
-        screen.row("refused", f"The same callback in the name of another task: {fault}.")
+    except InvalidCallback as error:
+        screen.row("rejected", f"The same callback with another task ID: {error}.")
     else:
-        raise DemoFailed("A callback that was changed on its way passed for genuine.")
+        raise DemoFailed("A callback that was changed was accepted.")
 
 
 async def _called_back(client: aiohttp.ClientSession, screen: Screen, task_id: str) -> dict[str, Any]:
-    """Show each state that the task comes to; return its record when its callback was delivered."""
+    """Show each status of the task; return its record when the callback was delivered."""
     shown = "pending"
     while True:
         record = await record_of(client, task_id)
@@ -179,15 +174,9 @@ async def _called_back(client: aiohttp.ClientSession, screen: Screen, task_id: s
         await asyncio.sleep(POLL_SECONDS)
 
 
-# --- a task of the demo --------------------------------------------------------------------------------------
-
-
 def _task_id() -> str:
-    # Any ID will do; this one is short to read, and no other demo on this machine has it.
+    # Short, and different from that of another demo on this machine.
     return f"demo-{secrets.token_hex(4)}"
-
-
-# --- the last words ----------------------------------------------------------------------------------------------------
 
 
 def _next_steps() -> str:

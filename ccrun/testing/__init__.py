@@ -1,1 +1,1 @@
-"""A scripted model and a callback receiver, for the tests of programs that use ccrun, and for our own."""
+"""A scripted model, a callback receiver and a local service, for the tests of programs that use ccrun, and for our own."""

@@ -1,9 +1,9 @@
-"""A scripted model server: it speaks the Messages API on loopback, and no model stands behind it.
+"""A scripted model: a server of the Messages API on loopback, without a model.
 
-Every answer is written beforehand, as a function of the request, so that `ccrun demo` works without a key and tests
-know what the agent is told. It keeps nothing between requests but a bounded record of them and never leaves loopback.
+A script is a pure function from a request to a reply, so that `ccrun demo` works without a key and tests know what the agent is
+told. The server keeps the latest requests and nothing else.
 
-The wire format: https://docs.anthropic.com/en/api/messages-streaming, https://docs.anthropic.com/en/api/errors.
+The format: https://docs.anthropic.com/en/api/messages-streaming, https://docs.anthropic.com/en/api/errors.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from aiohttp import web
 
 #: The API's own limit for a request to `/v1/messages`.
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-#: A request of the CLI is some 50 KB, so the record stays far below 100 MB.
+#: A request of the CLI has some 50 KB, so all of them have less than 100 MB.
 MAX_RECORDED_REQUESTS: Final = 500
-#: Text is sent in at most this many pieces: enough to be seen as a stream, few enough for a text of megabytes.
+#: Pieces in which a text is streamed at most.
 MAX_DELTAS: Final = 12
-#: How long answers that are under way may go on after the server was told to stop.
+#: Seconds that responses may take when the server stops.
 STOP_SECONDS: Final = 0.1
-#: The `Server` header of every answer.
+#: The `Server` header of every response.
 SERVER: Final = "ccrun-scripted-model (no model)"
 
 _REMINDER: Final = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 
 
-# --- what a script sees and what it answers --------------------------------------------------------------------------
+# --- scripts and replies -----------------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
 class Conversation:
-    """One request, as a script sees it. A request that is tried again looks the same."""
+    """One request, as a script gets it. A retry of a request is equal to it."""
 
     messages: tuple[Mapping[str, Any], ...]
     model: str = ""
@@ -48,12 +48,12 @@ class Conversation:
 
     @property
     def turn(self) -> int:
-        """How many times the assistant has spoken so far."""
+        """The number of replies of the assistant so far."""
         return sum(message.get("role") == "assistant" for message in self.messages)
 
     @property
     def prompt(self) -> str:
-        """The caller's prompt: the first text of the user without the reminders that the CLI puts around it."""
+        """The prompt of the task: the first text of the user, without the reminders that the CLI adds."""
         texts = (
             _REMINDER.sub("", str(block.get("text", ""))).strip()
             for block in self._user_blocks()
@@ -63,7 +63,7 @@ class Conversation:
 
     @property
     def last_tool_result(self) -> str | None:
-        """The text that the latest tool gave back; None before the first."""
+        """The text of the latest tool result, None before the first."""
         results = [block for block in self._user_blocks() if block.get("type") == "tool_result"]
         if not results:
             return None
@@ -77,7 +77,11 @@ class Conversation:
 
 @attrs.frozen
 class Say:
-    """Text, after which the turn is over. `pause_seconds` pass before each piece of it."""
+    """Reply with text and end the turn.
+
+    Args:
+        pause_seconds: The delay before each piece of the text.
+    """
 
     text: str
     pause_seconds: float = attrs.field(default=0.0, kw_only=True)
@@ -85,7 +89,12 @@ class Say:
 
 @attrs.frozen
 class UseTool:
-    """A call of one of the agent's tools, after `text` if there is any. `pause_seconds` pass before each piece."""
+    """Reply with a call of one of the agent's tools.
+
+    Args:
+        text: Text before the call.
+        pause_seconds: The delay before each piece.
+    """
 
     name: str
     input: Mapping[str, Any]
@@ -95,7 +104,7 @@ class UseTool:
 
 @attrs.frozen
 class Fail:
-    """A refusal in the API's error shape."""
+    """Reply with an error of the API."""
 
     status: int
     error_type: str = "api_error"
@@ -105,30 +114,38 @@ class Fail:
 
 @attrs.frozen
 class Hang:
-    """No answer until the client leaves. With `text`, a stream that begins with it and then stands still."""
+    """Do not reply until the client disconnects.
+
+    Args:
+        text: Text with which the stream starts.
+    """
 
     text: str | None = None
 
 
 Reply: TypeAlias = Say | UseTool | Fail | Hang
-#: Must be pure: the same request gets the same reply, whoever else is served at the same time.
+#: A pure function: equal requests get equal replies.
 Script: TypeAlias = Callable[[Conversation], Reply]
 
 
 def sequence(*replies: Reply) -> Script:
-    """Return a script that answers turn n with reply n, and every later turn with the last reply."""
+    """Return a script that gives the n-th reply in turn n, and the last one in all later turns.
+
+    Raises:
+        ValueError: There are no replies.
+    """
     if not replies:
         raise ValueError("A sequence needs at least one reply.")
     return lambda conversation: replies[min(conversation.turn, len(replies) - 1)]
 
 
 DEMO_NOTE: Final = "Written by the agent of the ccrun demo.\nThe agent is real; its model is a script.\n"
-#: Slow enough to watch, fast enough for a demo of a few seconds.
+#: Slow enough to watch.
 DEMO_PAUSE_SECONDS: Final = 0.03
 
 
 def demo_script(conversation: Conversation) -> Reply:
-    """A small task: write a file, read it back, say what was done. The agent must be allowed to use `Bash`."""
+    """Write a file, read it and report. The agent must be allowed to use `Bash`."""
     match conversation.turn:
         case 0:
             return UseTool(
@@ -152,7 +169,7 @@ def demo_script(conversation: Conversation) -> Reply:
             )
 
 
-# --- the wire format, as values --------------------------------------------------------------------------------------
+# --- the format --------------------------------------------------------------------------------------------------------
 
 
 def _blocks_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -169,7 +186,7 @@ def _pieces(text: str) -> Iterable[str]:
 
 
 def _message(reply: Say | UseTool, conversation: Conversation) -> dict[str, Any]:
-    """Return the whole message, as a client that asked for no stream gets it."""
+    """Return the complete message, as a client gets it without streaming."""
     content: list[dict[str, Any]] = [{"type": "text", "text": reply.text}] if reply.text else []
     if isinstance(reply, UseTool):
         use = {"id": f"toolu_scripted_{conversation.turn}", "name": reply.name, "input": dict(reply.input)}
@@ -182,13 +199,13 @@ def _message(reply: Say | UseTool, conversation: Conversation) -> dict[str, Any]
         "content": content,
         "stop_reason": "tool_use" if isinstance(reply, UseTool) else "end_turn",
         "stop_sequence": None,
-        # No tokens, since the CLI works out what they cost: a script costs nothing.
+        # No tokens, since the CLI computes their cost.
         "usage": {"input_tokens": 0, "output_tokens": 0},
     }
 
 
 def _events(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the events of a stream that amounts to `message`."""
+    """Yield the events of a stream of this message."""
     yield {"type": "message_start", "message": {**message, "content": [], "stop_reason": None}}
     yield {"type": "ping"}
     for index, block in enumerate(message["content"]):

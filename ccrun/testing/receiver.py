@@ -1,6 +1,6 @@
-"""A receiver of callbacks on loopback, as a user would write one: it trusts nothing but the signature.
+"""A receiver of callbacks on loopback. It verifies signatures as a user's program would.
 
-It uses nothing of `ccrun.callbacks.sign`, which signs: two that share a mistake would agree with each other.
+It does not use `ccrun.callbacks.sign`: a mistake in shared code would not show.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from aiohttp import web
 
 from ccrun.task import Secret
 
-#: An older signature may be one that somebody has recorded and sends again.
+#: An older callback may be a recorded one that is sent again.
 MAX_AGE_SECONDS: Final = 300
-#: A callback is a few KB; `metadata` and `result`, the parts without a size of their own, have at most 64 KiB each.
+#: A callback has some KB; its largest parts, `metadata` and `result`, have at most 64 KiB each.
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024
-#: How long an answer that is under way may take when the receiver is told to stop.
+#: Seconds that responses may take when the receiver stops.
 STOP_SECONDS: Final = 0.1
 
 
 class InvalidCallback(Exception):
-    """A callback that must not be believed; says why."""
+    """A callback whose signature is wrong or old."""
 
 
 @attrs.frozen(kw_only=True)
 class ReceivedCallback:
-    """A callback as it came in."""
+    """A callback as it was received."""
 
     headers: Mapping[str, str]
     body: bytes
 
 
 def verify(callback: ReceivedCallback, *, secret: Secret, now: float) -> float:
-    """Return the age of a callback in seconds, if it is from ccrun and fresh.
+    """Return the age of a callback in seconds, if its signature is valid and recent.
 
-    The signature covers the bytes as they were sent, so it is checked before anything is parsed.
+    The signature covers the raw bytes, so it is verified before they are parsed.
 
     Args:
         now: Unix time in seconds.
 
     Raises:
-        NotGenuine: It is not.
+        InvalidCallback: It is not.
     """
     # As bytes, since a header may hold anything.
     timestamp, signature = (
@@ -64,7 +64,7 @@ def verify(callback: ReceivedCallback, *, secret: Secret, now: float) -> float:
 
 
 class Receiver:
-    """Takes callbacks on a free port of 127.0.0.1 for as long as the context lasts; answers 401 to what is not genuine."""
+    """Receives callbacks on a free port of 127.0.0.1 while its context is open. Responds with 401 to invalid ones."""
 
     def __init__(self, secret: Secret) -> None:
         self._secret = secret
@@ -85,19 +85,19 @@ class Receiver:
 
     @property
     def url(self) -> str:
-        """Where callbacks go."""
+        """The callback URL."""
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}/callback"
 
     async def first(self) -> ReceivedCallback:
-        """Wait for the first genuine callback."""
+        """Return the first valid callback, as soon as it has arrived."""
         return await asyncio.shield(self._first)
 
     async def _take(self, request: web.Request) -> web.Response:
         callback = ReceivedCallback(headers=request.headers, body=await request.read())
         try:
             verify(callback, secret=self._secret, now=time.time())
-        except InvalidCallback as fault:
-            return web.json_response({"error": f"{fault}."}, status=401)
+        except InvalidCallback as error:
+            return web.json_response({"error": f"{error}."}, status=401)
         if not self._first.done():
             self._first.set_result(callback)
         return web.json_response({"received": True})

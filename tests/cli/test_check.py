@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ async def test_an_open_service_does_not_pass_for_a_closed_one(start_service: Sta
     """Whoever is answered without a token is told of."""
     async with start_service() as service:
         checked = await checks("auth", SERVICE_URL=service.url)
-    assert (1, ["GET /tasks with no token is answered with 200: whoever reaches this service may use it."]) == (
+    assert (1, ["GET /tasks with no token gives 200: anyone who reaches this service can use it."]) == (
         checked.code,
         checked.with_word("failed"),
     )
@@ -96,6 +97,13 @@ async def test_examples_are_sent_as_they_are_but_for_what_is_made_up_in_them(tmp
     assert missing.startswith("missing.json cannot be read: ")
 
 
+async def test_an_unknown_check_is_a_usage_error() -> None:
+    """The message names the checks that there are; the exit status is 2."""
+    checked = await checks("remte")
+    assert (2, []) == (checked.code, checked.with_word("failed"))
+    assert re.search(r'Invalid value "remte"[^"]*Choose from:[^"]*"local", "remote"', checked.complaints)
+
+
 @pytest.mark.parametrize(
     ("word", "environment", "code", "sentence"),
     [
@@ -110,10 +118,9 @@ async def test_examples_are_sent_as_they_are_but_for_what_is_made_up_in_them(tmp
             "remote",
             {"SERVICE_URL": "http://example.com", "AUTH_TOKEN": TOKEN},
             1,
-            "SERVICE_URL must begin with https: the token would be there for all to read.",
+            "SERVICE_URL must begin with https: the token would be sent without encryption.",
         ),
         ("examples", {}, 1, "No example was named, and there is none in docs/examples."),
-        ("remte", {}, 2, "There is no check remte; there are local, remote, remote-async, auth, examples."),
     ],
 )
 async def test_what_is_missing_is_told(word: str, environment: dict[str, str], code: int, sentence: str) -> None:

@@ -110,7 +110,7 @@ async def test_the_whole_story_is_shown_without_a_key(start: Start, tmp_path: Pa
     """Stand-in named as such, stream, verified callback, refused forgery, next steps; then all of it is gone."""
     shown = await (await start()).end()
     steps = [
-        r"^model +No model: .* a scripted stand-in answers",
+        r"^model +No model: .* a script replies in its place",
         r"^service +ccrun serve listens on http://127\.0\.0\.1:\d+",
         r"^POST /run:",
         r'^request +{"prompt": ',
@@ -124,8 +124,8 @@ async def test_the_whole_story_is_shown_without_a_key(start: Start, tmp_path: Pa
         r"^POST /run-async:",
         r"^202 .*\"status\": \"pending\"",
         r"^callback +demo-\w+ is completed: exit code 0",
-        r"^verified +X-Webhook-Signature fits",
-        r"^refused +The same callback in the name of another task",
+        r"^verified +X-Webhook-Signature matches",
+        r"^rejected +The same callback with another task ID",
         r"^record +GET /tasks/demo-\w+: completed, callback delivered",
         r"^  export ANTHROPIC_API_KEY=",
         r"^  \S.*/ccrun'? serve$",

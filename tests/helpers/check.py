@@ -55,4 +55,4 @@ async def run(*words: str | Path, **environment: str) -> Checked:
 
 async def checks(word: str, *files: Path, **environment: str) -> Checked:
     """Run the checks of that name."""
-    return await run(sys.executable, "-P", "-m", "ccrun.cli.check", word, *files, **environment)
+    return await run(sys.executable, "-P", "-m", "ccrun", "check", word, *files, **environment)

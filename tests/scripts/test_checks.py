@@ -38,7 +38,7 @@ async def test_the_script_finds_the_deployed_service(script: Checks, clone: Clon
         clone.change(**state)
         checked = await script("auth")
     assert (0, "") == (checked.code, checked.complaints)
-    assert checked.rows[-1].endswith("answered with the right one")
+    assert checked.rows[-1].endswith("accepted with the right one")
 
 
 async def test_the_script_brings_an_identity_token(script: Checks, clone: Clone, start_service: StartService) -> None:
