@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the whole test suite, after installing ccrun into .venv where that is needed. Arguments go to pytest:
-#   scripts/test.sh -k webhook
+#   scripts/test.sh -k callback
 #   scripts/test.sh -n 0 -x tests/test_store.py
 #   scripts/test.sh -n 0 -m slow    (what else is left out: builds the images in folders; takes root, debootstrap, minutes)
 # Or checks a service from outside, as its callers see it:
@@ -76,5 +76,8 @@ missing() {
 missing node "receivers and JSON as JavaScript has them"
 missing npm "the receiver that runs under Express"
 
-# One process a core.
-exec "$VENV/bin/python" -P -m pytest -n logical "$@"
+# With COVERAGE=1, measures coverage too; `coverage combine` and `coverage report` then show it.
+run=()
+[ -z "${COVERAGE:-}" ] || run=(coverage run -m)
+# One process for each core.
+exec "$VENV/bin/python" -P -m "${run[@]}" pytest -n logical "$@"

@@ -21,7 +21,8 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 #: What is neither run nor rehearsed, and why.
 ALLOWED: Final = {
-    r"(\./)?scripts/(demo|test)\.sh( .*)?": "the suite itself, and what it tests elsewhere",
+    r"(\./)?scripts/(check|demo|test)\.sh( .*)?": "the suite itself, and what it tests elsewhere",
+    r"pre-commit install": "pre-commit is not installed here",
     r"\.venv/bin/ccrun serve": "every test that has a service runs it",
     r"\.venv/bin/python tests/bench/.*": "benchmarks are run by hand",
     r"cp \.env\.example \.env|chmod 600 \.env|set -a; \. \./\.env; set \+a": "files of the reader's own",
@@ -101,7 +102,7 @@ def of_kind(pattern: str) -> list[str]:
 
 GCLOUD: Final = of_kind(r"gcloud .*")
 CURL: Final = of_kind(r"curl .*")
-DEPLOYING: Final = of_kind(r"([A-Z_]+=\S+ )?\./scripts/(?!demo|test|lock).*")
+DEPLOYING: Final = of_kind(r"([A-Z_]+=\S+ )?\./scripts/(?!check|demo|test|lock).*")
 
 
 def test_every_command_is_of_a_kind_that_is_tried() -> None:
