@@ -52,7 +52,11 @@ async def prepare_dotenv(
     left_out = await write_dotenv(workspace, secrets, git)
     if left_out:
         names = ", ".join(left_out)
-        await log_line(worker_line("dotenv", content=f"Not in .env, which could not tell them rightly: {names}."))
+        await log_line(
+            worker_line(
+                "dotenv", content=f"Left out of .env, since its readers would not all read their exact values: {names}."
+            )
+        )
 
 
 async def write_dotenv(workspace: Workspace, secrets: Mapping[str, Secret], git: Git | None) -> tuple[str, ...]:
@@ -64,7 +68,7 @@ async def write_dotenv(workspace: Workspace, secrets: Mapping[str, Secret], git:
         git: In the repository that was cloned; None where there is none.
 
     Returns:
-        The variables for which there is no spelling that a shell and the readers of such files share.
+        The variables that are not in the file, because its readers would not all read their values exactly.
 
     Raises:
         PreparationFailed: It cannot be written.
@@ -84,7 +88,7 @@ async def write_dotenv(workspace: Workspace, secrets: Mapping[str, Secret], git:
 
 def _write(path: Path, values: Mapping[str, str]) -> tuple[bool, tuple[str, ...]]:
     """Write a new file in the place of what is there; return whether there was something, and the variables left out."""
-    spelled, is_there = dotenv.spell(values), os.path.lexists(path)
+    existing, is_there = b"", os.path.lexists(path)
     if is_there:
         if not stat.S_ISREG(path.lstat().st_mode):
             # A link would lead somewhere else; a folder of that name is no file of variables.
@@ -92,11 +96,12 @@ def _write(path: Path, values: Mapping[str, str]) -> tuple[bool, tuple[str, ...]
                 f"The repository has a {DOTENV} that is no file, so the variables cannot be kept there."
             )
         with path.open("rb") as file:
-            spelled = dotenv.append(file.read(MAX_DOTENV_BYTES), values)
+            existing = file.read(MAX_DOTENV_BYTES)
         path.unlink()
+    rendered = dotenv.render(values, existing=existing)
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(spelled.content)
-    return is_there, spelled.left_out
+        file.write(rendered.content)
+    return is_there, rendered.left_out
 
 
 def _exclude(info: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -17,20 +17,19 @@ from helpers.javascript import RECEIVERS, node_with_packages
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ccrun.worker.dotenv import Dotenv, Reader, append, spell, spellings
+from ccrun.worker.dotenv import Dotenv, render
 
-#: The shells that are here, each once: `sh` is often one of the others.
+#: The installed shells, each once: `sh` is often a link to one of the others.
 SHELLS: Final = {
     " ".join(argv): argv
     for argv in (["sh"], ["bash"], ["bash", "--posix"], ["dash"])
     if (path := shutil.which(argv[0])) and (argv != ["dash"] or not Path(path).samefile(shutil.which("sh") or path))
 }
-ALL: Final = Reader.SHELL | Reader.NODE | Reader.PYTHON
 
 PEM: Final = "-----BEGIN PRIVATE KEY-----\nMIIE/+==\n-----END PRIVATE KEY-----\n"
 ACCOUNT: Final = json.dumps({"type": "service_account", "private_key": PEM, "client_email": "a@b.example"}, indent=2)
 
-#: Pieces that mean something to one of the readers.
+#: Pieces with a special meaning to one of the readers.
 WORDS: Final = r"""
     ' " ` \ \\ # = $ ${X} ${X:-y} $X $$ $( ` ) \n \r \t \' \" \$ \` { } ~ ~/ : :~ ; & | < > * ? ! !! [ ] ( % ^ - --
     export X= X=' X=" é € 😀 a b 0
@@ -44,32 +43,26 @@ NAMES: Final = st.sampled_from(
 )
 VARIABLES: Final = st.dictionaries(NAMES, VALUES, max_size=5)
 
-# What it cannot parse it warns of, and some of these files are of that kind.
+# It logs a warning for each line that it cannot parse. Some of these files have such lines.
 logging.getLogger("dotenv.main").setLevel(logging.ERROR)
 
-#: Fixtures of a module live as long as the module, and a folder a test is overwritten by each example.
-EXAMPLES: Final = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+#: All examples of a test share one Node process and one file, which each example overwrites.
+EXAMPLES: Final = settings(
+    deadline=None, max_examples=1500, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @attrs.frozen
 class Readings:
-    """What the readers make of one file."""
+    """The variables that each reader finds in one file."""
 
     shells: dict[str, dict[str, str]]
     node: list[dict[str, str]]
     python: dict[str, str | None]
 
-    def who(self, name: str, value: str, expected: Reader = ALL) -> Reader:
-        """Return which readers give a variable that very value, of those that are expected to where that is not known."""
-        found = Reader(0)
-        if all(read.get(name) == value for read in self.shells.values()):
-            found |= Reader.SHELL
-        if all(read.get(name) == value for read in self.node):
-            found |= Reader.NODE
-        if self.python.get(name) == value:
-            found |= Reader.PYTHON
-        # What looks like a variable to be replaced, but is none, python-dotenv leaves alone.
-        return found & (expected | Reader.SHELL | Reader.NODE) if "${" in value else found
+    def all(self) -> list[Mapping[str, str | None]]:
+        """Return the variables by reader, for all readers."""
+        return [*self.shells.values(), *self.node, self.python]
 
 
 Read = Callable[[bytes], Readings]
@@ -77,65 +70,55 @@ Read = Callable[[bytes], Readings]
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Callable[[Path], list[dict[str, str]]]]:
-    """Return what reads a file by Node's dotenv, in one process that lives as long as the module's tests."""
+    """Return a function that reads a file with Node's dotenv, in one process for all tests of the module."""
     script = [node_with_packages(), str(RECEIVERS / "read_dotenv.js")]
     with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
 
-        def ask(path: Path) -> list[dict[str, str]]:
+        def read_by_node(path: Path) -> list[dict[str, str]]:
             stdin.write(json.dumps(str(path)).encode() + b"\n")
             stdin.flush()
             return [dict(entries) for entries in json.loads(stdout.readline())]
 
-        yield ask
+        yield read_by_node
         stdin.close()
 
 
 @pytest.fixture
 def read(node: Callable[[Path], list[dict[str, str]]], tmp_path: Path) -> Read:
-    """Return what lets every reader read a file."""
+    """Return a function that reads a file with every reader."""
     path = tmp_path / ".env"
 
-    def ask(content: bytes) -> Readings:
+    def read_by_all(content: bytes) -> Readings:
         path.write_bytes(content)
         return Readings(
-            shells={name: by_shell(argv, path) for name, argv in SHELLS.items()},
+            shells={name: read_by_shell(argv, path) for name, argv in SHELLS.items()},
             node=node(path),
             python=dict(python_dotenv.dotenv_values(path)),
         )
 
-    return ask
+    return read_by_all
 
 
-def by_shell(argv: list[str], path: Path) -> dict[str, str]:
-    """Return the environment that a shell has after it has read a file."""
+def read_by_shell(argv: list[str], path: Path) -> dict[str, str]:
+    """Return the environment of a shell after it has read a file."""
     env = shutil.which("env")
     assert env is not None
     script = f'set -a; . "$1"; exec {env} -0'
-    # A program to run by mistake would be found.
+    # With a PATH: if a value were run as a command, the shell would find the program.
     result = subprocess.run(
         [*argv, "-c", script, "sh", path], env={"PATH": os.environ["PATH"]}, capture_output=True, check=False
     )
     return dict(entry.split("=", 1) for entry in result.stdout.decode().split("\0")[:-1])
 
 
-def who(name: str, value: str) -> Reader:
-    """Return who reads a variable back as it is spelled, as far as that is known."""
-    text = spell({name: value}).content.decode().removeprefix(f"{name}=").removesuffix("\n")
-    readers = dict(spellings(value))[text]
-    return readers & ~Reader.NODE if name == "__proto__" else readers
-
-
-def read_back(read: Read, spelled: Dotenv, variables: Mapping[str, str]) -> dict[str, Reader]:
-    """Return who reads each variable back that is not left out."""
-    readings = read(spelled.content)
-    return {
-        name: readings.who(name, value, who(name, value))
-        for name, value in variables.items()
-        if name not in spelled.left_out
-    }
+def assert_read_back(readings: Readings, variables: Mapping[str, str], *, left_out: Iterable[str] = ()) -> None:
+    """Assert that every reader returns the exact value of each variable that is not left out."""
+    expected = {name: value for name, value in variables.items() if name not in left_out}
+    for found in readings.all():
+        assert expected == {name: found.get(name) for name in expected}
 
 
 # --- one value -------------------------------------------------------------------------------------------------------
@@ -157,11 +140,16 @@ def read_back(read: Read, spelled: Dotenv, variables: Mapping[str, str]) -> dict
 @example(value="a:~b")
 @example(value="it's \\\x7f~")
 @example(value="it's \\\x01\x7f")
-def test_readers_are_known(read: Read, value: str) -> None:
-    """Of each spelling it is known who reads it back, and a shell always does."""
-    for text, readers in spellings(value):
-        assert Reader.SHELL in readers
-        assert readers == read(f"A={text}\n".encode()).who("A", value, readers), text
+@example(value="\\\x01\x7f")
+@example(value="$ {X}")
+@example(value="\\${X")
+def test_value_is_read_back_or_left_out(read: Read, value: str) -> None:
+    """Every reader returns the exact value, or the variable is not in the file."""
+    rendered = render({"A": value})
+    if rendered.left_out:
+        assert Dotenv(content=b"", left_out=("A",)) == rendered
+    else:
+        assert_read_back(read(rendered.content), {"A": value})
 
 
 @pytest.mark.parametrize(
@@ -186,74 +174,78 @@ def test_readers_are_known(read: Read, value: str) -> None:
         "glob*?[x] {a,b} ~ ; | & < > !",
         "ünïcödé 😀 \u2028",
         "export A=b",
+        'p$w0rd"`!\\x',
         PEM,
         ACCOUNT,
         "x" * 100_000,
         "it's " * 20_000,
     ],
 )
-def test_all_three_read_what_real_life_has(read: Read, value: str) -> None:
-    """Keys, URLs, JSON and prose are read back by all three."""
+def test_common_values_are_written(read: Read, value: str) -> None:
+    """Keys, URLs, JSON, passwords, Windows paths and prose are written, and every reader returns them."""
     variables = {"A": value, "B": "after"}
-    assert {"A": ALL, "B": ALL} == read_back(read, spell(variables), variables)
+    rendered = render(variables)
+    assert () == rendered.left_out
+    assert_read_back(read(rendered.content), variables)
 
 
 @pytest.mark.parametrize(
-    ("value", "readers"),
+    ("value", "content"), [("plain", b"A='plain'\n"), ('"$`', b"A='\"$`'\n"), ("it's", b'A="it\'s"\n'), ("", b"A=''\n")]
+)
+def test_values_are_quoted(value: str, content: bytes) -> None:
+    """Single quotes are used where they can be, double quotes otherwise."""
+    assert Dotenv(content=content) == render({"A": value})
+
+
+@pytest.mark.parametrize(
+    "value",
     [
-        ("C:\\", Reader.SHELL | Reader.NODE),
-        ("\\\\server\\share", Reader.SHELL | Reader.NODE),
-        ("${NAME}", Reader.SHELL | Reader.NODE),
-        ("it's \\d\\t", Reader.SHELL | Reader.NODE),
-        ('{"a": "it\'s"}', Reader.SHELL | Reader.PYTHON),
-        ("it's \\", Reader.SHELL | Reader.PYTHON),
-        ("it's \\n", Reader.SHELL | Reader.PYTHON),
-        ("it's \\r", Reader.SHELL | Reader.PYTHON),
+        "it's $5",
+        "'`'",
+        "${A}'",
+        "a\rb",
+        "line\r\n",
+        "C:\\",
+        "\\\\server\\share",
+        "${NAME}",
+        "it's \\d\\t",
+        '{"a": "it\'s"}',
+        "it's \\",
+        "it's \\n",
+        "it's \\r",
     ],
 )
-def test_two_read_what_three_cannot(read: Read, value: str, readers: Reader) -> None:
-    """What no spelling makes all three read is read by a shell and Node, or else by a shell and Python."""
-    variables = {"A": value, "B": "# after", "C": "\n"}
-    assert {"A": readers, "B": ALL, "C": ALL} == read_back(read, spell(variables), variables)
+def test_value_that_one_reader_would_change_is_left_out(read: Read, value: str) -> None:
+    """A value is not written if neither kind of quotes suits all readers; the variables around it are."""
+    variables = {"Z": "\n", "A": value, "B": "# after", "C": "\n"}
+    rendered = render(variables)
+    assert Dotenv(content=b"Z='\n'\nB='# after'\nC='\n'\n", left_out=("A",)) == rendered
+    assert_read_back(read(rendered.content), variables, left_out=["A"])
 
 
-def test_one_name_is_none_to_node(read: Read) -> None:
-    """What Node cannot have by its name is spelled for a shell and Python."""
-    variables = {"__proto__": "C:\\", "A": "C:\\"}
-    assert {"__proto__": Reader.SHELL | Reader.PYTHON, "A": Reader.SHELL | Reader.NODE} == read_back(
-        read, spell(variables), variables
-    )
-
-
-@pytest.mark.parametrize("value", ["it's $5", "'`'", "${A}'", "a\rb", "line\r\n"])
-def test_what_only_a_shell_could_read_is_left_out(value: str) -> None:
-    """A value that neither of the two others would read is not written, but named."""
-    assert Dotenv(content=b"B=b\n", left_out=("A",)) == spell({"A": value, "B": "b"})
-
-
-# --- several ---------------------------------------------------------------------------------------------------------
+# --- several variables -----------------------------------------------------------------------------------------------
 
 
 @EXAMPLES
 @given(variables=VARIABLES)
 @example(variables={"A": "\\", "B": "#", "C": "'"})
 @example(variables={"A": "it's \\", "B": '# "', "C": "'\n"})
+@example(variables={"A": "it's", "B": '# "', "C": "'\n"})
 @example(variables={"A": "", "B": "", "C": "'"})
 @example(variables={"__proto__": "a", "A": "b"})
-def test_nobody_takes_one_for_another(read: Read, variables: dict[str, str]) -> None:
-    """Whoever reads a variable right alone reads it right among others: none spoils its neighbours."""
-    spelled = spell(variables)
-    together = read_back(read, spelled, variables)
-    assert {name: who(name, value) for name, value in variables.items() if name in together} == together
-    assert tuple(name for name in variables if name not in together) == spelled.left_out
-    assert all(Reader.SHELL in readers and readers != Reader.SHELL for readers in together.values())
+def test_variables_do_not_affect_each_other(read: Read, variables: dict[str, str]) -> None:
+    """A variable is written if it would be written alone, and every reader returns each of them."""
+    rendered = render(variables)
+    alone = [name for name, value in variables.items() if render({name: value}).left_out]
+    assert tuple(alone) == rendered.left_out
+    assert_read_back(read(rendered.content), variables, left_out=alone)
 
 
 @EXAMPLES
 @given(variables=VARIABLES)
 def test_nothing_else_is_set(read: Read, variables: dict[str, str]) -> None:
-    """Whatever the values hold, no reader finds a variable that was not given."""
-    readings = read(spell(variables).content)
+    """No reader finds a variable that was not given."""
+    readings = read(render(variables).content)
     empty = read(b"")
     for shell, found in readings.shells.items():
         assert set() == set(found) - set(empty.shells[shell]) - set(variables)
@@ -264,72 +256,73 @@ def test_nothing_else_is_set(read: Read, variables: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "name", ["A", "_x1", "PATH", "LANG", "LC_ALL", "IFS", "PS1", "PS4", "BASH_ENV", "ENV", "BASHFUL", "USER", "GID"]
 )
-def test_names_are_free(read: Read, name: str) -> None:
-    """A variable may have any name that a shell leaves alone, also one that means something to it."""
+def test_other_names_are_written(read: Read, name: str) -> None:
+    """A variable may have a name with a meaning to the shell, as long as the shell permits its assignment."""
     path = os.environ["PATH"]
     variables = {name: path if name == "PATH" else "x y", "AFTER": "z"}
-    assert {name: ALL, "AFTER": ALL} == read_back(read, spell(variables), variables)
+    rendered = render(variables)
+    assert () == rendered.left_out
+    assert_read_back(read(rendered.content), variables)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["UID", "EUID", "PPID", "SHELLOPTS", "BASH_VERSINFO", "RANDOM", "OPTIND", "HISTCMD", "GROUPS", "_", "SRANDOM"],
+    [
+        *("UID", "EUID", "PPID", "SHELLOPTS", "BASH_VERSINFO", "RANDOM", "OPTIND", "HISTCMD", "GROUPS", "_", "SRANDOM"),
+        "__proto__",
+    ],
 )
-def test_names_of_the_shell_are_left_out(name: str) -> None:
-    """A variable that a shell keeps for itself, and would not read or even stop at, is left out."""
-    assert Dotenv(content=b"", left_out=(name,)) == spell({name: "x"})
+def test_reserved_names_are_left_out(name: str) -> None:
+    """A variable that bash sets itself, or that is no ordinary property in JavaScript, is left out."""
+    assert Dotenv(content=b"", left_out=(name,)) == render({name: "x"})
 
 
 def test_every_variable_of_bash_is_read_or_left_out(tmp_path: Path) -> None:
-    """Of the variables that bash itself has, those that are not left out are read back."""
+    """Shells read back every variable that bash sets itself, unless it is left out."""
     bash = shutil.which("bash")
     if bash is None:
-        pytest.skip("bash is not installed: its own variables cannot be seen")
+        pytest.skip("bash is not installed, so its own variables cannot be listed")
     names = subprocess.run(
         [bash, "-c", "compgen -v"], env={}, capture_output=True, text=True, check=True
     ).stdout.split()
     path = tmp_path / ".env"
     values = {name: os.environ["PATH"] if name == "PATH" else "x" for name in names}
-    spelled = spell(values)
-    path.write_bytes(spelled.content)
+    rendered = render(values)
+    path.write_bytes(rendered.content)
     for argv in SHELLS.values():
-        found = by_shell(argv, path)
-        assert {name: value for name, value in values.items() if name not in spelled.left_out}.items() <= found.items()
+        found = read_by_shell(argv, path)
+        assert {name: value for name, value in values.items() if name not in rendered.left_out}.items() <= found.items()
 
 
 @pytest.mark.parametrize(
     "value", ["${" * 60_000, "${" * 60_000 + ":}", "\\" * 120_000, "'\\" * 60_000 + '"', "}" * 120_000 + "${"]
 )
-def test_long_values_take_no_time(value: str) -> None:
-    """A value as long as they may be is spelled at once, whatever it holds."""
+def test_long_values_are_rendered_fast(value: str) -> None:
+    """The longest permitted values take less than a second, whatever they contain."""
     started = time.perf_counter()
-    spell({"A": value})
+    render({"A": value})
     assert time.perf_counter() - started < 1
 
 
-def test_values_do_not_show() -> None:
-    """The bytes are not part of what is printed of the object."""
-    assert "secret" not in repr(spell({"A": "secret"}))
+def test_repr_does_not_show_values() -> None:
+    """The content is not part of the object's repr."""
+    assert "secret" not in repr(render({"A": "secret"}))
 
 
-# --- after other lines -----------------------------------------------------------------------------------------------
+# --- after existing lines --------------------------------------------------------------------------------------------
 
 
 @EXAMPLES
 @given(before=VARIABLES, ours=VARIABLES)
-def test_ours_win(read: Read, before: dict[str, str], ours: dict[str, str]) -> None:
-    """Below other lines each variable is read as if it stood alone, and what it does not name is read as before."""
-    above = spell(before)
-    both = append(above.content, ours)
+def test_later_lines_win(read: Read, before: dict[str, str], ours: dict[str, str]) -> None:
+    """Every reader returns the appended variables, and the existing ones that they do not replace."""
+    above = render(before)
+    both = render(ours, existing=above.content)
     assert both.content.startswith(above.content)
-    assert spell(ours).left_out == both.left_out
+    assert render(ours).left_out == both.left_out
     readings = read(both.content)
-    for name, value in ours.items():
-        if name not in both.left_out:
-            assert who(name, value) == readings.who(name, value, who(name, value))
-    for name, value in before.items():
-        if name not in ours and name not in above.left_out:
-            assert who(name, value) == readings.who(name, value, who(name, value))
+    assert_read_back(readings, ours, left_out=both.left_out)
+    assert_read_back(readings, before, left_out={*above.left_out, *ours})
 
 
 @pytest.mark.parametrize(
@@ -362,21 +355,22 @@ def test_ours_win(read: Read, before: dict[str, str], ours: dict[str, str]) -> N
         ),
     ],
 )
-@pytest.mark.parametrize("value", ["", "# 'x", "\n", '"', "x", "# \\", "`# x"])
-def test_stray_lines_above_take_nothing(read: Read, existing: bytes, value: str) -> None:
-    """Whatever stands above, even a quote that nobody closed, the variables are read as if they stood alone."""
+@pytest.mark.parametrize("value", ["", "# 'x", "\n", '"', "x", "# \\", "# \\x", "`# x"])
+def test_open_quotes_above_do_not_affect_ours(read: Read, existing: bytes, value: str) -> None:
+    """Every reader returns the appended variables, even if the existing lines leave a quote open."""
     ours = {"A": value, "B": value, "C": "it's"}
-    both = append(existing, ours)
+    both = render(ours, existing=existing)
     assert both.content.startswith(existing)
+    assert (("A", "B") if value == "# \\" else ()) == both.left_out
     readings = read(both.content)
     if existing == b"K=`open":
-        # To a shell that is the start of a command, up to wherever there is another.
+        # In a shell, this is a command substitution up to the next backtick.
         readings = attrs.evolve(readings, shells={})
-    known = {name: who(name, text) for name, text in ours.items()}
-    assert known == {name: readings.who(name, text) for name, text in ours.items()}
+    assert_read_back(readings, ours, left_out=both.left_out)
 
 
 @pytest.mark.parametrize(("existing", "ours"), [(b"", {"A": "a"}), (b"K=v", {}), (b"", {}), (b"K=v", {"UID": "1"})])
-def test_nothing_is_added_to_nothing(existing: bytes, ours: dict[str, str]) -> None:
-    """A file that is empty, or to which nothing comes, is what there is."""
-    assert attrs.evolve(spell(ours), content=existing + spell(ours).content) == append(existing, ours)
+def test_no_boundary_without_two_parts(existing: bytes, ours: dict[str, str]) -> None:
+    """If there are no existing lines, or no variables to append, the content is that of the other part."""
+    rendered = render(ours)
+    assert attrs.evolve(rendered, content=existing + rendered.content) == render(ours, existing=existing)

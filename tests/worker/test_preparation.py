@@ -232,11 +232,11 @@ async def test_a_dotenv_that_is_a_link_is_refused(bench: Bench, ground: Ground, 
     assert "untouched" == target.read_text()
 
 
-async def test_a_variable_that_dotenv_cannot_tell_is_named(bench: Bench, agent: Agent, agent_user: User | None) -> None:
-    """It is in the environment all the same."""
+async def test_variable_left_out_of_dotenv_is_logged(bench: Bench, agent: Agent, agent_user: User | None) -> None:
+    """The log names a variable that is not in `.env`. It is still in the agent's environment."""
     awkward = 'it\'s "both"\r and a \\'
     await bench.submit(environment_secrets={"AWKWARD": Secret(awkward), "PLAIN": Secret(SECRET)})
     await bench.run(cli=agent('cut -d= -f1 .env; printf "%s" "$AWKWARD" | wc -c'), agent_user=agent_user)
     [told] = await lines_of(bench, "dotenv")
-    assert "Not in .env, which could not tell them rightly: AWKWARD." == told["content"]
+    assert "Left out of .env, since its readers would not all read their exact values: AWKWARD." == told["content"]
     assert ["PLAIN", str(len(awkward))] == await printed_by(bench)
