@@ -1,4 +1,4 @@
-"""Removes folders that somebody hostile may have built. Knows no tasks. Blocks: to be used in a thread."""
+"""Removing directories that hostile code may have built. Blocks; use it in a thread."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 
 
 def remove_tree(root: Path) -> None:
-    """Remove a folder whatever the agent did to it; what still cannot be removed stays, and nobody is kept waiting.
+    """Remove a directory, as far as possible. What cannot be removed stays.
 
-    By hand, since `shutil.rmtree` gives up at folders that are nested deeper than Python may recurse, or that the agent has
-    locked: here each folder is unlocked and moved up to the root before it is emptied.
+    Implemented here because `shutil.rmtree` fails for directories that are nested deeper than Python's recursion limit or that
+    have no write permission. Here each directory gets the permissions and is moved to the root before it is emptied.
     """
-    folders = [root]
-    while folders:
-        folder = folders.pop()
+    directories = [root]
+    while directories:
+        directory = directories.pop()
         with contextlib.suppress(OSError):
-            folder.chmod(stat.S_IRWXU)
-            for entry in list(folder.iterdir()):
+            directory.chmod(stat.S_IRWXU)
+            for entry in list(directory.iterdir()):
                 with contextlib.suppress(OSError):
                     if entry.is_symlink() or not entry.is_dir():
                         entry.unlink()
                     else:
                         entry.chmod(stat.S_IRWXU)
-                        folders.append(entry.rename(root / f".{secrets.token_hex(8)}"))
-            if folder != root:
-                folder.rmdir()
+                        directories.append(entry.rename(root / f".{secrets.token_hex(8)}"))
+            if directory != root:
+                directory.rmdir()
     with contextlib.suppress(OSError):
         root.rmdir()

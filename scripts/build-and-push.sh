@@ -4,8 +4,8 @@
 #   scripts/build-and-push.sh [--dry-run] [--local]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
-# shellcheck source=scripts/cloud.sh
-. "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+# shellcheck source=scripts/deploy/cloud.sh
+. "$(dirname "${BASH_SOURCE[0]}")/deploy/cloud.sh"
 begin "--local" "$@"
 
 # Of the commit, so that no file of this folder (such as .env) leaves it by mistake, and the same commit gives the same images.
@@ -18,7 +18,7 @@ pack_source() {
 }
 
 build_in_cloud() {
-  local words=(builds submit "$SCRATCH/source.tar.gz" --config="$ROOT/scripts/cloudbuild.yaml"
+  local words=(builds submit "$SCRATCH/source.tar.gz" --config="$ROOT/scripts/deploy/cloudbuild.yaml"
     --substitutions="_IMAGES=${IMAGES%/},_TAG=$TAG,_REVISION=$REVISION,_CREATED=$CREATED")
   [ -z "$BUILD_SERVICE_ACCOUNT" ] ||
     words+=(--service-account="projects/$PROJECT_ID/serviceAccounts/$BUILD_SERVICE_ACCOUNT")

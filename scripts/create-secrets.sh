@@ -5,8 +5,8 @@
 #   scripts/create-secrets.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
-# shellcheck source=scripts/cloud.sh
-. "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+# shellcheck source=scripts/deploy/cloud.sh
+. "$(dirname "${BASH_SOURCE[0]}")/deploy/cloud.sh"
 begin "" "$@"
 
 enable_api() {

@@ -3,8 +3,8 @@
 #   scripts/deploy-service.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
-# shellcheck source=scripts/cloud.sh
-. "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+# shellcheck source=scripts/deploy/cloud.sh
+. "$(dirname "${BASH_SOURCE[0]}")/deploy/cloud.sh"
 begin "" "$@"
 
 # The longest that Cloud Run lets an answer take; a stream that is cut goes on with Last-Event-ID.

@@ -4,8 +4,8 @@
 #   scripts/setup-project.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
-# shellcheck source=scripts/cloud.sh
-. "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+# shellcheck source=scripts/deploy/cloud.sh
+. "$(dirname "${BASH_SOURCE[0]}")/deploy/cloud.sh"
 begin "" "$@"
 
 APIS="artifactregistry cloudbuild cloudkms cloudscheduler iam run secretmanager storage"
@@ -87,7 +87,7 @@ make_repository() {
   [ "$(sorted '' "$found")" != $'delete-old\nkeep-latest' ] || return 0
   say "Repository of images $ARTIFACT_REPOSITORY: what is old is deleted"
   change artifacts repositories set-cleanup-policies "$ARTIFACT_REPOSITORY" --location="$REGION" \
-    --policy="$ROOT/scripts/image-cleanup.json" --no-dry-run
+    --policy="$ROOT/scripts/deploy/image-cleanup.json" --no-dry-run
 }
 
 look_at_project

@@ -4,8 +4,8 @@
 #   scripts/setup-service-account.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
-# shellcheck source=scripts/cloud.sh
-. "$(dirname "${BASH_SOURCE[0]}")/cloud.sh"
+# shellcheck source=scripts/deploy/cloud.sh
+. "$(dirname "${BASH_SOURCE[0]}")/deploy/cloud.sh"
 begin "" "$@"
 
 grant_bucket() {

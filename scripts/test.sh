@@ -21,8 +21,8 @@ FOR_CHECKS="SERVICE_URL AUTH_TOKEN TEST_CALLBACK_URL GIT_REPO GIT_TOKEN GIT_REPO
 check_service() {
   local word=$1 name
   shift
-  # shellcheck source=scripts/cloud.sh
-  . scripts/cloud.sh
+  # shellcheck source=scripts/deploy/cloud.sh
+  . scripts/deploy/cloud.sh
   load_settings
   case $word in
     local) SERVICE_URL= ;;
@@ -80,4 +80,4 @@ missing npm "the receiver that runs under Express"
 run=()
 [ -z "${COVERAGE:-}" ] || run=(coverage run -m)
 # One process for each core.
-exec "$VENV/bin/python" -P -m "${run[@]}" pytest -n logical "$@"
+exec "$VENV/bin/python" -P -m ${run[@]+"${run[@]}"} pytest -n logical "$@"

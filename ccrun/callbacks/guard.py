@@ -1,4 +1,4 @@
-"""Where a callback may not go: checked on the address that is connected to."""
+"""Where callbacks must not go, checked on the address of each connection."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Final
 import aiohttp
 import attrs
 
-#: The only IPv6 block that IANA has opened for the public. What lies outside is local, or leads to an IPv4 address of
-#: anybody's choice (NAT64, ::/96, ::ffff:0:0:0/96), and `ipaddress.is_global` lets much of it pass.
+#: The only IPv6 block of public addresses. Those outside are local or map to any IPv4 address (NAT64, ::/96,
+#: ::ffff:0:0:0/96), and `ipaddress.is_global` accepts many of them.
 _PUBLIC_IPV6: Final = ipaddress.IPv6Network("2000::/3")
-#: What some release of Python calls global and IANA's registries of special addresses do not: IETF protocols (one cloud
-#: has its metadata server there), 6to4 relays, Teredo and 6to4 (which lead to IPv4 addresses), documentation.
+#: Special addresses in IANA's registries that some release of Python calls global: IETF protocols (the metadata server of one
+#: cloud is there), 6to4 relays, Teredo and 6to4 (which map to IPv4 addresses), documentation.
 _NOT_PUBLIC: Final = tuple(
     ipaddress.ip_network(network)
     for network in ("192.0.0.0/24", "192.88.99.0/24", "2001::/32", "2002::/16", "3fff::/20")
@@ -22,16 +22,16 @@ _NOT_PUBLIC: Final = tuple(
 
 @attrs.frozen(kw_only=True)
 class CallbackGuard:
-    """Where a callback may go: to public addresses, and to the rest of the network only as this says."""
+    """Where callbacks may go: to public addresses, and to others only if a field allows it."""
 
-    #: Everywhere, as on a developer's machine.
+    #: To all addresses, on a developer's machine.
     everywhere: bool = False
-    #: To whatever address these hosts have: exact names or addresses, or `*.example.com` for all names below one. ASCII, so
-    #: international names in their `xn--` form.
+    #: To all addresses of these hosts: names, addresses, or `*.example.com` for all names below one. In ASCII, with
+    #: international names in the `xn--` form.
     allowed_hosts: frozenset[str] = frozenset()
 
     def trusts(self, host: str) -> bool:
-        """Return whether a callback to the host may go to an address that is not public."""
+        """Return whether callbacks to this host may go to an address that is not public."""
         host = host.lower().rstrip(".")
         names = (name.lower().rstrip(".") for name in self.allowed_hosts)
         return self.everywhere or any(
@@ -40,10 +40,7 @@ class CallbackGuard:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address, as a socket is given it, belongs to the public internet.
-
-    False for whatever is not an address, so that a name never passes for one.
-    """
+    """Return whether this is an IP address of the public internet. False for a name."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -59,12 +56,12 @@ def is_public(address: str) -> bool:
 
 
 class AddressNotPublic(OSError):
-    """An OSError, so that aiohttp goes on to the next address of the name, as after a connection that failed."""
+    """The address is not public. An OSError, so that aiohttp tries the next address of the name."""
 
 
 def public_socket(address_info: aiohttp.AddrInfoType) -> socket.socket:
-    # The one place where the address is known for certain: literals in any spelling pass by the resolver, and what a name
-    # resolved to a moment ago says nothing about now.
+    # Checked here, where the address of the connection is certain: literals in any form do not pass the resolver, and a name may
+    # resolve to another address than a moment ago.
     family, kind, protocol, _, address = address_info
     if not is_public(str(address[0])):
         raise AddressNotPublic

@@ -1,7 +1,7 @@
-"""Carries the callback of a task that is over: takes up the debt, delivers, notes what became of it.
+"""Callbacks that are owed: claim one, deliver it, record the result.
 
-Whoever wins the swap that takes up a debt delivers it, so any number of couriers at once deliver it once. Only the worker and the
-sweep have one; the API neither opens a callback URL nor calls a receiver.
+A claim is a compare-and-swap on the record, so that one process at a time delivers a callback. Only workers and sweeps
+deliver; the API neither opens a callback URL nor calls a receiver.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from ccrun.unseal import unseal
 
 log = structlog.get_logger()
 
-#: For so long nobody else takes up a debt. Longer than the longest delivery that `webhook.Patience` allows.
+#: How long a claim lasts. Longer than a delivery by the default `RetryPolicy`.
 CALLBACK_LEASE: Final = dt.timedelta(minutes=5)
 
 
 class _NotDue(Exception):
-    """Somebody else has the debt, or there is none."""
+    """The callback is not due."""
 
 
 @attrs.frozen(kw_only=True)
 class OwedCallbacks:
-    """Delivers callbacks, signed with `secret`, to where `guard` allows.
+    """Delivers callbacks.
 
-    With `hands_over`, what this courier could not deliver is due again at once, for a sweep that goes on with it.
+    Args:
+        secret: The key of the signatures.
+        guard: Where callbacks may go.
+        single_attempt: Whether a failed delivery makes the callback due immediately, for a sweep.
     """
 
     store: Store
@@ -45,7 +48,7 @@ class OwedCallbacks:
     single_attempt: bool = False
 
     async def claim(self, task_id: TaskId) -> TaskRecord | None:
-        """Claim the callback of a task when it is due; None when it is not, or somebody else was faster."""
+        """Claim the callback of a task. Return None when it is not due, or another process has claimed it."""
 
         def claim(record: TaskRecord) -> TaskRecord:
             now = dt.datetime.now(dt.UTC)
@@ -59,11 +62,11 @@ class OwedCallbacks:
             return None
 
     async def deliver(self, record: TaskRecord, *, url: Secret | None = None) -> TaskRecord:
-        """Deliver a callback that was claimed before, and note the outcome on the record.
+        """Deliver a claimed callback, record the result, and return the record.
 
         Args:
-            record: The final record; the body is made from it, so it is the same for every try.
-            url: The callback URL, when the caller knows it; else it is unsealed from the record.
+            record: The final record, from which the body is made, so that all attempts send the same body.
+            url: The callback URL, if the caller has it. By default, the one in the record is unsealed.
         """
         try:
             target = url or await self._callback_url(record)
@@ -108,7 +111,7 @@ class OwedCallbacks:
         )
 
     async def release(self, task_id: TaskId) -> None:
-        """Give a claimed callback back, for a sweep to deliver it at once."""
+        """Release a claimed callback, so that a sweep delivers it."""
 
         def owe(record: TaskRecord) -> TaskRecord:
             now = dt.datetime.now(dt.UTC)

@@ -1,1 +1,1 @@
-"""Child processes: the only package that starts any."""
+"""Child processes. No other package starts any."""

@@ -1,4 +1,4 @@
-"""A program that is run until it exits, with its output."""
+"""Running a program until it exits, and capturing its output."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ccrun.process.child import spawn
 from ccrun.process.exit import Exit
 from ccrun.process.user import User
 
-#: What `capture` keeps in memory: a list of some hundred thousand paths.
+#: Bytes of output that `capture` accepts: a list of some hundred thousand paths.
 MAX_CAPTURED_BYTES: Final = 64 * 1024 * 1024
-#: A program whose output nobody reads any more has nothing to finish.
+#: Seconds between SIGTERM and SIGKILL. The output of a stopped program is not used.
 CAPTURE_TERM_GRACE_SECONDS: Final = 1.0
 
 
 @attrs.frozen(kw_only=True)
 class ProcessResult:
-    """A program that has run to its end: how it ended, and what it printed."""
+    """The exit status and the output of a program."""
 
     exit: Exit
     stdout: bytes = attrs.field(repr=False)
@@ -30,11 +30,11 @@ class ProcessResult:
 
 
 class ProcessTimeout(CcrunError):
-    """A program was not done in its time, and was ended."""
+    """The program did not exit in time and was killed."""
 
 
 class OutputTooLarge(CcrunError):
-    """A program printed more than it may, and was ended."""
+    """The program printed too much and was killed."""
 
 
 async def capture(
@@ -47,15 +47,15 @@ async def capture(
     max_bytes: int = MAX_CAPTURED_BYTES,
     user: User | None = None,
 ) -> ProcessResult:
-    """Run a program to its end; return what it printed. See `spawn` for the rest.
+    """Run a program until it exits, and return its output. See `spawn` for the other arguments.
 
     Args:
-        seconds: What it has; None where the caller bounds its time.
-        max_bytes: What it may print.
+        seconds: The timeout; None when the caller has one.
+        max_bytes: The maximum size of its output.
 
     Raises:
-        TookTooLong: It was not done in time.
-        PrintedTooMuch: It went on printing.
+        ProcessTimeout: It did not exit in time.
+        OutputTooLarge: It printed more than `max_bytes`.
         CcrunError: It cannot be started.
     """
     printed = bytearray()

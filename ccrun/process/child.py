@@ -1,7 +1,7 @@
 """A running child process: its pipes, its lines of any length, SIGTERM then SIGKILL.
 
-`spawn` is the only way to start one. No child outlives its `async with`, whatever it has started, and a child that a signal killed
-never counts as a success. Nothing here knows the programs that it runs.
+`spawn` is the only way to start one. Neither a child nor anything that it starts outlives its `async with`, and a child that a
+signal killed never counts as a success.
 """
 
 from __future__ import annotations
@@ -28,26 +28,24 @@ from ccrun.process.tree import (
 )
 from ccrun.process.user import User
 
-#: The default capacity of a pipe on Linux: one read empties it.
+#: Bytes of one read: the default capacity of a pipe on Linux.
 PIPE_READ_BYTES: Final = 64 * 1024
-#: Enough for the last words of any program; the rest of a flood is dropped so that memory stays bounded.
+#: Bytes of stderr that are kept, for error messages.
 STDERR_TAIL_BYTES: Final = 64 * 1024
-#: What a child may take to end by itself: the platform gives the worker 10 s in all.
+#: Seconds between SIGTERM and SIGKILL. The platform gives the worker 10 s in all.
 TERM_GRACE_SECONDS: Final = 5.0
-#: How long a pipe that outlives its child (a grandchild holds it) may be silent in all before it counts as ended.
+#: Seconds of silence, in all, after which a pipe that a grandchild keeps open counts as closed.
 DRAIN_SECONDS: Final = 1.0
-#: A pipe holds at most 1 MiB (`/proc/sys/fs/pipe-max-size`), so whatever comes after that is not the child's own.
+#: Bytes read after the child has exited. A pipe holds at most 1 MiB (`/proc/sys/fs/pipe-max-size`); more comes from another
+#: process.
 DRAIN_BYTES: Final = 2 * 1024 * 1024
 
 
-# --- a running child -------------------------------------------------------------------------------------------------
-
-
 class Child:
-    """A running process; made by `spawn` alone.
+    """A running process, created by `spawn`.
 
-    Its pipes are our own and not asyncio's, whose `Process.wait` returns only when every pipe is closed: for hours, when a
-    grandchild holds one.
+    It does not use the pipes of asyncio, whose `Process.wait` returns only when all pipes are closed, which a grandchild can
+    delay for hours.
     """
 
     def __init__(
@@ -81,11 +79,11 @@ class Child:
         return bytes(self._tail)
 
     async def wait(self) -> Exit:
-        """Wait until the process itself has ended, whoever still holds its pipes."""
+        """Wait until the process has exited, even if another process keeps its pipes open."""
         return await asyncio.shield(self._exiting)
 
     def terminate(self) -> None:
-        """Begin to end the process and all that it has started: SIGTERM, the grace, SIGKILL. Doing it twice is harmless."""
+        """Stop the process and everything that it has started: SIGTERM, the grace period, SIGKILL. Idempotent."""
         self._begin_ending()
 
     def _begin_ending(self) -> asyncio.Task[None]:
@@ -93,15 +91,15 @@ class Child:
         return self._ending
 
     def kill(self) -> None:
-        """End the process and all that it has started without a grace, or what is left of one."""
+        """Kill the process and everything that it has started, without a grace period or with an immediate end of one."""
         self._shutdown.set()
         self.terminate()
 
     async def lines(self) -> AsyncIterator[bytes | bytearray]:
-        """Yield the lines of stdout without their newline, however long, and the last one also without a newline.
+        """Yield the lines of stdout, of any length, without their newline. The last one may have had none.
 
-        Nothing is read while the caller is busy, so a slow caller slows the child and memory stays near one line. It ends
-        with the pipe, or soon after the process when a grandchild keeps the pipe open. To be used once.
+        Nothing is read while the caller is busy, so that a slow caller slows the child, and memory stays near one line. The
+        iteration ends with the pipe, or soon after the process when a grandchild keeps the pipe open. Use it once.
         """
         begun = bytearray()
         while chunk := await self._read():
@@ -112,7 +110,7 @@ class Child:
                     begun += line
                     line, begun = begun, bytearray()
                 yield line
-                # What was handed over must not live on here while the next line grows.
+                # Release the line before the next one grows.
                 del line
                 start = end + 1
             begun += memoryview(chunk)[start:]
@@ -120,12 +118,12 @@ class Child:
             yield begun
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield what stdout has, as it comes. As `lines` otherwise."""
+        """Yield the bytes of stdout as they arrive. Otherwise as `lines`."""
         while chunk := await self._read():
             yield chunk
 
     async def _read(self) -> bytes:
-        """Return what stdout has next, or nothing at its end: its real end or, when the process is gone, the drain's."""
+        """Return the next bytes of stdout, or none at its end, which is a timeout when the process has exited."""
         if self._drain_bytes <= 0:
             return b""
         loop = asyncio.get_running_loop()
@@ -160,7 +158,7 @@ class Child:
     async def _end(self) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + self._grace
-        # Who descends from the child is known before the child ends: an orphan tells no more where it comes from.
+        # Descendants are found before the child exits: an orphan no longer shows its parent.
         await asyncio.to_thread(self._family.living)
         signal_group(self.pid, signal.SIGTERM)
         while not (self._gone.is_set() and await self._group_is_empty()) and not self._shutdown.is_set():
@@ -180,7 +178,7 @@ class Child:
         return all(process.group != self.pid for process in await asyncio.to_thread(self._family.living))
 
     async def _close(self) -> None:
-        """End all of it. A cancellation ends the grace, not the killing; it is raised when all is over."""
+        """Stop everything. A cancellation ends the grace period; it is raised when all processes are killed."""
         ending, cancelled = self._begin_ending(), None
         while not ending.done():
             try:
@@ -206,26 +204,26 @@ async def spawn(
     user: User | None = None,
     joins_stderr: bool = False,
 ) -> AsyncIterator[Child]:
-    """Run a program in a session and process group of its own, and end all of it on the way out.
+    """Run a program in its own session and process group, and stop all of it when the context is left.
 
-    On the way out, for whatever reason, the group gets SIGTERM; what is left of it after the grace, and whatever else the
-    child has started, gets SIGKILL. A cancellation meanwhile ends the grace at once. A `CCRUN_MARK` in `env` marks the
-    child and its descendants, which then are found even when nothing else ties them to the child.
+    Then the group gets SIGTERM. After the grace period, which a cancellation ends, what is left of the group and everything
+    else that the child has started gets SIGKILL. A `CCRUN_MARK` in `env` marks the child and its descendants, so that they are
+    found even when nothing else connects them to the child.
 
     Args:
-        argv: The program, looked up on the PATH of `env`, and its arguments.
-        env: All of its environment.
-        stdin: Written in the background; a child that does not read it is no error.
-        term_grace_seconds: What the group has between SIGTERM and SIGKILL.
-        user: Whom it runs as, where that is not us.
-        joins_stderr: Its stderr comes with its stdout, in the order in which it was written.
+        argv: The program, searched on the PATH of `env`, and its arguments.
+        env: The complete environment.
+        stdin: Written in the background. A child that does not read it is no error.
+        term_grace_seconds: The time between SIGTERM and SIGKILL.
+        user: The user of the process, None for the current one.
+        joins_stderr: Whether stderr is part of stdout.
 
     Raises:
         CcrunError: The program cannot be started.
     """
     async with contextlib.AsyncExitStack() as stack:
         (child_in, to_child), (from_child, child_out), (errors, child_err) = [_pipe(stack) for _ in range(3)]
-        # Our ends first: once the child runs, nothing may be awaited before there is somebody to end it.
+        # First our ends of the pipes: once the child runs, nothing may be awaited before its context is entered.
         feed, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.BaseProtocol, to_child)
         stack.callback(_close_feed, feed)
         stdout, stderr = await _reader(stack, from_child), await _reader(stack, errors)
@@ -244,7 +242,7 @@ async def spawn(
         open_children.add(process.pid)
         stack.callback(open_children.discard, process.pid)
         child = Child(process, stdout, stderr, marker=env.get(MARKER_VARIABLE), term_grace_seconds=term_grace_seconds)
-        stack.push_async_callback(child._close)  # noqa: SLF001  # a child and its context are one thing
+        stack.push_async_callback(child._close)  # noqa: SLF001 - `spawn` is the constructor
         for end in (child_in, child_out, child_err):
             end.close()
         feed.write(stdin)
@@ -258,7 +256,7 @@ def _pipe(stack: contextlib.AsyncExitStack) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _close_feed(feed: asyncio.WriteTransport) -> None:
-    """Close the transport without waiting for a child that has not read all; it may be closed already."""
+    """Close the transport, which may be closed already, without waiting for the child to read."""
     if feed.get_write_buffer_size():
         feed.abort()
     else:
@@ -277,9 +275,11 @@ async def _reader(stack: contextlib.AsyncExitStack, pipe: IO[bytes]) -> asyncio.
 def start_error(program: str, cwd: Path, error: OSError | ValueError) -> str:
     name = Path(program).name
     if not isinstance(error, OSError):
-        return f"{name} cannot be started: an argument or a variable holds what the system does not allow."
+        return (
+            f"{name} cannot be started: an argument or a variable contains a character that the system does not allow."
+        )
     if error.filename is not None and os.fspath(error.filename) == os.fspath(cwd):
-        return f"{name} cannot be started: the folder that it should start in does not exist or may not be entered."
+        return f"{name} cannot be started: its working directory does not exist or may not be entered."
     match error.errno:
         case errno.ENOENT:
             return f"The program {name} was not found."

@@ -1,4 +1,4 @@
-"""Processes that may outlive this one."""
+"""Child processes that may outlive this process."""
 
 from __future__ import annotations
 
@@ -13,35 +13,32 @@ from ccrun.errors import CcrunError
 from ccrun.process.child import start_error
 from ccrun.process.exit import Exit, exit_from_returncode
 
-#: Between two looks at a process that may outlive us; its end is waited for by nobody who counts milliseconds.
+#: Seconds between two polls of a detached process.
 DETACHED_POLL_SECONDS: Final = 0.05
 
 
-# --- children that live on ---------------------------------------------------------------------------------------------
-
-
 class Detached:
-    """A process that may outlive us, made by `start_detached` alone; asyncio's own would kill it on the way out."""
+    """A process that may outlive this one, created by `start_detached`. asyncio would kill it at exit."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.pid = process.pid
         self._process = process
 
     async def wait(self) -> Exit:
-        """Wait until it has ended. A cancellation leaves it alone."""
-        # The system tells a parent of a child's end by a signal alone, and that belongs to asyncio's own children.
+        """Wait until it has exited. A cancellation does not stop it."""
+        # Polled, since SIGCHLD belongs to asyncio.
         while (returncode := self._process.poll()) is None:  # noqa: ASYNC110
             await asyncio.sleep(DETACHED_POLL_SECONDS)
         return exit_from_returncode(returncode)
 
     def let_go(self) -> None:
-        """Forget it while it runs; whoever becomes its parent reaps it."""
-        # What subprocess itself sets when there is nothing to wait for; without, it warns of a child that still runs.
+        """Stop watching it while it runs. Its next parent reaps it."""
+        # As subprocess sets it when there is nothing to wait for; otherwise it warns of a running child.
         self._process.returncode = self._process.returncode or 0
 
 
 async def start_detached(argv: Sequence[str], *, env: Mapping[str, str]) -> Detached:
-    """Start a program in a session of its own that ends neither with us nor with our terminal; it has our stdout and stderr.
+    """Start a program in its own session, so that it outlives this process and its terminal. It inherits stdout and stderr.
 
     Raises:
         CcrunError: The program cannot be started.
@@ -56,7 +53,7 @@ async def start_detached(argv: Sequence[str], *, env: Mapping[str, str]) -> Deta
     except (OSError, ValueError) as error:
         raise CcrunError(start_error(argv[0], Path(), error)) from None
     except asyncio.CancelledError:
-        # It starts all the same; nobody is left to wait for it.
+        # It starts anyway, and nothing waits for it.
         with contextlib.suppress(OSError, ValueError):
             Detached(await starting).let_go()
         raise

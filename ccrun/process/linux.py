@@ -1,4 +1,4 @@
-"""Settings of this process that only Linux has: prctl(2)."""
+"""Settings of this process that only Linux has, by prctl(2)."""
 
 from __future__ import annotations
 
@@ -12,28 +12,25 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _PR_GET_CHILD_SUBREAPER: Final = 37
 
 
-# --- what the worker does for itself ---------------------------------------------------------------------------------
-
-
 def become_subreaper() -> bool:
-    """Have orphaned descendants become our children, so that `spawn` finds what has cut every tie to its parent.
+    """Make this process the parent of its orphaned descendants, so that `spawn` finds all of them.
 
-    For a process that starts nothing but through `spawn`: children of other makers that lead a session of their own would
-    count as such orphans. See PR_SET_CHILD_SUBREAPER in prctl(2).
+    Only for a process that starts all children by `spawn`: other children that lead a session would count as orphans. See
+    PR_SET_CHILD_SUBREAPER in prctl(2).
 
     Returns:
-        Whether the system can do it (Linux).
+        Whether the system supports it (Linux).
     """
     return _prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
 
 
 def harden() -> bool:
-    """Keep other processes of the same user, such as our children, out of our memory and `/proc/PID/environ`.
+    """Deny other processes of the same user, such as children, access to this process's memory and `/proc/PID/environ`.
 
-    See PR_SET_DUMPABLE in prctl(2). Nothing keeps out root.
+    See PR_SET_DUMPABLE in prctl(2). It does not affect root.
 
     Returns:
-        Whether the system can do it (Linux).
+        Whether the system supports it (Linux).
     """
     return _prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(0))
 

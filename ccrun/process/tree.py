@@ -19,29 +19,26 @@ import attrs
 
 from ccrun.process.linux import is_subreaper
 
-#: How long survivors are hunted. Processes that nothing can end (stuck in the kernel) must not hold the worker for ever.
+#: Seconds for killing a process tree. Processes that are stuck in the kernel cannot be killed.
 KILL_SECONDS: Final = 2.0
-#: Long enough to cost nothing, short enough that nobody notices.
+#: Seconds between two searches.
 TREE_POLL_SECONDS: Final = 0.02
 
-#: The variable that marks a task's processes, so that they are found even when all that tied them to us is gone.
+#: The variable that marks the processes of a task, so that they are found even when their parents have exited.
 MARKER_VARIABLE: Final = "CCRUN_MARK"
 
-#: The children whose `spawn` is still open: nobody else may signal or reap them.
+#: The children of open `spawn` contexts, which alone may signal or reap them.
 open_children: Final[set[int]] = set()
 
 
-# --- finding and ending what is left ---------------------------------------------------------------------------------
-
-
 async def kill_marked(marker: str, *, seconds: float = KILL_SECONDS) -> bool:
-    """Kill every process that carries this marker, and all that descends from one; for after a worker's death.
+    """Kill all processes with this marker and their descendants, when their worker is lost.
 
     Args:
-        seconds: How long to try.
+        seconds: The timeout.
 
     Returns:
-        Whether none is left. Always true where there is no /proc to look in.
+        Whether none is left. Always true on systems without /proc.
     """
     return await asyncio.to_thread(ProcessTree(None, marker).kill, seconds)
 
@@ -52,22 +49,22 @@ class ProcessEntry:
     parent: int
     group: int
     session: int
-    #: In clock ticks since boot; with the ID it tells a process from a later one of the same ID.
+    #: In clock ticks since boot. Distinguishes the process from a later one with the same ID.
     started: int
     is_dead: bool
 
 
 def _process_table() -> dict[int, ProcessEntry]:
-    """Return every process of the system, nothing where there is no /proc as Linux has it. See proc_pid_stat(5)."""
+    """Return all processes of the system, none on systems without /proc. See proc_pid_stat(5)."""
     found = {}
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc"):  # noqa: PTH208  # many times faster than Path.iterdir
             if name.isdecimal():
                 with contextlib.suppress(OSError):
-                    # The name, in parentheses, may hold anything, parentheses and spaces included.
+                    # The name, in parentheses, may contain parentheses and spaces.
                     stat = Path(f"/proc/{name}/stat").read_bytes()
                     state, parent, group, session, *rest = stat[stat.rindex(b")") + 2 :].split()
-                    # A zombie with several threads is a process of which only the first thread has ended.
+                    # In a zombie with several threads, only the first thread has exited.
                     is_dead = state in b"ZX" and int(rest[13]) <= 1
                     pid = int(name)
                     found[pid] = ProcessEntry(pid, int(parent), int(group), int(session), int(rest[15]), is_dead)
@@ -75,18 +72,18 @@ def _process_table() -> dict[int, ProcessEntry]:
 
 
 class ProcessTree:
-    """A child and all that it has started, or all that carries a marker. Blocks: to be used in a thread."""
+    """A child and everything that it has started, or all processes with a marker. Blocks; use it in a thread."""
 
     def __init__(self, root: int | None, marker: str | None) -> None:
         self._root = root
         self._mark = None if marker is None else f"{MARKER_VARIABLE}={marker}".encode()
-        # Who was found once stays found, also when the process that tied it to us is gone.
+        # A process that was found once is remembered, even when its parent has exited.
         self._known: set[tuple[int, int]] = set()
         self._me = os.getpid()
         self._session = os.getsid(0)
 
     def living(self) -> list[ProcessEntry]:
-        """Find the members that live, and reap the orphans that fell to us and are dead."""
+        """Find the running members, and reap orphans that have exited."""
         table = _process_table()
         children: dict[int, list[ProcessEntry]] = {}
         for process in table.values():
@@ -107,7 +104,7 @@ class ProcessTree:
         members = [table[pid] for pid in descent(seeds, {self._me, *others})]
         self._known |= {(process.pid, process.started) for process in members}
         for process in members:
-            # Without a child of our own nobody fell to us on its account: then it is for somebody else to reap.
+            # Without a child there are no orphans of this tree to reap.
             if process.is_dead and process.parent == self._me and self._root not in (None, process.pid):
                 _reap(process.pid)
         return [process for process in members if not process.is_dead]
@@ -121,7 +118,7 @@ class ProcessTree:
         )
 
     def _claims_orphans(self) -> bool:
-        """Whether orphans that fall to us can only be of this family. Those of several children end with the last one."""
+        """Whether all orphans belong to this tree. Those of several open children are killed with the last one."""
         return self._root is not None and not open_children - {self._root} and is_subreaper()
 
     def _is_marked(self, pid: int) -> bool:
@@ -131,7 +128,7 @@ class ProcessTree:
             return False
 
     def kill(self, seconds: float) -> bool:
-        """Kill all members, each stopped first so that none forks while we look. Return whether none is left."""
+        """Kill all members; each is stopped first so that it cannot fork meanwhile. Return whether none is left."""
         until = time.monotonic() + seconds
         while True:
             self._strike_orphans(until)
@@ -149,10 +146,10 @@ class ProcessTree:
             time.sleep(TREE_POLL_SECONDS / 10)
 
     def _strike_orphans(self, until: float) -> None:
-        """Kill the orphans that have fallen to us, as long as there are new ones.
+        """Kill orphans as long as there are new ones.
 
-        A process that forks and ends, again and again, is gone before a look at all processes is over. As an orphan it is a
-        child of ours each time, and to look at these takes microseconds.
+        A process that forks and exits in a loop is faster than a search of all processes. As an orphan it is a child of this
+        process, and listing these takes microseconds.
         """
         while self._claims_orphans() and time.monotonic() < until:
             orphans = [pid for pid in _own_children() if pid not in open_children and self._is_of_another_session(pid)]
@@ -170,7 +167,7 @@ class ProcessTree:
 
 
 def _own_children() -> list[int]:
-    """Return the IDs of our children; nothing where the kernel does not list them. See proc_tid_children(5)."""
+    """Return the IDs of this process's children, none where the kernel does not list them. See proc_tid_children(5)."""
     return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_bytes().split()]
 
 

@@ -1,4 +1,4 @@
-"""Another user of this machine, as whom processes are started."""
+"""Running processes as another user of this machine."""
 
 from __future__ import annotations
 
@@ -17,32 +17,29 @@ from ccrun.errors import ConfigError
 MAX_USER_ID: Final = 2**32 - 2
 
 
-# --- who runs --------------------------------------------------------------------------------------------------------
-
-
 @attrs.frozen(kw_only=True)
 class User:
-    """Another user of this machine whom processes are started as, and the program that makes them so (setpriv(1))."""
+    """Another user of this machine, and the program that switches to it (setpriv(1))."""
 
     uid: int
     gid: int
     setpriv: Path
 
     def argv(self, argv: Sequence[str]) -> list[str]:
-        """Return the command that runs this one as that user: without its caller's groups and capabilities, and for good."""
+        """Return the command that runs `argv` as this user, permanently and without the groups and capabilities of the caller."""
         dropped = ("--clear-groups", "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs")
         return [str(self.setpriv), f"--reuid={self.uid}", f"--regid={self.gid}", *dropped, "--", *argv]
 
 
 def find_user(name: str, path: str) -> User:
-    """Return the user of that name or number. Blocks while it looks at the disk.
+    """Return a user by name or number. Reads the disk, so it blocks.
 
     Args:
-        name: As in passwd(5), or a whole number, which is the group's too where passwd does not know it.
-        path: A PATH, on which setpriv is.
+        name: A name of passwd(5), or a number. A number that passwd(5) does not have is the number of the group too.
+        path: The PATH on which setpriv is searched.
 
     Raises:
-        ConfigError: There is no such user, it is root, or this process may not start others as it.
+        ConfigError: There is no such user, it is root, or this process may not switch to it.
     """
     setpriv = shutil.which("setpriv", path=path)
     if setpriv is None:
@@ -55,7 +52,7 @@ def find_user(name: str, path: str) -> User:
             raise ConfigError(f"CCRUN_AGENT_USER must name a user of this machine, not {name}.") from None
         uid = gid = int(name)
     if 0 in (uid, gid):
-        raise ConfigError("CCRUN_AGENT_USER may not be root, from whom nothing can be kept.")
+        raise ConfigError("CCRUN_AGENT_USER may not be root, who can read everything.")
     user = User(uid=uid, gid=gid, setpriv=Path(setpriv).absolute())
     if subprocess.run(user.argv(["true"]), env={"PATH": path}, capture_output=True, check=False).returncode != 0:
         raise ConfigError(f"CCRUN_AGENT_USER is {name}, but this process may not start others as that user.")

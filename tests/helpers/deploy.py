@@ -131,10 +131,7 @@ def make_clone(folder: Path) -> Clone:
     """Copy what a deployment needs, make it a repository of one commit, and put the stand-in on the PATH."""
     (folder / "bin").mkdir(parents=True)
     (folder / "tmp").mkdir()
-    scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
-    (folder / "scripts").mkdir()
-    for path in scripts:
-        shutil.copy(path, folder / "scripts")
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("terraform"))
     for name in TOOLS:
         where = shutil.which(name)
         assert where is not None, name

@@ -305,11 +305,11 @@ async def test_a_program_that_cannot_be_started_is_named(tmp_path: Path, program
 @pytest.mark.parametrize(
     ("argument", "variable", "folder", "expected"),
     [
-        ("x", "x", "missing", "the folder that it should start in does not exist"),
+        ("x", "x", "missing", "its working directory does not exist"),
         ("x" * 200_000, "x", ".", "its arguments or its environment are too large"),
         ("x", "x" * 200_000, ".", "its arguments or its environment are too large"),
-        ("a\0b", "x", ".", "holds what the system does not allow"),
-        ("x", "a\0b", ".", "holds what the system does not allow"),
+        ("a\0b", "x", ".", "contains a character that the system does not allow"),
+        ("x", "a\0b", ".", "contains a character that the system does not allow"),
     ],
 )
 async def test_what_the_system_does_not_take_is_told(

@@ -392,7 +392,7 @@ def test_images_can_be_built_by_the_docker_of_this_machine(prepared: Clone) -> N
     said = (clone.folder / "said").read_text().splitlines()
     assert ["build", "push", "build", "push"] == [line.split()[0] for line in said]
     assert "--file=containers/api.Dockerfile" in said[0]
-    assert "scripts/cloud.sh" in (clone.folder / "sent").read_text()
+    assert "scripts/deploy/cloud.sh" in (clone.folder / "sent").read_text()
     assert "of-nobody" not in (clone.folder / "sent").read_text()
     assert "What is not committed will not be in the images." == run.complaints.splitlines()[0]
     # The stand-in for docker pushes nothing.
@@ -674,7 +674,7 @@ def test_another_file_can_be_named(clone: Clone) -> None:
 def test_the_example_explains_every_setting() -> None:
     """Every variable that the scripts or ccrun read stands in .env.example, commented or not, below what it means."""
     explained = re.findall(r"(?m)^#? ?([A-Z][A-Z_]+)=", (ROOT / ".env.example").read_text())
-    read = set(re.findall(r'"\$1" ([A-Z_]+) ', (ROOT / "scripts" / "cloud.sh").read_text()))
+    read = set(re.findall(r'"\$1" ([A-Z_]+) ', (ROOT / "scripts" / "deploy" / "settings.sh").read_text()))
     read |= set(re.findall(r'_setting\(\s*"([A-Z_]+)"', (ROOT / "ccrun" / "config.py").read_text()))
     # Set by Cloud Run, by ccrun for its worker, or by deploy-service.sh.
     read -= {

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-FOLDER: Final = ROOT / "scripts" / "terraform"
+FOLDER: Final = ROOT / "scripts" / "deploy" / "terraform"
 TEXT: Final = {path.name: re.sub(r"(?m)^\s*#.*$|\s# .*$", "", path.read_text()) for path in sorted(FOLDER.glob("*.tf"))}
 EVERYTHING: Final = "\n".join(TEXT.values())
 PERMISSIONS: Final = (ROOT / "docs" / "permissions.md").read_text().partition("\n## Grants\n")[2].partition("\n## ")[0]

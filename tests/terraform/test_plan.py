@@ -1,4 +1,4 @@
-"""What Terraform itself makes of scripts/terraform: a plan, against the schema of Google's provider. Nothing is made."""
+"""What Terraform itself makes of scripts/deploy/terraform: a plan, against the schema of Google's provider. Nothing is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from standins import terraform
 from ccrun import config
 
 ROOT: Final = Path(__file__).parents[2]
-FOLDER: Final = ROOT / "scripts" / "terraform"
+FOLDER: Final = ROOT / "scripts" / "deploy" / "terraform"
 PROVIDER: Final = json.loads(Path(__file__).with_name("google.json").read_text())
 PROJECT: Final = "some-project"
 GIVEN: Final = {"project_id": PROJECT, "image_tag": "v1"}

@@ -17,7 +17,7 @@ from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Repository, environment, run_git
 
 from ccrun.process.user import User
-from ccrun.task import GitAction, PostRunActions, Secret, Status, UploadAction
+from ccrun.task import GitAction, GitToken, PostRunActions, Secret, Status, UploadAction
 
 __all__ = ["agent", "agent_user", "bench", "ground"]
 pytestmark = needs_ssh
@@ -160,7 +160,7 @@ async def test_nothing_that_was_planted_runs_after_the_agent(
         given: dict[str, Any] = (
             {"git_repo": over_ssh.url("demo"), "ssh_key": Secret(key_pair().openssh)}
             if way == "ssh"
-            else {"git_repo": over_http.url("demo"), "git_token": Secret(TOKEN)}
+            else {"git_repo": over_http.url("demo"), "git_token": GitToken.parse(TOKEN)}
         )
         script = agent(planting(evidence / "trap", given["git_repo"].rpartition("/")[0]))
 

@@ -1,4 +1,4 @@
-# The secrets themselves; their values are versions that ../create-secrets.sh adds, so none is in the state.
+# The secrets themselves; their values are versions that ../../create-secrets.sh adds, so none is in the state.
 
 resource "google_secret_manager_secret" "secret" {
   for_each = var.worker_secrets

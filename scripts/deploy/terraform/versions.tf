@@ -1,5 +1,5 @@
-# The deployment of ccrun on Google Cloud: the same as the scripts of the folder above make, for those who keep theirs in Terraform.
-# Take one of the two. Images are built by ../build-and-push.sh; the values of secrets are put in by ../create-secrets.sh or by hand, so that
+# The deployment of ccrun on Google Cloud: the same as the scripts in scripts/ make, for those who keep theirs in Terraform.
+# Take one of the two. Images are built by ../../build-and-push.sh; the values of secrets are put in by ../../create-secrets.sh or by hand, so that
 # none of them is in the state.
 #
 # There is no .terraform.lock.hcl: it was written where no provider could be had. `terraform init` makes one: keep it.

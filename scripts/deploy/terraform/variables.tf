@@ -76,7 +76,7 @@ variable "artifact_repository" {
 }
 
 variable "image_tag" {
-  description = "The tag of the images, as ../build-and-push.sh prints it."
+  description = "The tag of the images, as ../../build-and-push.sh prints it."
   type        = string
 }
 
