@@ -1,6 +1,6 @@
 """The port to object storage: bytes under names, with generations.
 
-Defines what an adapter must do. Nothing here knows what an object means. A name cannot lead out of the root.
+Defines what an adapter must do. Nothing here knows what an object means.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @attrs.frozen
 class Blob:
-    """The content of an object, and the generation that it was read at."""
+    """The content of an object, and its generation."""
 
     content: bytes = attrs.field(repr=False)
     generation: int
@@ -30,7 +30,7 @@ class Blob:
 
 @attrs.frozen
 class BlobInfo:
-    """An object as a listing shows it."""
+    """An object in a listing."""
 
     name: str
     generation: int
@@ -38,65 +38,83 @@ class BlobInfo:
 
 
 class Blobs(Protocol):
-    """What the store needs of a place to keep objects.
+    """An object storage.
 
-    An adapter owes:
+    An adapter must guarantee:
 
-    - A write is all or nothing: no reader ever sees a part of it.
-    - `create` succeeds for one of any number of callers; the others get `BlobExists`.
-    - `replace` succeeds only on the generation it names (`BlobChanged` otherwise), and each write makes a new one.
-    - Whoever read after a write ended sees that write (strong consistency), in contents and in listings.
+    - A write is atomic: no reader sees a part of it.
+    - `create` succeeds for one of several concurrent callers; the others get `BlobExists`.
+    - `replace` succeeds only for the given generation (otherwise `BlobChanged`), and each write creates a new generation.
+    - Reads and listings after a write see that write (strong consistency).
     - A listing is in the order of the names' UTF-8 bytes.
-    - `create_from` keeps only a part of the file in memory, and is done with it when the call ends, however it ends.
-    - A call that fails for want of the storage raises `StorageError` after a bounded time, with a sentence that shows no
-      local path.
+    - `create_from` holds only a part of the file in memory, and does not use it after the call, even when it is cancelled.
+    - When the storage fails, a call raises `StorageError` within a bounded time; the message has no local path.
     """
 
     async def read(self, name: str) -> Blob:
-        """Return the object. Raises `BlobNotFound`."""
+        """Return an object.
+
+        Raises:
+            BlobNotFound: There is no such object.
+        """
         ...
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
-        """Write a new object and return its generation. Raises `BlobExists`."""
+        """Write a new object and return its generation.
+
+        Raises:
+            BlobExists: There is an object with this name.
+        """
         ...
 
     async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
-        """Write a new object of what a file holds from its present place on, and return its generation.
+        """Write a new object from the rest of a file, and return its generation.
 
         Args:
-            name: Its name.
-            file: Buffered, and able to go back, as `open(…, "rb")` gives it.
-            size: Bytes that are left in the file.
+            file: Buffered and seekable, as `open(…, "rb")` returns it.
+            size: The bytes that are left in the file.
 
         Raises:
-            BlobExists: There is an object of that name.
-            FileUnreadable: The file cannot be read, or has another size than that. Then there is no object.
+            BlobExists: There is an object with this name.
+            FileUnreadable: The file cannot be read, or has another size. No object is written.
         """
         ...
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
-        """Write over that generation of the object and return the new one. Raises `BlobChanged`, also when it is gone."""
+        """Replace this generation of an object, and return the new one.
+
+        Raises:
+            BlobChanged: The object has another generation, or does not exist.
+        """
         ...
 
     async def delete(self, name: str) -> None:
-        """Remove the object; that there is none is no error."""
+        """Delete an object, if it exists."""
         ...
 
     async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
-        """Return the first `limit` objects whose names begin with `prefix`, are above `after` and below `before`."""
+        """Return the first `limit` objects whose names start with `prefix` and sort after `after` and before `before`."""
         ...
 
     def url(self, name: str) -> str:
-        """Return where a person or another program finds that object."""
+        """Return the URL of an object."""
         ...
 
     async def check(self) -> None:
-        """Raise `StorageError` when objects cannot be written and read now."""
+        """Check that objects can be written and read.
+
+        Raises:
+            StorageError: They cannot.
+        """
         ...
 
 
 def check_name(name: str) -> str:
-    """Return the name, or raise `ValueError` when it could lead out of the root or into what an adapter keeps there."""
+    """Return the name of an object.
+
+    Raises:
+        ValueError: It leads out of the root, or into what an adapter has there.
+    """
     segments = name.split("/")
     if (
         any(segment in ("", ".", "..") for segment in segments)
@@ -109,7 +127,10 @@ def check_name(name: str) -> str:
 
 
 def read_piece(file: BinaryIO, size: int, *, is_last: bool) -> bytes:
-    """Return the next bytes of a file, all of them; nothing may follow the last ones.
+    """Return the next `size` bytes of a file.
+
+    Args:
+        is_last: Whether the file must end after them.
 
     Raises:
         FileUnreadable: The file is shorter or longer, or cannot be read.
@@ -124,10 +145,10 @@ def read_piece(file: BinaryIO, size: int, *, is_last: bool) -> bytes:
 
 
 async def run_in_thread(work: Callable[[], T], *, give_up: Callable[[], None] = lambda: None) -> T:
-    """Run what blocks in a thread, and be back only when it has ended, also when cancelled: what it uses is free again.
+    """Run blocking work in a thread. Return only when it has ended, even when cancelled, so that it no longer uses anything.
 
     Args:
-        work: What blocks.
+        work: The blocking call.
         give_up: Called when cancelled, to make the work end soon.
     """
     working = asyncio.ensure_future(asyncio.to_thread(work))

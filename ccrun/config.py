@@ -1,6 +1,6 @@
-"""The environment to a `Config`: every setting with its type, its default and its range.
+"""All settings, from environment variables: their types, defaults and ranges.
 
-The only reader of `os.environ`. It checks the form of values alone: no file is opened and no service asked.
+The only module that reads `os.environ`. It checks the form of values only; it opens no file and calls no service.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ import environ
 from ccrun.errors import ConfigError
 from ccrun.task import PERMISSION_MODES, TASK_ID_PATTERN, Secret, TaskId
 
-#: `MAX_TIMEOUT_MINUTES` up to a day: agents that work for longer are better started again.
+#: Minutes: the upper limit of `MAX_TIMEOUT_MINUTES`, a day.
 LONGEST_TIMEOUT_MINUTES: Final = 24 * 60.0
 DEFAULT_MAX_TIMEOUT_MINUTES: Final = 60.0
 DEFAULT_REQUEST_BYTES: Final = 10 * 1024 * 1024
-#: A body is held in memory several times over while it is checked and sealed.
+#: Bytes: the upper limit of `MAX_REQUEST_BYTES`. Several copies of a body are in memory while it is validated and sealed.
 LARGEST_REQUEST_BYTES: Final = 100 * 1024 * 1024
-#: Shorter tokens can be guessed: 16 hexadecimal digits are 64 bits.
+#: Shorter tokens can be guessed. 16 hexadecimal digits have 64 bits.
 MIN_API_TOKEN_CHARS: Final = 16
-#: So much of a wrong value is shown.
+#: Characters of an invalid value that its error shows.
 MAX_SHOWN_CHARS: Final = 60
 
 
 class Backend(enum.StrEnum):
-    """Where objects, keys and executions live."""
+    """Where objects, keys and executions are."""
 
     LOCAL = "local"
     GCP = "gcp"
 
 
 class LogFormat(enum.StrEnum):
-    """How a log line is spelled."""
+    """The format of log lines."""
 
     JSON = "json"
     CONSOLE = "console"
 
 
-# --- how values are read: each returns the value, or raises ValueError with what "must be …" needs to be said ------------
+# --- parsers: each returns the value, or raises ValueError with what follows "must be" -----------------------------------
 
 
 def _word(value: str) -> str:
@@ -58,7 +58,7 @@ def _word(value: str) -> str:
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def read(value: str) -> int:
-        # Longer literals would only be beyond every range here, and int() is slow on them.
+        # Longer literals are out of every range, and int() is slow for them.
         if not re.fullmatch(r"[0-9]{1,12}", value) or not low <= int(value) <= high:
             raise ValueError(f"a whole number from {low} to {high}")
         return int(value)
@@ -120,7 +120,7 @@ def _hosts(value: str) -> tuple[str, ...]:
 
 
 def _tools(value: str) -> tuple[str, ...]:
-    """Split at the commas that stand outside parentheses: `Bash(git log:*, git diff:*),Read` names two tools."""
+    """Split at the commas outside parentheses: `Bash(git log:*, git diff:*),Read` is two tools."""
     tools, depth = [""], 0
     for char in value:
         depth += (char == "(") - (char == ")")
@@ -131,7 +131,7 @@ def _tools(value: str) -> tuple[str, ...]:
         else:
             tools[-1] += char
     tools = [tool.strip() for tool in tools if tool.strip()]
-    # A dash at the start would make an option of it on the command line of the CLI.
+    # A leading hyphen would make it an option of the CLI.
     if depth != 0 or not all(re.fullmatch(r"(?!-)[^\x00-\x1f\x7f\ud800-\udfff]+", tool) for tool in tools):
         raise ValueError("names of tools separated by commas, with balanced parentheses")
     return tuple(tools)
@@ -180,9 +180,9 @@ def _tokens(value: str) -> tuple[Secret, ...]:
     return tuple(Secret(token) for token in tokens)
 
 
-#: What a service in the cloud need not have itself, since only its workers use it.
+#: Settings that only the workers of a service in the cloud need.
 _WORKER_SECRETS: Final = frozenset({"CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
-#: Their values are never shown, not even wrong ones.
+#: Settings whose values no error shows.
 _SECRET_READERS: Final = (_secret, _credential, _tokens)
 
 
@@ -193,7 +193,7 @@ def _setting(name: str, read: Callable[[str], Any] = _word, *, default: Any = No
         try:
             return read(value)
         except ValueError as error:
-            # A URL can hold a password too.
+            # A URL may contain a password.
             is_secret = read in _SECRET_READERS or "@" in value
             shown = "" if is_secret else f", not {json.dumps(value[:MAX_SHOWN_CHARS])}"
             raise ConfigError(f"{name} must be {error}{shown}.") from None
@@ -210,23 +210,23 @@ def _default_backend(config: Config) -> Backend:
 
 
 def _default_host(config: Config) -> str:
-    return "0.0.0.0" if config.k_service else "127.0.0.1"  # noqa: S104 - Cloud Run guards the door.
+    return "0.0.0.0" if config.k_service else "127.0.0.1"  # noqa: S104 - Cloud Run controls access.
 
 
 def _cores() -> int:
-    """Return how many cores this process may use, which in a container can be fewer than the machine has."""
+    """Return how many cores this process may use: in a container, possibly fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @environ.config(prefix="", frozen=True)
 class Config:
-    """Every setting, checked. `load` makes it."""
+    """All settings, validated. Created by `load`."""
 
-    #: Set by Cloud Run itself: for a service, for a job, for the execution of a job.
+    #: Set by Cloud Run: for a service, for a job, and for an execution.
     k_service: str | None = _setting("K_SERVICE")
     cloud_run_job: str | None = _setting("CLOUD_RUN_JOB")
     cloud_run_execution: str | None = _setting("CLOUD_RUN_EXECUTION")
-    #: Set by whoever launches a worker.
+    #: Set by what launches a worker.
     task_id: TaskId | None = _setting("TASK_ID", _task_id)
     encrypted_payload_path: str | None = _setting("ENCRYPTED_PAYLOAD_PATH")
 
@@ -251,7 +251,7 @@ class Config:
 
     host: str = _setting("HOST", default=attrs.Factory(_default_host, takes_self=True))
     port: int = _setting("PORT", _whole(0, 65535), default=8080)
-    #: Names of settings that the job has and the service, in the cloud, does not: it keeps no secret that it does not use.
+    #: Names of secrets that, in the cloud, the job has and the service does not, since the service does not use them.
     worker_has: frozenset[str] = _setting("CCRUN_WORKER_HAS", _secret_names, default=frozenset())
     api_tokens: tuple[Secret, ...] = _setting("CCRUN_API_TOKENS", _tokens, default=())
     max_request_bytes: int = _setting(
@@ -287,29 +287,30 @@ class Config:
 
     @property
     def operator_has_credential(self) -> bool:
-        """Whether a request may come without a credential for the model API."""
+        """Whether requests need no credential for the model API."""
         mine = self.anthropic_api_key or self.claude_code_oauth_token
         return bool(mine or self._of_workers & {"ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
 
     @property
     def signs_callbacks(self) -> bool:
-        """Whether whoever delivers callbacks has a secret to sign them with."""
+        """Whether the processes that deliver callbacks have a secret to sign them."""
         return bool(self.is_local or self.callback_secret or "CLOUDRUN_CALLBACK_SECRET" in self._of_workers)
 
     @property
     def _of_workers(self) -> frozenset[str]:
-        # On one machine workers have the environment of the service.
+        # On one machine, workers inherit the environment of the service.
         return frozenset() if self.is_local else self.worker_has
 
 
 def load(environment: Mapping[str, str] = os.environ, *, on_terminal: bool | None = None) -> Config:
-    """Return the settings. A variable that is empty or blank counts as not set; blanks around a value are dropped.
+    """Return the settings. An empty or blank variable counts as not set; spaces around a value are removed.
 
     Args:
-        on_terminal: Whether a person reads the log, on a terminal; by default, whether standard output is one.
+        on_terminal: Whether the log goes to a terminal. By default, whether standard output is one.
 
     Raises:
-        ConfigError: One line about the first wrong value: its variable, what is allowed, and the value unless it is a secret.
+        ConfigError: A value is invalid. The message names the variable and what is allowed, and shows the value unless it is a
+            secret.
     """
     values = {name: value.strip() for name, value in environment.items() if value.strip()}
     if on_terminal is None:

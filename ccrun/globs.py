@@ -1,8 +1,9 @@
-"""Which paths of a folder a list of glob patterns names. Pure: it never looks at a disk.
+"""Matching paths of a directory against glob patterns. Pure: it never reads the disk.
 
-The patterns are wcmatch's with GLOBSTAR, DOTGLOB, BRACE, NEGATE, NEGATEALL and CASE. Two things are done here and not by
-wcmatch: a pattern that names a folder means all below it, and `**` is followed step by step, since as one regular expression a
-hostile pattern of a few `**` takes for ever, and a regular expression holds up every thread of the process.
+The syntax is that of wcmatch with GLOBSTAR, DOTGLOB, BRACE, NEGATE, NEGATEALL and CASE. wcmatch expands braces and translates
+single path segments. Segments are matched here one by one, because wcmatch translates a whole pattern to one regular expression,
+whose time multiplies with each `**` (six of them against a path of 60 directories took 38 s); and because a pattern that names a
+directory here means everything below it.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from wcmatch import fnmatch
 
 from ccrun.errors import CcrunError
 
-#: Patterns, once the braces are expanded; wcmatch's own limit.
+#: Patterns after brace expansion: the limit of wcmatch.
 MAX_PATTERNS: Final = 1000
-#: Characters of all of them. Each is looked at for every folder and file, and braces multiply long patterns too.
+#: Characters of all patterns after brace expansion. Each pattern is matched against each path.
 MAX_PATTERN_CHARS: Final = 256 * 1024
-#: Opening braces in one pattern. People write two or three; reading hundreds that are nested takes seconds.
+#: Opening braces in one pattern. Parsing hundreds of nested ones takes seconds.
 MAX_BRACES: Final = 32
 
 _FLAGS: Final = fnmatch.DOTMATCH | fnmatch.CASE | fnmatch.FORCEUNIX
-#: Finds a wildcard that no backslash makes an ordinary character.
+#: A wildcard that is not escaped by a backslash.
 _MAGIC: Final = re.compile(r"(?:[^\\*?\[]|\\.)*+[*?\[]", re.DOTALL)
 
 
 class BadPattern(CcrunError):
-    """A pattern cannot be used. The message goes on from what names the pattern: `may have at most …`."""
+    """A pattern is invalid. The message follows the name of the pattern: `may have at most …`."""
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the patterns that one with braces stands for.
+    """Return the patterns that a pattern with braces expands to.
 
     Raises:
-        BadPattern: It has too many braces, or stands for too many patterns.
+        BadPattern: It has too many braces, or expands to too many patterns.
     """
     if "{" not in pattern:
         return [pattern]
@@ -52,7 +53,11 @@ def expand(pattern: str) -> list[str]:
 
 
 def check_amount(expanded: Sequence[str]) -> None:
-    """Raise `BadPattern` when these are too many patterns, or too long ones."""
+    """Check the number and the total length of patterns.
+
+    Raises:
+        BadPattern: There are too many, or they are too long.
+    """
     if len(expanded) > MAX_PATTERNS or sum(map(len, expanded)) > MAX_PATTERN_CHARS:
         raise BadPattern(
             f"may stand for at most {MAX_PATTERNS} patterns of {MAX_PATTERN_CHARS} characters in all, braces expanded"
@@ -63,21 +68,21 @@ def check_amount(expanded: Sequence[str]) -> None:
 
 
 class _Segment:
-    """What stands between two slashes: a name, or a pattern for names, made ready when it is first needed."""
+    """The part of a pattern between two slashes: a name or a pattern for names, compiled on first use."""
 
     __slots__ = ("_matches", "_text", "name")
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._matches: Callable[[str], object] | None = None
-        #: The one name that it means, unless it has wildcards.
+        #: The only name that it matches, None if it has wildcards.
         self.name = None if _MAGIC.match(text) else re.sub(r"\\(.?)", r"\1", text, flags=re.DOTALL)
 
     def matches(self, name: str) -> bool:
         if self.name is not None:
             return name == self.name
         if self._matches is None:
-            # Its stars never go back (`(?>…)`), so that it takes a time that grows with pattern times name, no faster.
+            # Its stars do not backtrack (`(?>…)`), so that the time is linear in pattern times name.
             ((expression,), _) = fnmatch.translate(self._text, flags=_FLAGS)
             self._matches = re.compile(expression).fullmatch
         return self._matches(name) is not None
@@ -85,11 +90,11 @@ class _Segment:
 
 @attrs.frozen(eq=False)
 class _Pattern:
-    """A pattern without braces. A segment of None is `**`: any number of folders, never the last segment."""
+    """A pattern without braces. A segment of None is `**`: any number of directories. It is never the last segment."""
 
     segments: tuple[_Segment | None, ...]
     takes_away: bool
-    #: Whether a file that it names is meant, and whether all below a folder that it names is.
+    #: Whether it matches files, and whether it matches everything below directories.
     file: bool
     folder: bool
     #: Whether it has no wildcards.
@@ -97,7 +102,7 @@ class _Pattern:
 
 
 def _read(text: str, known: dict[str, _Segment]) -> _Pattern | None:
-    """Return what a pattern means; None for one that names nothing."""
+    """Return the parsed pattern, None for one that matches nothing."""
     takes_away = text.startswith("!")
     text = text.removeprefix("!")
     parts = [part for part in text.split("/") if part not in ("", ".")]
@@ -127,14 +132,14 @@ def _read(text: str, known: dict[str, _Segment]) -> _Pattern | None:
 
 @attrs.frozen(eq=False)
 class Reach:
-    """What the patterns say of one folder: how far each of them has come on the way there."""
+    """The state of the patterns in one directory: which segments have been matched on the way there."""
 
     _steps: tuple[tuple[_Pattern, int], ...]
-    #: Whether everything below is meant, but for what patterns take away.
+    #: Whether everything below matches, except for what negative patterns exclude.
     _is_whole: bool
 
     def enter(self, name: str) -> Reach | None:
-        """Return what they say of a folder in this one; None when nothing in it can be meant."""
+        """Return the state in a subdirectory, None when nothing in it can match."""
         steps: dict[tuple[_Pattern, int], None] = {}
         is_whole = self._is_whole
         for pattern, at in self._steps:
@@ -151,7 +156,7 @@ class Reach:
         return _reach(steps, is_whole=is_whole)
 
     def takes(self, name: str) -> bool:
-        """Whether a file in this folder is meant."""
+        """Return whether a file in this directory matches."""
         taken = self._is_whole
         for pattern, at in self._steps:
             if (pattern.takes_away or not taken) and pattern.file and at + 1 == len(pattern.segments):
@@ -163,7 +168,7 @@ class Reach:
         return taken
 
     def names(self, name: str) -> bool:
-        """Whether a pattern without wildcards names what is in this folder under that name, or leads through it."""
+        """Return whether a pattern without wildcards names this entry of the directory or leads through it."""
         return any(
             pattern.is_plain and not pattern.takes_away and (segment := pattern.segments[at]) and segment.name == name
             for pattern, at in self._steps
@@ -171,7 +176,7 @@ class Reach:
 
 
 def _from(pattern: _Pattern, at: int) -> Iterable[tuple[_Pattern, int]]:
-    """Yield where a pattern may be that has come to a segment: `**` may mean no folder at all."""
+    """Yield the positions of a pattern at a segment: `**` may match no directory at all."""
     yield pattern, at
     if pattern.segments[at] is None:
         yield pattern, at + 1
@@ -179,20 +184,20 @@ def _from(pattern: _Pattern, at: int) -> Iterable[tuple[_Pattern, int]]:
 
 def _reach(steps: Iterable[tuple[_Pattern, int]], *, is_whole: bool) -> Reach | None:
     if is_whole:
-        # Nothing more can be added.
+        # No pattern can add more.
         return Reach(tuple(step for step in steps if step[0].takes_away), is_whole)
     found = tuple(steps)
     return Reach(found, is_whole) if any(not pattern.takes_away for pattern, _ in found) else None
 
 
 class Globs:
-    """Patterns, as paths relative to one folder. Case counts; `*` and `**` match names that begin with a dot.
+    """Patterns for paths relative to one directory. They are case-sensitive; `*` and `**` match names that start with a dot.
 
-    `!pattern` takes away, wherever in the list it stands; patterns that only take away leave everything else. `coverage`,
-    `coverage/` and `coverage/**` mean all below that folder, `*` only means files.
+    `!pattern` excludes, wherever it is in the list; when all patterns exclude, everything else matches. `coverage`,
+    `coverage/` and `coverage/**` match everything below that directory, while `*` matches files only.
 
     Raises:
-        BadPattern: They cannot be used.
+        BadPattern: A pattern is invalid.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
@@ -203,15 +208,15 @@ class Globs:
         known: dict[str, _Segment] = {}
         read = [found for text in expanded if (found := _read(text, known))]
         adds = [pattern for pattern in read if not pattern.takes_away]
-        # Such a pattern means the whole folder: `.`, `**`.
+        # `.` and `**` match the whole directory.
         is_whole = not all(pattern.segments for pattern in adds) or bool(read and not adds)
         is_nothing = not read or not all(pattern.segments for pattern in read if pattern.takes_away)
         steps = (step for pattern in read if pattern.segments for step in _from(pattern, 0))
-        #: What they say of the folder itself; None when they mean nothing in it.
+        #: The state in the directory itself, None when nothing in it can match.
         self.root = None if is_nothing else _reach(steps, is_whole=is_whole)
 
     def matches(self, path: str) -> bool:
-        """Whether a file is meant, named by its path from the folder."""
+        """Return whether a file matches, by its path relative to the directory."""
         *folders, name = path.split("/")
         reach = self.root
         for folder in folders:

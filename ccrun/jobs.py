@@ -1,6 +1,6 @@
-"""The port to what runs workers: start one for a task, cancel it, report its state.
+"""The port to the platform that runs workers: launch one for a task, cancel it, report its state.
 
-Knows task IDs and nothing else about a task; the worker finds the rest in the store.
+Knows the ID of a task and nothing else; the worker reads the rest from the store.
 """
 
 from __future__ import annotations
@@ -13,62 +13,70 @@ from ccrun.task import TaskId
 
 
 class ExecutionState(enum.StrEnum):
-    """What a place that runs workers knows of the worker of a task."""
+    """The state of the execution of a task."""
 
     QUEUED = "queued"
     RUNNING = "running"
-    #: It was started and is over; so it is in the three states that follow, which tell why.
-    ENDED = "ended"
+    #: It has finished, for an unknown reason. The three states below have a reason.
+    FINISHED = "finished"
     OUT_OF_MEMORY = "out_of_memory"
-    #: The place allows no worker to run for so long.
+    #: It was stopped at the time limit of the platform.
     TIMED_OUT = "timed_out"
-    #: By ccrun, or by a person at the place itself.
+    #: By ccrun, or by a person at the platform.
     CANCELLED = "cancelled"
-    #: Nobody here has heard of it: never started, or over for long.
+    #: The platform does not know it: it never started, or finished long ago.
     UNKNOWN = "unknown"
-    #: The place does not answer now.
+    #: The platform does not answer.
     UNREACHABLE = "unreachable"
 
 
 class Jobs(Protocol):
-    """What dispatch and sweep need of a place that runs workers.
+    """A platform that runs workers.
 
-    An adapter owes: `launch` returns when the execution will start or has; a worker started twice for one task does no harm,
-    since the second finds the task taken. `cancel` lets the worker end by itself within 10 s; that there is none is no error,
-    nor that it cannot be reached, since it also sees the cancel in its task's record. `state` says so when it cannot tell.
+    An adapter must guarantee:
+
+    - `launch` returns when the execution has started or will start. A second worker for a task is harmless: it finds the task
+      claimed.
+    - `cancel` gives the worker 10 s to stop. It does not fail when there is no worker or it cannot be reached, since the worker
+      also polls its record.
+    - `state` returns `UNREACHABLE` when the platform does not answer.
     """
 
     @property
     def max_running(self) -> int | None:
-        """How many workers may run at once, None when the place sets the bound."""
+        """How many workers may run concurrently, None when the platform has the limit."""
         ...
 
     @property
     def start_timeout(self) -> dt.timedelta | None:
-        """How long a worker may take from its launch until it begins; None when it may wait for as long as it takes."""
+        """How long a worker may take from its launch to its start, None for no limit."""
         ...
 
     def check_capacity(self) -> None:
-        """Raise `Busy` when it is clear already that a launch would find no room; so that no task is made in vain."""
+        """Check that a launch has a chance, before a task is stored.
+
+        Raises:
+            Busy: There is no capacity.
+        """
         ...
 
     async def launch(self, task_id: TaskId) -> str | None:
-        """Start a worker for the task; return the execution's name, when it has one yet.
+        """Start a worker for a task. Return the name of the execution, if it has one yet.
 
         Raises:
-            Busy: There is no room now.
-            LaunchFailed: It cannot be started.
+            Busy: There is no capacity.
+            LaunchFailed: The worker cannot be started.
         """
         ...
 
     async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
-        """Ask the worker of that task to end."""
+        """Ask the worker of a task to stop."""
         ...
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
-        """Return what is known of the worker of that task."""
+        """Return the state of the execution of a task."""
         ...
 
     async def clear(self, task_id: TaskId) -> None:
-        """Remove what a worker that died left behind: processes, files."""
+        """Remove the processes and files that a lost worker has left."""
         ...

@@ -23,11 +23,11 @@ import structlog
 from ccrun.config import LogFormat
 from ccrun.task import TaskId
 
-#: Longer texts are cut: Cloud Logging takes 256 KiB an entry (https://cloud.google.com/logging/quotas), nobody reads as much.
+#: Characters of a text; the rest is cut. Cloud Logging accepts 256 KiB an entry (https://cloud.google.com/logging/quotas).
 MAX_FIELD_CHARS: Final = 16 * 1024
-#: So many lines wait for a reader that is slow; a burst of events is a few hundred.
+#: Lines that wait for a slow reader. A burst of events has a few hundred.
 MAX_WAITING_LINES: Final = 4096
-#: How long the exit of the program may wait for such a reader.
+#: Seconds for which the exit of the program waits for such a reader.
 FLUSH_SECONDS: Final = 1.0
 
 _STDOUT: Final = 1
@@ -41,11 +41,11 @@ _Event = MutableMapping[str, Any]
 
 
 def configure(log_format: LogFormat, level: str, *, fd: int = _STDOUT) -> None:
-    """Log from now on in this format, structlog's events and the standard library's records alike.
+    """Configure structlog and the standard library's logging.
 
     Args:
-        level: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`; what is below is dropped.
-        fd: The file descriptor that lines go to.
+        level: `DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`.
+        fd: The file descriptor for the lines.
     """
     output = _Output(fd)
     chain: list[structlog.typing.Processor] = [
@@ -88,7 +88,7 @@ def configure(log_format: LogFormat, level: str, *, fd: int = _STDOUT) -> None:
 
 @contextlib.contextmanager
 def bound(*, task_id: TaskId | None = None, trace: str | None = None) -> Iterator[None]:
-    """Name the task and the trace in each line that is logged inside, also by tasks that are started there.
+    """Add the task and the trace to each line that is logged in this context, and in asyncio tasks that are started there.
 
     Args:
         trace: As `trace_name` returns it.
@@ -99,10 +99,10 @@ def bound(*, task_id: TaskId | None = None, trace: str | None = None) -> Iterato
 
 
 def trace_name(project_id: str | None, *headers: str | None) -> str | None:
-    """Return the name of the trace that a request belongs to, as Cloud Logging links it with the lines of that request.
+    """Return the name of the trace of a request, by which Cloud Logging groups the lines of that request.
 
     Args:
-        headers: The values of `traceparent` and `X-Cloud-Trace-Context`, either may be missing; the first that is valid counts.
+        headers: The values of `traceparent` and `X-Cloud-Trace-Context`, None for a missing one. The first valid one counts.
     """
     for header in headers:
         # https://www.w3.org/TR/trace-context/#traceparent-header and https://cloud.google.com/trace/docs/trace-context
@@ -126,11 +126,11 @@ class _Output:
         threading.Thread(target=self._write_lines, name="log", daemon=True).start()
 
     def msg(self, line: str) -> None:
-        """Have a line written; it is lost when too many wait already."""
+        """Write a line in the background. It is dropped when too many lines wait."""
         if self._lines.qsize() < MAX_WAITING_LINES:
             self._lines.put(f"{line}\n".encode("utf-8", "backslashreplace"))
 
-    # structlog calls the method that is named after the level.
+    # structlog calls the method with the name of the level.
     debug = info = warning = error = critical = msg
 
     def flush(self) -> None:
@@ -140,7 +140,7 @@ class _Output:
         written.wait(FLUSH_SECONDS)
 
     def close(self) -> None:
-        """Let the thread end once it has written what waits."""
+        """Stop the thread when all lines are written."""
         self._lines.put(None)
 
     def _write_lines(self) -> None:
@@ -155,7 +155,7 @@ class _Output:
 
 
 class _Records(logging.Handler):
-    """Prints the records of the standard library's loggers. At the exit of Python, that library flushes and closes it."""
+    """Prints the records of the standard library's loggers. At exit, Python flushes and closes it."""
 
     def __init__(self, output: _Output) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Records(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._output.msg(self.format(record))
-        except Exception:  # As every handler of the standard library: whatever is wrong with a record stays here.
+        except Exception:  # A handler of the standard library must not raise.
             self.handleError(record)
 
     def flush(self) -> None:
@@ -176,9 +176,9 @@ class _Records(logging.Handler):
 
 
 def _stack_trace(exc_info: Any) -> str:
-    """Return type, sentence and frames of an exception and of those that led to it, without local variables.
+    """Return the type, message and frames of an exception and its causes, without local variables.
 
-    By hand, since the library looks the source lines up, on the disk, while the loop waits.
+    Implemented here because structlog reads the source lines from the disk, which blocks the event loop.
     """
     chain: list[BaseException] = []
     error: BaseException | None = exc_info[1]
@@ -199,7 +199,7 @@ def _frames(error: BaseException) -> str:
 
 
 def _require_message(_: Any, __: str, event: _Event) -> _Event:
-    """Give records of other libraries, which have only a text, a message in place of an event key."""
+    """Turn the text of other libraries' records, which have no event key, into the message."""
     if "message" not in event:
         event["message"] = event.pop("event", "")
     return event
@@ -212,7 +212,7 @@ def _json_line(_: Any, method: str, event: _Event) -> str:
         line["event"] = _shown(event.pop("event"))
     if "exception" in event:
         line["stack_trace"] = event.pop("exception")
-    # A field of a caller's may not take the place of one of ours.
+    # Fields of the event must not replace these.
     line = {**line, **event, **line}
     line = {name: _cut(value) if isinstance(value, str) else value for name, value in line.items()}
     try:
@@ -228,18 +228,18 @@ def _json(line: _Event) -> str:
 def _shown(value: object) -> str:
     try:
         return _cut(value if isinstance(value, str) else repr(value))
-    except Exception:  # The repr of somebody else's class may raise anything.
+    except Exception:  # A `__repr__` may raise any exception.
         return f"<{type(value).__name__}>"
 
 
 def _cut(text: str) -> str:
-    """Cut a long text in its middle: a stack trace begins with where it happened, and ends with what."""
+    """Cut a long text in the middle: a stack trace has the place at its start and the exception at its end."""
     half = MAX_FIELD_CHARS // 2
     return text if len(text) <= MAX_FIELD_CHARS else f"{text[:half]} … {text[-half:]}"
 
 
 def _plain(_: Any, __: str, event: _Event) -> _Event:
-    """Let no text from outside move the cursor of a terminal, or pass for another line."""
+    """Escape control characters, so that no text can move the cursor of a terminal or look like another line."""
     escaped = {name: _CONTROL_CHARACTER.sub(_escape, _shown(value)) for name, value in event.items()}
     if "exception" in escaped:
         escaped["exception"] = escaped["exception"].replace(r"\n", "\n")

@@ -1,7 +1,7 @@
 """Envelope encryption: sealing, and the port to a key service. `ccrun.unseal` opens envelopes.
 
-Each task has a fresh 256-bit data key, wrapped by a key service. AES-256-GCM under that key has the task's ID and the purpose as
-associated data, so that an envelope copied to another task, or to another place of the same task, does not open.
+Each task has its own 256-bit data key, wrapped by a key service. AES-256-GCM with that key has the task ID and the purpose as
+associated data, so that an envelope does not open for another task or another purpose.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ccrun.task import TaskId
 
-#: The first bytes of every envelope: the format's name and its version.
+#: The first bytes of an envelope: the name and the version of the format.
 MAGIC: Final = b"ccrun\x01"
 KEY_BYTES: Final = 32
-#: NIST SP 800-38D, 5.2.1.1: 96 bits is the length of choice. Random nonces are safe for far more than a key's two seals.
+#: 96 bits, as NIST SP 800-38D, 5.2.1.1 recommends. Each key seals two texts; random nonces are safe for far more.
 NONCE_BYTES: Final = 12
-#: A wrapped key's length stands in two bytes; what Cloud KMS returns for 32 bytes is near 120.
+#: The length of the wrapped key takes two bytes. Cloud KMS returns about 120 bytes for 32.
 LENGTH_BYTES: Final = 2
 
 #: An envelope: `MAGIC`, the wrapped key's length, the wrapped key, the nonce, the ciphertext with its tag.
@@ -29,41 +29,48 @@ Sealed = NewType("Sealed", bytes)
 
 
 class Purpose(enum.StrEnum):
-    """What is sealed; part of the associated data."""
+    """What an envelope is for; part of the associated data."""
 
     PAYLOAD = "payload"
     CALLBACK_URL = "callback-url"
 
 
 class KeyWrapper(Protocol):
-    """What sealing needs of a key service.
+    """A key service.
 
-    An adapter owes: `unwrap(wrap(key)) == key`; what was not wrapped by the same key, or was changed, raises `SealError`;
-    a service that does not answer raises `KeyServiceError` after a bounded time.
+    An adapter must guarantee:
+
+    - `unwrap(wrap(key)) == key`.
+    - `unwrap` raises `SealError` for bytes that were changed or wrapped by another key.
+    - When the service fails, a call raises `KeyServiceError` within a bounded time.
     """
 
     async def wrap(self, key: bytes) -> bytes:
-        """Return the data key, encrypted."""
+        """Return a data key, encrypted."""
         ...
 
     async def unwrap(self, wrapped: bytes) -> bytes:
-        """Return the data key."""
+        """Return a data key that `wrap` has encrypted."""
         ...
 
     async def check(self) -> None:
-        """Raise `KeyServiceError` when keys cannot be wrapped now."""
+        """Check that keys can be wrapped.
+
+        Raises:
+            KeyServiceError: They cannot.
+        """
         ...
 
 
 @attrs.frozen(kw_only=True)
 class DataKey:
-    """A task's own key, in the clear and wrapped. Lives as long as the request that it was made for."""
+    """The data key of a task, in plain text and wrapped."""
 
     plain: bytes = attrs.field(repr=False)
     wrapped: bytes = attrs.field(repr=False)
 
     async def seal(self, plaintext: bytes, *, task_id: TaskId, purpose: Purpose) -> Sealed:
-        """Return the envelope that only `unseal` with the same task ID and purpose opens."""
+        """Return an envelope that opens only for this task and purpose."""
         nonce = secrets.token_bytes(NONCE_BYTES)
         ciphertext = await asyncio.to_thread(
             AESGCM(self.plain).encrypt, nonce, plaintext, associated_data(task_id, purpose)
@@ -73,11 +80,12 @@ class DataKey:
 
 
 async def new_data_key(wrapper: KeyWrapper) -> DataKey:
-    """Make a fresh key, with one call of the key service."""
+    """Return a new data key, with one call of the key service."""
     plain = AESGCM.generate_key(KEY_BYTES * 8)
     return DataKey(plain=plain, wrapped=await wrapper.wrap(plain))
 
 
 def associated_data(task_id: TaskId, purpose: Purpose) -> bytes:
-    # A task ID has no slash, so no two pairs give the same bytes.
+    """Return the associated data of an envelope."""
+    # A task ID has no slash, so different pairs give different bytes.
     return f"{task_id}/{purpose}".encode()

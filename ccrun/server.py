@@ -1,7 +1,4 @@
-"""The service: the API, the place where its workers run and, on the local backend, the sweep, in one process.
-
-The composition root of the API wing: the only place that knows both it and the sweep.
-"""
+"""`ccrun serve` and `ccrun sweep`: builds the API, its workers and, on the local backend, the sweep in the same process."""
 
 from __future__ import annotations
 
@@ -37,17 +34,17 @@ from ccrun.sweep import Sweeper
 
 log = structlog.get_logger()
 
-#: Seconds between two looks at tasks that died; one whose worker this service started is looked at when it ends.
+#: Seconds between two sweeps. The exit of a worker that this service has started causes one immediately.
 SWEEP_SECONDS: Final = 5.0
-#: Seconds that answers under way have at shutdown, after the streams have ended.
+#: Seconds that responses have at shutdown, after the streams are closed.
 SHUTDOWN_SECONDS: Final = 1.0
-#: Seconds. A folder can be looked at this often; `POLL_SECONDS` is the bound for when nothing happens.
+#: Seconds between two polls of a local directory while a task is active. `POLL_SECONDS` is the maximum while it is idle.
 LEAST_LOCAL_POLL_SECONDS: Final = 0.05
-#: Seconds. A worker in the cloud writes a chunk a second, and each look is a call that is paid for.
+#: Seconds between two polls in the cloud, where a worker writes one chunk a second and each poll is billed.
 LEAST_CLOUD_POLL_SECONDS: Final = 0.5
-#: Of a service that has no secret to sign with.
+#: The error of requests with a callback when there is no secret to sign it.
 UNSIGNED_CALLBACKS: Final = "Callbacks are not configured (missing CLOUDRUN_CALLBACK_SECRET)"
-#: Connections that wait to be accepted: a burst of clients is no reason to turn them away.
+#: Connections that wait to be accepted, for bursts of clients.
 BACKLOG: Final = 1024
 
 
@@ -55,9 +52,9 @@ async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        CcrunError: The service cannot start, with the reason for a person.
+        CcrunError: The service cannot start.
     """
-    # The agents of the local backend run as the same user; they must not read the operator's key here.
+    # Agents of the local backend run as the same user; they must not read the operator's key in this process.
     linux.harden()
     async with serving(config, environment()) as address:
         log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)
@@ -77,18 +74,18 @@ async def serve(config: Config) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(config: Config, worker_environment: Mapping[str, str]) -> AsyncIterator[str]:
-    """Serve while the context lasts; gives the base URL.
+    """Serve while the context is open. Yield the base URL.
 
     Args:
-        worker_environment: The environment that `config` was made of, for the workers.
+        worker_environment: The environment variables of the workers, from which `config` was loaded.
 
     Raises:
         CcrunError: The service cannot start.
     """
-    # Set when there is something to settle or to deliver at once.
-    news = asyncio.Event()
-    async with open_backend(config) as backend, _open_jobs(config, worker_environment, news.set) as jobs:
-        app = make_app(_deps(config, backend, jobs, news))
+    # Set when a sweep should run immediately.
+    sweep_needed = asyncio.Event()
+    async with open_backend(config) as backend, _open_jobs(config, worker_environment, sweep_needed.set) as jobs:
+        app = make_app(_deps(config, backend, jobs, sweep_needed))
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
         await runner.setup()
         try:
@@ -117,7 +114,7 @@ async def _open_jobs(
             yield executions
         return
     subprocesses = SubprocessJobs(
-        # -P: what lies in the folder where the service was started is not imported.
+        # -P: modules in the current directory are not imported.
         command=(sys.executable, "-P", "-m", "ccrun.worker"),
         environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
         sign_of_life=functools.partial(pid_file, config.data_dir),
@@ -130,13 +127,13 @@ async def _open_jobs(
 
 
 async def sweep_once(config: Config) -> None:
-    """Settle what died and deliver what is owed, once.
+    """Settle lost tasks and deliver owed callbacks, once.
 
     Raises:
         CcrunError: The storage does not answer.
     """
     async with open_backend(config) as backend, _open_jobs(config, environment(), lambda: None) as jobs:
-        # Without a service there is nobody to keep the bound on workers at once, so none is started.
+        # No worker is started: without the service, nothing limits their number.
         report = await _sweeper(backend, jobs, restarts_pending=False).sweep()
     log.info("sweep_finished", message="Sweep finished", **attrs.asdict(report))
 
@@ -148,11 +145,11 @@ def _sweeper(backend: OpenBackend, jobs: Jobs, *, restarts_pending: bool) -> Swe
     return Sweeper(store=backend.store, jobs=jobs, callbacks=callbacks, restarts_pending=restarts_pending)
 
 
-def _deps(config: Config, backend: OpenBackend, jobs: Jobs, news: asyncio.Event) -> ApiDependencies:
+def _deps(config: Config, backend: OpenBackend, jobs: Jobs, sweep_needed: asyncio.Event) -> ApiDependencies:
     @contextlib.asynccontextmanager
     async def sweeping() -> AsyncIterator[None]:
         sweeper = _sweeper(backend, jobs, restarts_pending=True)
-        sweep = asyncio.create_task(sweeper.run_forever(every_seconds=SWEEP_SECONDS, sooner=news))
+        sweep = asyncio.create_task(sweeper.run_forever(every_seconds=SWEEP_SECONDS, sooner=sweep_needed))
         try:
             yield
         finally:
@@ -164,7 +161,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, news: asyncio.Event)
         store=backend.store,
         jobs=jobs,
         wrapper=backend.wrapper,
-        dispatcher=Dispatcher(store=backend.store, jobs=jobs, wrapper=backend.wrapper, callback_owed=news.set),
+        dispatcher=Dispatcher(store=backend.store, jobs=jobs, wrapper=backend.wrapper, callback_owed=sweep_needed.set),
         feed=Feed(
             backend.store,
             PollPolicy(min_seconds=min(least_poll, config.poll_seconds), max_seconds=config.poll_seconds),
@@ -182,7 +179,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, news: asyncio.Event)
         max_request_bytes=config.max_request_bytes,
         project_id=config.project_id,
         backend=config.backend,
-        # In the cloud the API neither decrypts nor calls receivers: the sweep runs under the worker's identity.
+        # In the cloud the API neither decrypts nor calls receivers; the sweep runs with the identity of the worker.
         companions=[sweeping] if config.is_local else [],
         unavailable=missing_setting(config),
         callbacks_unavailable=None if config.signs_callbacks else UNSIGNED_CALLBACKS,
@@ -203,12 +200,12 @@ async def _listen(runner: web.AppRunner, config: Config) -> None:
         where = f"port {config.port} on {config.host}"
         match error.errno:
             case errno.EADDRINUSE:
-                fault = f"{where} is in use: stop what listens there, or set PORT to a free one"
+                reason = f"{where} is in use: stop what listens there, or set PORT to a free one"
             case errno.EACCES:
-                fault = f"{where} may not be used by this user: set PORT to one above 1023"
+                reason = f"{where} may not be used by this user: set PORT to one above 1023"
             case _:
-                fault = f"{where} cannot be listened on ({error.strerror}): set HOST to an address of this machine"
-        raise CcrunError(f"ccrun cannot start: {fault}.") from None
+                reason = f"{where} cannot be listened on ({error.strerror}): set HOST to an address of this machine"
+        raise CcrunError(f"ccrun cannot start: {reason}.") from None
 
 
 async def _told_to_end() -> None:

@@ -1,7 +1,6 @@
-"""Gives a task whose execution ended without a final record its end.
+"""Settling: writing the final record of a task whose execution is lost.
 
-Both the API, when it comes upon such a task, and the sweep, which looks for them, call this; it neither opens a payload nor calls
-a receiver.
+The API settles a task when a client reads it, a sweep settles all. Neither opens a payload nor calls a receiver here.
 """
 
 from __future__ import annotations
@@ -15,27 +14,27 @@ from ccrun.lifecycle import failed_outcome, finish
 from ccrun.store import Store
 from ccrun.task import EXIT_KILLED, EXIT_TIMEOUT, Outcome, Reason, Status, TaskRecord
 
-_NEVER_BEGAN: Final = failed_outcome(Reason.LAUNCH_FAILED, "The worker ended before it began the task.")
-_OVERDUE: Final = failed_outcome(Reason.LAUNCH_FAILED, "The worker was launched, but did not begin the task in time.")
-_LOST: Final = failed_outcome(Reason.WORKER_LOST, "The worker was lost before the task ended.")
-#: How a task that runs ends when its execution is over.
+_NEVER_BEGAN: Final = failed_outcome(Reason.LAUNCH_FAILED, "The worker exited before it started the task.")
+_OVERDUE: Final = failed_outcome(Reason.LAUNCH_FAILED, "The worker was launched, but did not start the task in time.")
+_LOST: Final = failed_outcome(Reason.WORKER_LOST, "The worker was lost before the task finished.")
+#: The outcome of a running task, by the state of its execution.
 _OVER: Final[Mapping[ExecutionState, Outcome]] = {
-    ExecutionState.ENDED: _LOST,
+    ExecutionState.FINISHED: _LOST,
     ExecutionState.OUT_OF_MEMORY: failed_outcome(
         Reason.OUT_OF_MEMORY, "The task needed more memory than its worker has.", EXIT_KILLED
     ),
     ExecutionState.TIMED_OUT: failed_outcome(
-        Reason.TIMEOUT, "The platform ended the worker, which had run for as long as it may.", EXIT_TIMEOUT
+        Reason.TIMEOUT, "The platform stopped the worker at its time limit.", EXIT_TIMEOUT
     ),
-    ExecutionState.CANCELLED: failed_outcome(Reason.KILLED, "The worker was ended at the platform.", EXIT_KILLED),
+    ExecutionState.CANCELLED: failed_outcome(Reason.KILLED, "The worker was stopped at the platform.", EXIT_KILLED),
 }
 
 
 def lost_outcome(status: Status, state: ExecutionState, *, is_overdue: bool = False) -> Outcome | None:
-    """Return how a task in that status ends when its execution is in that state; None when it may still end by itself.
+    """Return the outcome of a task whose execution is lost, None when the worker may still finish it.
 
     Args:
-        is_overdue: It waits for longer than the place takes to start a worker.
+        is_overdue: Whether the task waits for longer than the platform needs to start a worker.
     """
     match status:
         case Status.PENDING:
@@ -58,7 +57,7 @@ async def settle(store: Store, jobs: Jobs, record: TaskRecord, *, delete_payload
 
     Raises:
         StorageError: The storage does not answer.
-        TaskNotFound: The task is gone.
+        TaskNotFound: There is no such task.
     """
     if record.status.is_final:
         return record
@@ -70,7 +69,7 @@ async def settle(store: Store, jobs: Jobs, record: TaskRecord, *, delete_payload
         return record
 
     def end(present: TaskRecord) -> TaskRecord:
-        # The record was read before the execution's state was: the worker may have begun or ended the task in between.
+        # The record is older than the state of the execution: the worker may have started or finished the task in between.
         return finish(present, outcome, at=dt.datetime.now(dt.UTC)) if present.status is record.status else present
 
     settled = await store.update(record.task_id, end, delete_payload=delete_payload)

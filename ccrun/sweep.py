@@ -1,7 +1,6 @@
-"""Settles the tasks that died and delivers the callbacks that are owed.
+"""The sweep: settles lost tasks and delivers owed callbacks.
 
-Safe to run at any time and any number at once: every step is a swap on the record, and what another sweep did first is left
-alone.
+Any number of sweeps may run at any time: each step is a compare-and-swap on the record, which one of them wins.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from ccrun.task import CallbackState, Status, TaskRecord
 
 log = structlog.get_logger()
 
-#: A birth takes well under a second, and two minutes when each of its writes is tried to the end of its patience; what has
-#: no record after this long was left by a process that died.
+#: A submission takes less than a second, or two minutes when all of its writes are retried. A mark that has no record after
+#: this time was left by a process that was killed.
 INCOMPLETE_TASK_AGE: Final = dt.timedelta(minutes=5)
-#: Tasks looked at side by side, so that one receiver that does not answer holds up few others.
+#: Tasks that are processed concurrently, so that a receiver that does not answer delays few others.
 PARALLEL_TASKS: Final = 20
-#: Sweeps at once, most of which only wait for receivers.
+#: Concurrent sweeps, most of which wait for receivers.
 MAX_PARALLEL_SWEEPS: Final = 10
 
 
 @attrs.frozen(kw_only=True)
 class SweepReport:
-    """What one sweep did: how many tasks it settled, started, and how many callbacks it delivered, failed to deliver."""
+    """How many tasks one sweep has settled and started, and how many callbacks it has delivered and failed to deliver."""
 
     settled: int = 0
     started: int = 0
@@ -54,27 +53,27 @@ class SweepReport:
 
 @attrs.frozen(kw_only=True)
 class Sweeper:
-    """Looks at every task that is not over or owes its callback."""
+    """Processes all active tasks."""
 
     store: Store
     jobs: Jobs
     callbacks: OwedCallbacks
-    #: Whether a pending task of which the place that runs workers knows nothing is launched once more.
+    #: Whether a pending task without an execution is launched again.
     restarts_pending: bool
     incomplete_age: dt.timedelta = INCOMPLETE_TASK_AGE
 
     async def sweep(self) -> SweepReport:
-        """Look at all of them once."""
+        """Process all active tasks once."""
         marks = await self.store.active()
         records = await self.store.records([mark.task_id for mark in marks])
         gate = asyncio.Semaphore(PARALLEL_TASKS)
         found = zip(marks, records, strict=True)
-        # The oldest first: queued tasks that nobody started are started in the order in which they came.
+        # The oldest first: pending tasks are launched in the order of their submission.
         oldest_first = sorted(found, key=lambda pair: pair[1].created_at if pair[1] else pair[0].since)
         return sum(await asyncio.gather(*(self._guarded(gate, *pair) for pair in oldest_first)), SweepReport())
 
     async def _guarded(self, gate: asyncio.Semaphore, mark: ActiveTask, record: TaskRecord | None) -> SweepReport:
-        """One task that cannot be swept now, for whatever reason, must not keep the others from it."""
+        """Process one task. Its failure must not affect the others."""
         async with gate:
             try:
                 return await (self._remove_incomplete(mark) if record is None else self._look(record))
@@ -95,7 +94,7 @@ class Sweeper:
         if not record.status.is_final:
             # The payload of a task with a callback is deleted below, before the callback is claimed.
             present = await settle(self.store, self.jobs, record, delete_payload=record.webhook is None)
-            if await self._is_forgotten(present):
+            if await self._has_no_execution(present):
                 await self.jobs.launch(present.task_id)
                 report += SweepReport(started=1)
             if present.status.is_final:
@@ -107,11 +106,11 @@ class Sweeper:
         if not record.status.is_final:
             return report
         if not record.owes_callback:
-            # Whoever wrote the final record died before the mark was gone.
+            # The process that wrote the final record was killed before it deleted the mark.
             await self.store.delete_leftovers(record.task_id)
             return report
         if lifecycle.is_callback_due(record, at=dt.datetime.now(dt.UTC)):
-            # Its removal may have failed, and a receiver may be out of reach for a month.
+            # Deleting it may have failed, and the callback may be retried for a month.
             await self.store.delete_payload(record.task_id)
             claimed = await self.callbacks.claim(record.task_id)
             if claimed is not None:
@@ -120,22 +119,22 @@ class Sweeper:
                 report += SweepReport(delivered=1) if delivered else SweepReport(undelivered=1)
         return report
 
-    async def _is_forgotten(self, record: TaskRecord) -> bool:
-        """Return whether the task waits in the queue of a service that is gone."""
+    async def _has_no_execution(self, record: TaskRecord) -> bool:
+        """Return whether the task was in the queue of a service that has exited."""
         if record.status is not Status.PENDING or not self.restarts_pending:
             return False
         return await self.jobs.state(record.task_id, record.execution_name) is ExecutionState.UNKNOWN
 
     async def _remove_incomplete(self, mark: ActiveTask) -> SweepReport:
-        """Remove what a submission left that died before its record was written; nobody was told of that task."""
+        """Delete what a submission has left whose process was killed before it wrote the record. No client knows that task."""
         if dt.datetime.now(dt.UTC) - mark.since > self.incomplete_age:
             await self.store.delete_leftovers(mark.task_id)
         return SweepReport()
 
     async def run_forever(self, *, every_seconds: float, sooner: asyncio.Event) -> None:
-        """Sweep until cancelled: every so many seconds, and at once when `sooner` is set.
+        """Sweep until cancelled: at an interval, and immediately when `sooner` is set.
 
-        A receiver that does not answer holds up the sweep that called it, so the next one does not wait for that.
+        A sweep does not wait for the one before it, which may wait for a receiver.
         """
         places = asyncio.Semaphore(MAX_PARALLEL_SWEEPS)
 
@@ -145,7 +144,7 @@ class Sweeper:
             except CcrunError as error:
                 log.warning("sweep_failed", message="Sweep failed", error=error.message)
             except Exception:
-                # Without sweeps nothing would be settled any more, and nobody would see why.
+                # The loop must go on: without sweeps, no lost task would be settled.
                 log.exception("sweep_crashed", message="Unexpected error in a sweep")
             finally:
                 places.release()

@@ -1,4 +1,4 @@
-"""Opening of sealed envelopes. The API must not import this module: only workers and sweeps open envelopes."""
+"""Opening sealed envelopes. The API must not import this module: only workers and sweeps open envelopes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def unseal(wrapper: KeyWrapper, sealed: bytes, *, task_id: TaskId, purpose
     """Return what was sealed, with one call of the key service.
 
     Raises:
-        SealError: The bytes are no envelope of this version, were changed, or belong to another task or purpose.
+        SealError: The bytes are not an envelope of this version, were changed, or belong to another task or purpose.
         KeyServiceError: The key service does not answer.
     """
     wrapped, nonce, ciphertext = _split(sealed)

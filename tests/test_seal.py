@@ -214,7 +214,7 @@ async def test_another_key_does_not_open(tmp_path: Path) -> None:
 async def test_damaged_key_file_is_not_replaced(tmp_path: Path) -> None:
     """A key file of the wrong length is an error that says so; a new key would make all that is sealed unreadable."""
     (tmp_path / "key").write_bytes(b"short")
-    with pytest.raises(KeyServiceError, match="must hold 32 bytes"):
+    with pytest.raises(KeyServiceError, match="must have 32 bytes"):
         await LocalKey(tmp_path / "key").wrap(bytes(32))
     assert (tmp_path / "key").read_bytes() == b"short"
 

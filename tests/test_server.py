@@ -65,7 +65,7 @@ async def test_a_data_folder_that_cannot_be_made_stops_the_start_with_one_senten
     """A file stands where the folder should be."""
     (tmp_path / "data").touch()
     status, _, stderr = await run_ccrun("serve", PORT="0", CCRUN_DATA_DIR=str(tmp_path / "data"))
-    expected = "CCRUN_DATA_DIR must name a folder that is there or can be made: File exists.\n"
+    expected = "CCRUN_DATA_DIR must name a directory that exists or can be created: File exists.\n"
     assert (78, expected) == (status, stderr)
 
 

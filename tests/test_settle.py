@@ -78,10 +78,10 @@ async def born(store: Store, record: TaskRecord) -> TaskRecord:
     return record
 
 
-OVER = (ExecutionState.ENDED, ExecutionState.OUT_OF_MEMORY, ExecutionState.TIMED_OUT, ExecutionState.CANCELLED)
+OVER = (ExecutionState.FINISHED, ExecutionState.OUT_OF_MEMORY, ExecutionState.TIMED_OUT, ExecutionState.CANCELLED)
 VERDICTS = {
     **{(Status.PENDING, state): (Reason.LAUNCH_FAILED, 1) for state in OVER},
-    (Status.RUNNING, ExecutionState.ENDED): (Reason.WORKER_LOST, 1),
+    (Status.RUNNING, ExecutionState.FINISHED): (Reason.WORKER_LOST, 1),
     (Status.RUNNING, ExecutionState.UNKNOWN): (Reason.WORKER_LOST, 1),
     (Status.RUNNING, ExecutionState.OUT_OF_MEMORY): (Reason.OUT_OF_MEMORY, 137),
     (Status.RUNNING, ExecutionState.TIMED_OUT): (Reason.TIMEOUT, 124),
@@ -99,7 +99,7 @@ def test_verdict(status: Status, state: ExecutionState) -> None:
 
 async def test_task_whose_worker_is_lost_ends(store: Store) -> None:
     """A running task whose execution is over is failed: its record says so, its callback is owed, what is left is cleared."""
-    jobs = KnownJobs(ExecutionState.ENDED)
+    jobs = KnownJobs(ExecutionState.FINISHED)
     settled = await settle(store, jobs, await born(store, RUNNING))
     assert (Status.FAILED, Reason.WORKER_LOST, True) == (settled.status, settled.reason, settled.owes_callback)
     assert settled == await store.record(TASK)
@@ -136,7 +136,7 @@ async def test_task_that_is_over_costs_nothing(store: Store) -> None:
 
 async def test_end_that_the_worker_wrote_meanwhile_stands(store: Store) -> None:
     """When the worker ends its task between the look at the record and the look at the execution, that end counts."""
-    jobs = KnownJobs(ExecutionState.ENDED)
+    jobs = KnownJobs(ExecutionState.FINISHED)
     record = await born(store, RUNNING)
     jobs.while_looking = lambda: store.update(TASK, lambda present: finish(present, SUCCESS, at=NOW))
     settled = await settle(store, jobs, record)
@@ -146,12 +146,12 @@ async def test_end_that_the_worker_wrote_meanwhile_stands(store: Store) -> None:
 async def test_many_who_settle_agree(store: Store) -> None:
     """Of ten who settle one task at once one writes the end, and all return it."""
     record = await born(store, RUNNING)
-    settled = await asyncio.gather(*(settle(store, KnownJobs(ExecutionState.ENDED), record) for _ in range(10)))
+    settled = await asyncio.gather(*(settle(store, KnownJobs(ExecutionState.FINISHED), record) for _ in range(10)))
     assert [await store.record(TASK)] * 10 == settled
 
 
 async def test_task_without_callback_is_done_with(store: Store) -> None:
     """A task that is settled and owes nothing is no longer looked at."""
     record = await born(store, attrs.evolve(RUNNING, webhook=None))
-    await settle(store, KnownJobs(ExecutionState.ENDED), record)
+    await settle(store, KnownJobs(ExecutionState.FINISHED), record)
     assert await store.active() == []

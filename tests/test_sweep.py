@@ -193,7 +193,7 @@ async def test_dead_task_is_settled_and_its_callback_delivered(
 ) -> None:
     """One sweep ends a task whose worker is gone, and tells its receiver."""
     await began(sweeper, url=receiver.url)
-    jobs.states[TASK] = ExecutionState.ENDED
+    jobs.states[TASK] = ExecutionState.FINISHED
     assert SweepReport(settled=1, delivered=1) == await sweeper.sweep()
     record = await sweeper.store.record(TASK)
     assert (Reason.WORKER_LOST, CallbackState.DELIVERED, ["t-1"]) == (record.reason, state_of(record), receiver.got)
@@ -319,7 +319,7 @@ async def test_one_bad_task_does_not_keep_the_others(
     """A task that cannot be looked at, for whatever reason, is counted, and all others are swept."""
     for task_id in ("t-0", "t-1", "t-2"):
         await began(sweeper, task_id, receiver.url)
-        jobs.states[TaskId(task_id)] = ExecutionState.ENDED
+        jobs.states[TaskId(task_id)] = ExecutionState.FINISHED
     jobs.states[TASK] = fault
     assert SweepReport(settled=2, delivered=2, failed=1) == await sweeper.sweep()
     assert ["t-0", "t-2"] == sorted(receiver.got)

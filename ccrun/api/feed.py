@@ -1,7 +1,7 @@
-"""Fan-out: one tail a task in this process, however many read it.
+"""The feed: one tail for each task that is followed in this process, for any number of readers.
 
-The tail polls the storage and knows how far the log goes; readers hold cursors and take chunks through the tail, which reads each
-once for all who want it at about the same time. A slow reader slows only itself.
+A tail polls the storage for new chunks. Readers have cursors and get chunks from the tail, which reads each chunk once for all
+readers that need it at about the same time. A slow reader slows only itself.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ccrun.task import TaskId, TaskRecord
 
 log = structlog.get_logger()
 
-#: Bytes of spelled chunks that a tail keeps for its readers; a chunk has about one MiB at the most, but for longer lines.
+#: Bytes of events that a tail caches for its readers. A chunk has at most about 1 MiB, unless it has a longer line.
 WINDOW_BYTES: Final = 8 * 1024 * 1024
-#: Names of chunks that a tail remembers; a reader further back looks its names up again.
+#: Names of chunks that a tail remembers. A reader further back lists them again.
 MAX_NAMES: Final = 5000
-#: A poll comes after this share of the time for which nothing was new, so that a wait is made longer by no more than that.
+#: The interval of polls as a share of the time without a change, so that it delays an event by at most this share.
 IDLE_SHARE: Final = 0.25
-#: Seconds for which a chunk that the storage does not give is asked for again, before the stream breaks off.
+#: Seconds for which reading a chunk is retried before the stream is aborted.
 READ_RETRY_SECONDS: Final = 30.0
 
 
 @attrs.frozen(kw_only=True)
 class PollPolicy:
-    """Bounds of the pause between two polls, and after how long without news a task is settled, in seconds."""
+    """The minimum and maximum interval of polls, and the time without a change after which a task is settled, in seconds."""
 
     min_seconds: float
     max_seconds: float
@@ -45,24 +45,24 @@ class PollPolicy:
 
 @attrs.frozen(kw_only=True)
 class Lines:
-    """Some lines of the log, spelled as events."""
+    """Some lines of the log as events."""
 
     frames: bytes = attrs.field(repr=False)
 
 
 @attrs.frozen(kw_only=True)
 class CaughtUp:
-    """All that was there when the reader came has been read; what follows is live."""
+    """All lines that were stored when the reader connected have been read. What follows is live."""
 
 
 @attrs.frozen(kw_only=True)
 class Idle:
-    """Nothing came for a while."""
+    """There was nothing new for some time."""
 
 
 @attrs.frozen(kw_only=True)
 class Finished:
-    """The task is over and its log has been read to the end."""
+    """The task is final, and its complete log has been read."""
 
     record: TaskRecord
 
@@ -75,37 +75,37 @@ class Feed:
     """The tails of this process."""
 
     def __init__(
-        self, store: Store, pace: PollPolicy, *, settle: Settle | None = None, window_bytes: int = WINDOW_BYTES
+        self, store: Store, policy: PollPolicy, *, settle: Settle | None = None, window_bytes: int = WINDOW_BYTES
     ) -> None:
-        """Follow tasks of this store.
+        """Create the feed of a store.
 
         Args:
-            pace: When a tail polls.
-            settle: Asked about a task of which nothing was heard for `Pace.settle_seconds`: its worker may be gone.
+            policy: How often a tail polls.
+            settle: Called for a task without a change for `PollPolicy.settle_seconds`, since its worker may be lost.
             window_bytes: See `WINDOW_BYTES`.
         """
         self._store = store
-        self._pace = pace
+        self._policy = policy
         self._settle = settle
         self._window_bytes = window_bytes
         self._tails: dict[TaskId, _Tail] = {}
 
     def readers(self, task_id: TaskId) -> int:
-        """Return how many read that task here and now."""
+        """Return the number of readers of a task in this process."""
         tail = self._tails.get(task_id)
         return tail.readers if tail else 0
 
     @contextlib.asynccontextmanager
     async def follow(self, task_id: TaskId, *, after: Cursor | None) -> AsyncIterator[FeedReader]:
-        """Follow a task while the context lasts, from a cursor on, or from the present end with None.
+        """Follow a task while the context is open, after a cursor, or with None from the end of what is stored.
 
         Raises:
-            TaskNotFound: There is none.
-            StorageError: The storage does not answer.
+            TaskNotFound: There is no such task.
+            StorageError: The storage failed.
         """
         tail = self._tails.get(task_id)
         if tail is None:
-            tail = self._tails[task_id] = _Tail(self._store, task_id, self._pace, self._settle, self._window_bytes)
+            tail = self._tails[task_id] = _Tail(self._store, task_id, self._policy, self._settle, self._window_bytes)
         tail.readers += 1
         try:
             await tail.ready()
@@ -118,7 +118,7 @@ class Feed:
 
 
 class FeedReader:
-    """One reader's place in a log."""
+    """One reader of a task."""
 
     def __init__(self, tail: _Tail, after: Cursor | None) -> None:
         self._tail = tail
@@ -127,11 +127,11 @@ class FeedReader:
 
     @property
     def record(self) -> TaskRecord:
-        """The task record, as fresh as the last poll."""
+        """The task record as of the last poll."""
         return self._tail.record
 
     async def items(self, *, idle_seconds: float) -> AsyncIterator[Item]:
-        """Yield what comes, `Finished` last; `Idle` whenever nothing came for so long."""
+        """Yield what is new, `Finished` last, and `Idle` whenever there was nothing for this time."""
         chunk, caught_up = self._cursor.chunk, False
         after_line = self._cursor.line
         while True:
@@ -157,54 +157,54 @@ class FeedReader:
 
 
 class _Tail:
-    """How far the log of one task goes, and its chunks near the places where readers are."""
+    """The end of the log of one task, and its chunks near the positions of its readers."""
 
     record: TaskRecord
 
     def __init__(
-        self, store: Store, task_id: TaskId, pace: PollPolicy, settle: Settle | None, window_bytes: int
+        self, store: Store, task_id: TaskId, policy: PollPolicy, settle: Settle | None, window_bytes: int
     ) -> None:
         self._store = store
         self._settle = settle
         self._task_id = task_id
-        self._pace = pace
+        self._policy = policy
         self._window_bytes = window_bytes
         self.readers = 0
-        #: The last chunk before which none is missing.
+        #: The last chunk without a gap before it.
         self.head = 0
         self.is_over = False
-        #: Set, and replaced by a new one, whenever there is news.
+        #: Set, and replaced by a new event, at each change.
         self.pulse = asyncio.Event()
         self._generation: int | None = None
         self._names: OrderedDict[int, ChunkRef] = OrderedDict()
         self._window: OrderedDict[int, bytes] = OrderedDict()
         self._reads: dict[int, asyncio.Task[bytes]] = {}
-        self._first_look = asyncio.create_task(self._look())
+        self._first_look = asyncio.create_task(self._poll_once())
         self._polling: asyncio.Task[None] | None = None
 
     async def ready(self) -> None:
-        """Wait for the first look at the task; all readers share its outcome."""
+        """Wait for the first poll of the task, whose result all readers share."""
         await asyncio.shield(self._first_look)
         if self._polling is None:
             self._polling = asyncio.create_task(self._poll())
             self._polling.add_done_callback(lambda _: self._tell())
 
     def check(self) -> None:
-        """Raise what ended the polling before the task was over: readers must not wait for news that nobody looks for."""
+        """Raise the exception that has stopped the polling, so that readers do not wait for it."""
         if self._polling is not None and self._polling.done():
             self._polling.result()
 
     async def close(self) -> None:
-        """End all that is under way."""
+        """Cancel all tasks of the tail."""
         tasks = [task for task in (self._first_look, self._polling, *self._reads.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def frames(self, number: int, *, after_line: int = 0) -> bytes:
-        """Return the events of a chunk; nothing for one that is not there, since somebody removed it."""
+        """Return the events of a chunk, none for a chunk that was deleted."""
         if after_line:
-            # Once in a connection at most, so it is not worth keeping.
+            # At most once for each connection, so it is not cached.
             return sse.lines(number, await self._read(number), after_line=after_line)
         if number in self._window:
             self._window.move_to_end(number)
@@ -216,7 +216,7 @@ class _Tail:
 
     async def _spell(self, number: int) -> bytes:
         content = await self._read(number)
-        # In a thread, since a line can have many megabytes.
+        # In a thread, since a line may have many megabytes.
         frames = await asyncio.to_thread(sse.lines, number, content)
         self._window[number] = frames
         while len(self._window) > 1 and sum(map(len, self._window.values())) > self._window_bytes:
@@ -240,17 +240,17 @@ class _Tail:
             self._names.popitem(last=False)
 
     async def _poll(self) -> None:
-        """Look until the task is over. That its objects were removed under us ends the polling, and so the readers."""
+        """Poll until the task is final. When its objects are deleted, polling and readers stop."""
         loop = asyncio.get_running_loop()
         news_at = settled_at = loop.time()
         try:
             while not self.is_over:
                 quiet = loop.time() - news_at
-                await asyncio.sleep(max(self._pace.min_seconds, min(self._pace.max_seconds, quiet * IDLE_SHARE)))
+                await asyncio.sleep(max(self._policy.min_seconds, min(self._policy.max_seconds, quiet * IDLE_SHARE)))
                 try:
-                    if await self._look():
+                    if await self._poll_once():
                         news_at = settled_at = loop.time()
-                    elif self._settle is not None and loop.time() - settled_at > self._pace.settle_seconds:
+                    elif self._settle is not None and loop.time() - settled_at > self._policy.settle_seconds:
                         settled_at = loop.time()
                         await self._settle(self.record)
                 except StorageError as error:
@@ -258,14 +258,14 @@ class _Tail:
         finally:
             self._tell()
 
-    async def _look(self) -> bool:
-        """Look at the task once; return whether something was new.
+    async def _poll_once(self) -> bool:
+        """Poll the task once. Return whether something has changed.
 
-        The state first, the chunks second: a final state is written after the last chunk, so the chunks listed after it was
-        seen are all there are.
+        The record is read before the chunks: a final record is written after the last chunk, so chunks that are listed after
+        it are complete.
         """
         head, generation = self.head, self._generation
-        # The first look reads the record in any case, so no listing need tell that it is new.
+        # The first poll always reads the record.
         seen = None if generation is None else await self._advance()
         if seen is None or seen != generation:
             read_versioned = await self._store.read_versioned(self._task_id)
@@ -281,10 +281,7 @@ class _Tail:
         return news
 
     async def _advance(self, *, skip_gaps: bool = False) -> int | None:
-        """Move the head to the end of the log; return the generation of the record.
-
-        A chunk behind a gap is not passed on: it waits for the one that is missing.
-        """
+        """List new chunks, and return the generation of the record. A chunk after a gap waits for the missing one."""
         while True:
             listing = await self._store.listing(self._task_id, first=self.head + 1)
             before = self.head

@@ -1,4 +1,4 @@
-"""The body of `POST /run` and `/run-async`: from bytes to a `TaskSpec`, or all of its errors in one response.
+"""Parsing the body of `POST /run` and `/run-async` into a `TaskSpec`, or all of its errors.
 
 Validates the form of values only: it resolves no name, opens no file and calls no service.
 """
@@ -48,7 +48,7 @@ from ccrun.codec import spec_from_values
 from ccrun.errors import FieldError, InvalidRequest
 from ccrun.task import PERMISSION_MODES, TaskId, TaskSpec, TaskType
 
-#: All secrets together; arguments and environment share 2 MiB under the usual stack limit of 8 MiB (execve(2)).
+#: All variables. Arguments and environment share 2 MiB with the usual stack limit of 8 MiB (execve(2)).
 MAX_ENVIRONMENT_BYTES: Final = 512 * 1024
 MAX_ENVIRONMENT_SECRETS: Final = 256
 #: An RSA key of 16384 bits in PEM form has 12.5 KB.
@@ -59,17 +59,17 @@ MAX_CONFIG_FILES: Final = 128
 MAX_CONFIG_FILE_BYTES: Final = 256 * 1024
 MAX_MCP_CONFIG_BYTES: Final = 256 * 1024
 MAX_COMMIT_MESSAGE_BYTES: Final = 64 * 1024
-#: What git takes for "all of it" (git-clone(1), `--depth`).
+#: The depth that git treats as infinite (git-clone(1), `--depth`).
 MAX_GIT_DEPTH: Final = 2**31 - 1
 
 
 @attrs.frozen(kw_only=True)
 class Defaults:
-    """What the service knows and a request may leave out.
+    """Values for what a request leaves out, and what the service allows.
 
     Args:
-        operator_has_credential: A request without one runs with the operator's own.
-        backend_is_local: Only there, repositories may come from `http` and `file` URLs.
+        operator_has_credential: Whether requests need no credential for the model API.
+        backend_is_local: Whether `gitRepo` may be an http or file URL.
     """
 
     operator_has_credential: bool = False
@@ -80,17 +80,16 @@ class Defaults:
 
 
 def parse_request(body: bytes, *, type: TaskType, task_id: TaskId, defaults: Defaults) -> TaskSpec:  # noqa: A002
-    """Return the task that a body of `POST /run` or `/run-async` asks for, every default spelled out.
+    """Return the task that a body describes, with all defaults filled in.
 
-    A field that is null or a blank string counts as not given. Of two model credentials the API key is taken, as the CLI
-    does. The faults stand in the order of `request_fields`, so that the first, whose message becomes the error's, is the
-    one that callers of the predecessor match by its text.
+    A field that is null or a blank string counts as not given. Of two model credentials the API key is used, as the CLI does.
+    Errors are in the order of `request_fields`, so that the first message is the one that clients match by its text.
 
     Args:
-        task_id: The ID of the task when the body names none.
+        task_id: The ID of the task when the body has none.
 
     Raises:
-        InvalidRequest: With every fault of the body, `MAX_FIELD_ERRORS` at most.
+        InvalidRequest: The body is invalid. The exception has all errors, at most `MAX_FIELD_ERRORS`.
     """
     try:
         value = ijson.parse(body)
@@ -99,10 +98,10 @@ def parse_request(body: bytes, *, type: TaskType, task_id: TaskId, defaults: Def
 
     errors: list[FieldError] = []
     request = fields(request_fields(defaults), required=_required(value, type, defaults))
-    place = Location("", errors)
-    given = run_check(request, value, place)
+    location = Location("", errors)
+    given = run_check(request, value, location)
     if not errors and _wants_push(given) and "gitRepo" not in given:
-        place.field("gitRepo").say("gitRepo is required for postExecutionActions.git.push")
+        location.field("gitRepo").add_error("gitRepo is required for postExecutionActions.git.push")
     if errors:
         raise InvalidRequest(errors)
 
@@ -122,6 +121,7 @@ def parse_request(body: bytes, *, type: TaskType, task_id: TaskId, defaults: Def
 
 
 def request_fields(defaults: Defaults) -> Mapping[str, Check]:
+    """Return the check of each field of a request, by JSON name."""
     return {
         "prompt": text(task.MAX_PROMPT_BYTES),
         "callbackUrl": callback_url,
@@ -156,7 +156,7 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
 
 
 def _required(value: object, type: TaskType, defaults: Defaults) -> dict[str, str]:  # noqa: A002
-    """Return what to say of each field that this request lacks, if it does."""
+    """Return the fields that this request needs, with the error for each when it is missing."""
     required = {"prompt": "prompt is required"}
     if type is TaskType.ASYNC:
         required["callbackUrl"] = "callbackUrl is required for async tasks"
@@ -170,10 +170,11 @@ def _wants_push(given: Mapping[str, Any]) -> bool:
     return bool(given.get("postExecutionActions", {}).get("git", {}).get("push"))
 
 
-def _environment(value: Any, place: Location) -> dict[str, Any]:
+def _environment(value: Any, location: Location) -> dict[str, Any]:
     secrets = json_object(value, max_entries=MAX_ENVIRONMENT_SECRETS)
     read = {
-        name: run_check(functools.partial(_variable, name), text, place.field(name)) for name, text in secrets.items()
+        name: run_check(functools.partial(_variable, name), text, location.field(name))
+        for name, text in secrets.items()
     }
     size = sum(len(name) + len(text.encode()) + 2 for name, text in read.items() if text is not None)
     if size > MAX_ENVIRONMENT_BYTES:
@@ -181,7 +182,7 @@ def _environment(value: Any, place: Location) -> dict[str, Any]:
     return read
 
 
-def _variable(name: str, value: Any, place: Location) -> str:
+def _variable(name: str, value: Any, location: Location) -> str:
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
         raise InvalidValue("is no name for an environment variable: letters, digits and underscores, no digit first")
     if task.is_reserved_variable(name):
@@ -189,46 +190,47 @@ def _variable(name: str, value: Any, place: Location) -> str:
     return string(value, max_bytes=MAX_ARGUMENT_BYTES - len(name) - 1)
 
 
-def _mcp_config(value: Any, place: Location) -> dict[str, Any]:
-    """Check the MCP servers; a bare map of servers becomes what the CLI reads, `{"mcpServers": {…}}`."""
-    config: dict[str, Any] = json_size(MAX_MCP_CONFIG_BYTES)(value, place)
+def _mcp_config(value: Any, location: Location) -> dict[str, Any]:
+    """Check the MCP servers. An object of servers becomes what the CLI reads, `{"mcpServers": {…}}`."""
+    config: dict[str, Any] = json_size(MAX_MCP_CONFIG_BYTES)(value, location)
     if "mcpServers" in config:
-        servers, at = config["mcpServers"], place.field("mcpServers")
+        servers, at = config["mcpServers"], location.field("mcpServers")
     else:
-        servers, at = config, place
+        servers, at = config, location
     run_check(_mcp_servers, servers, at)
     return config if servers is not config else {"mcpServers": servers}
 
 
-def _mcp_servers(value: Any, place: Location) -> None:
+def _mcp_servers(value: Any, location: Location) -> None:
     for name, server in json_object(value, max_entries=MAX_LIST_ITEMS).items():
-        run_check(lambda described, _: json_object(described), server, place.field(name))
+        run_check(lambda described, _: json_object(described), server, location.field(name))
 
 
-def _config_files(value: Any, place: Location) -> dict[str, Any]:
+def _config_files(value: Any, location: Location) -> dict[str, Any]:
     files = json_object(value, max_entries=MAX_CONFIG_FILES)
     return {
-        name: run_check(functools.partial(_config_file, name), file, place.field(name)) for name, file in files.items()
+        name: run_check(functools.partial(_config_file, name), file, location.field(name))
+        for name, file in files.items()
     }
 
 
-def _config_file(name: str, value: Any, place: Location) -> Any:
+def _config_file(name: str, value: Any, location: Location) -> Any:
     if re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME_CHARS - 1}}}", name) is None:
         raise InvalidValue(
             f"is no file name: at most {MAX_NAME_CHARS} letters, digits, `_`, `.` and `-`, a letter or digit first"
         )
-    given = _CONFIG_FILE(value, place)
-    place.require("content", given)
+    given = _CONFIG_FILE(value, location)
+    location.require("content", given)
     return given
 
 
-def _upload_action(value: Any, place: Location) -> dict[str, Any]:
-    """Check the uploads, and keep one spelling of the patterns."""
-    given: dict[str, Any] = _UPLOAD_ACTION(value, place)
+def _upload_action(value: Any, location: Location) -> dict[str, Any]:
+    """Check the uploads. `globPatterns` and its alternative spelling become one field."""
+    given: dict[str, Any] = _UPLOAD_ACTION(value, location)
     spaced = given.pop(_SPACED_PATTERNS, None)
     if spaced is not None and given.setdefault("globPatterns", spaced) != spaced:
-        place.field(_SPACED_PATTERNS).say(f"{_SPACED_PATTERNS} and globPatterns differ: give one of the two")
-    place.require("globPatterns", given)
+        location.field(_SPACED_PATTERNS).add_error(f"{_SPACED_PATTERNS} and globPatterns differ: give one of the two")
+    location.require("globPatterns", given)
     return given
 
 
@@ -245,7 +247,7 @@ _GIT_ACTION: Final = fields(
         "conflictStrategy": one_of(("auto", "fail")),
     }
 )
-#: One of the documents that callers have spells the field so.
+#: The spelling of `globPatterns` in an older document.
 _SPACED_PATTERNS: Final = "glob Patterns"
 _UPLOAD_ACTION: Final = fields(
     {"globPatterns": glob_patterns, _SPACED_PATTERNS: glob_patterns, "gcsPrefix": object_prefix}

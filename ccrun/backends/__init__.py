@@ -1,1 +1,1 @@
-"""The places where objects, keys and executions live: one package per backend, behind the same ports."""
+"""The backends: one package for each, with adapters for the same ports."""

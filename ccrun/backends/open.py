@@ -1,7 +1,4 @@
-"""Opens the adapters that a `Config` names.
-
-Everything above the backend (API, worker, feed, callbacks) is the same code on every backend.
-"""
+"""Opening the adapters that a `Config` names. All other code is the same on every backend."""
 
 from __future__ import annotations
 
@@ -28,15 +25,19 @@ from ccrun.seal import KeyWrapper
 from ccrun.store import Store
 from ccrun.task import Secret
 
-#: Bytes: the strength of HMAC-SHA-256 ends at the length of its output.
+#: As long as the output of HMAC-SHA-256; a longer key adds no strength.
 CALLBACK_SECRET_BYTES: Final = 32
-#: What a worker gives a receiver when it takes up a place that others wait for.
+#: The policy of a worker that other tasks wait for.
 SINGLE_ATTEMPT: Final = deliver.RetryPolicy(attempts=1, attempt_seconds=5.0, total_seconds=5.0)
 
 
 @attrs.frozen(kw_only=True)
 class OpenBackend:
-    """Where tasks are kept, who wraps their keys, and what signs their callbacks (None: callbacks cannot be signed)."""
+    """The adapters of a backend.
+
+    Args:
+        callback_secret: None when callbacks cannot be signed.
+    """
 
     store: Store
     wrapper: KeyWrapper
@@ -44,10 +45,10 @@ class OpenBackend:
     guard: guard.CallbackGuard
 
     def callbacks(self, *, single_attempt: bool = False) -> OwedCallbacks | None:
-        """Return who delivers callbacks, None when they cannot be signed.
+        """Return what delivers callbacks, None when they cannot be signed.
 
         Args:
-            hands_over: It tries once, and leaves what is not delivered to a sweep that runs all the time.
+            single_attempt: Whether a delivery has one attempt, and leaves the rest to a sweep.
         """
         if self.callback_secret is None:
             return None
@@ -63,32 +64,32 @@ class OpenBackend:
 
 @contextlib.asynccontextmanager
 async def open_backend(config: Config) -> AsyncIterator[OpenBackend]:
-    """Open what the config names.
+    """Open the backend that a config names.
 
     Raises:
-        ConfigError: The folder for the data cannot be made, or Google's libraries or credentials are missing.
-        KeyServiceError: A secret can be neither read nor made.
+        ConfigError: The data directory cannot be created, or Google's libraries or credentials are missing.
+        KeyServiceError: A secret can be neither read nor created.
     """
     async with _open_local(config) if config.is_local else _open_gcp(config) as backend:
         yield backend
 
 
 async def load_modules(*modules: str) -> None:
-    """Import what speaks to Google, when it is needed: the local backend neither needs its libraries nor waits for them.
+    """Import modules that use Google's libraries, which the local backend neither needs nor waits for.
 
     Raises:
         ConfigError: The libraries are not installed.
     """
     for module in modules:
         try:
-            # In a thread, for it reads many files.
+            # In a thread, since an import reads many files.
             await asyncio.to_thread(importlib.import_module, module)
         except ModuleNotFoundError:
             raise ConfigError("CCRUN_BACKEND=gcp needs Google's libraries: install ccrun[gcp].") from None
 
 
 def missing_setting(config: Config) -> str | None:
-    """Return what is missing for tasks to be taken at all, None when nothing is."""
+    """Return the error for all requests when a setting is missing, else None."""
     if config.is_local:
         return None
     needed = {"GCS_LOGS_BUCKET": config.gcs_logs_bucket, "PROJECT_ID": config.project_id}
@@ -115,7 +116,7 @@ async def _open_gcp(config: Config) -> AsyncIterator[OpenBackend]:
     from ccrun.backends.gcp.key import KmsKey
 
     async with (
-        # Without these two no call ever comes this far: `missing_setting` tells the caller.
+        # When these two are missing, requests are rejected with `missing_setting`.
         open_blobs(config.gcs_logs_bucket or "", emulator=config.storage_emulator_host) as blobs,
         aiohttp.ClientSession() as session,
     ):
@@ -141,7 +142,7 @@ def _make_private(data_dir: Path) -> None:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"CCRUN_DATA_DIR must name a folder that is there or can be made: {error.strerror}."
+            f"CCRUN_DATA_DIR must name a directory that exists or can be created: {error.strerror}."
         ) from None
 
 

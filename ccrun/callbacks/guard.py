@@ -60,6 +60,11 @@ class AddressNotPublic(OSError):
 
 
 def public_socket(address_info: aiohttp.AddrInfoType) -> socket.socket:
+    """Return a socket for an address, as the `socket_factory` of aiohttp.
+
+    Raises:
+        AddressNotPublic: The address is not public.
+    """
     # Checked here, where the address of the connection is certain: literals in any form do not pass the resolver, and a name may
     # resolve to another address than a moment ago.
     family, kind, protocol, _, address = address_info

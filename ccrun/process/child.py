@@ -273,6 +273,7 @@ async def _reader(stack: contextlib.AsyncExitStack, pipe: IO[bytes]) -> asyncio.
 
 
 def start_error(program: str, cwd: Path, error: OSError | ValueError) -> str:
+    """Return one sentence about why a program cannot be started."""
     name = Path(program).name
     if not isinstance(error, OSError):
         return (

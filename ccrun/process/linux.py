@@ -36,6 +36,7 @@ def harden() -> bool:
 
 
 def is_subreaper() -> bool:
+    """Return whether `become_subreaper` was called with success."""
     answer = ctypes.c_int(0)
     return _prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(answer)) and answer.value == 1
 

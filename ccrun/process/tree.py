@@ -45,6 +45,8 @@ async def kill_marked(marker: str, *, seconds: float = KILL_SECONDS) -> bool:
 
 @attrs.frozen
 class ProcessEntry:
+    """A process in /proc."""
+
     pid: int
     parent: int
     group: int

@@ -799,7 +799,7 @@ async def test_a_folder_that_cannot_be_written_answers_503_without_its_path(tmp_
         answer = await api.call("POST", "/run-async", json=api.body(callbackUrl=CALLBACK))
         ready = await api.call("GET", "/ready")
     assert (503, "5") == (answer.status, answer.headers["Retry-After"])
-    assert {"error": "The key file can be neither read nor made: Not a directory."} == answer.body
+    assert {"error": "The key file can be neither read nor created: Not a directory."} == answer.body
     assert (503, ["keyService", "storage"]) == (ready.status, ready.body["failing"])
     assert str(tmp_path) not in answer.text + ready.text
 
@@ -955,9 +955,9 @@ async def test_a_look_at_a_task_whose_worker_is_gone_settles_it(api: Api) -> Non
     """Nobody sees a task as running for ever."""
     task_id = await api.submit()
     await api.begin(task_id)
-    api.jobs.states[task_id] = ExecutionState.ENDED
+    api.jobs.states[task_id] = ExecutionState.FINISHED
     body = (await api.call("GET", f"/tasks/{task_id}")).body
-    assert ("failed", "worker_lost", "The worker was lost before the task ended.") == (
+    assert ("failed", "worker_lost", "The worker was lost before the task finished.") == (
         body["status"],
         body["reason"],
         body["error"],

@@ -552,5 +552,5 @@ async def test_a_folder_that_becomes_unusable_answers_503(start_service: StartSe
         async with service.http.post(f"{service.url}/run", json=service.body()) as response:
             assert (503, "5") == (response.status, response.headers["Retry-After"])
             sentence = (await response.json())["error"]
-        assert sentence.startswith(("The key file can be", "The storage folder cannot be"))
+        assert sentence.startswith(("The key file can be", "The storage directory cannot be"))
         assert str(service.data_dir) not in sentence

@@ -33,7 +33,7 @@ async def test_the_made_callback_secret_is_kept(tmp_path: Path) -> None:
 async def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     """The sentence names the setting and shows no path."""
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"^CCRUN_DATA_DIR must name a folder that is there or can be made: "):
+    with pytest.raises(ConfigError, match=r"^CCRUN_DATA_DIR must name a directory that exists or can be created: "):
         async with open_backend(config.load({"CCRUN_DATA_DIR": str(tmp_path / "file")})):
             pass
 

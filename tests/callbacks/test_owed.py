@@ -214,7 +214,7 @@ async def test_silent_key_service_leaves_the_debt(callbacks: OwedCallbacks, rece
     claimed = await taken_up(callbacks)
     (tmp_path / "sealing.key").write_bytes(b"damaged")
     noted = told(await callbacks.deliver(claimed))
-    expected = (CallbackState.OWED, 0, "The key file is damaged: it must hold 32 bytes.")
+    expected = (CallbackState.OWED, 0, "The key file is damaged: it must have 32 bytes.")
     assert expected == (noted.state, noted.attempts, noted.last_error)
 
 

@@ -1,4 +1,4 @@
-"""Takes the schema of Google's Terraform provider, as far as scripts/deploy/terraform uses it, out of a package that was made of it.
+"""Take the schema of Google's Terraform provider, as far as scripts/deploy/terraform uses it, out of a package made from it.
 
 The provider itself is a program that only Terraform's own registry has. Its schema stands also in the classes that CDK Terrain
 generates, in the package `cdktn-provider-google`: names, types, what is required and what the provider sets. To renew it:

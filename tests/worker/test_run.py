@@ -335,7 +335,7 @@ class LogRefused(DirectoryBlobs):
 
     async def create(self, name: str, content: Any) -> int:
         if name.endswith(".jsonl"):
-            raise StorageError("The storage folder cannot be written: No space left on device.")
+            raise StorageError("The storage directory cannot be written: No space left on device.")
         return await super().create(name, content)
 
 
@@ -347,7 +347,7 @@ async def test_a_log_that_cannot_be_written_fails_the_task(bench: Bench, fake_cl
     )
     assert (Status.FAILED, Reason.KILLED) == (record.status, record.reason)
     expected = "The storage failed, so the task was stopped: "
-    assert expected + "The storage folder cannot be written: No space left on device." == record.error
+    assert expected + "The storage directory cannot be written: No space left on device." == record.error
 
 
 class SlowRecord(DirectoryBlobs):

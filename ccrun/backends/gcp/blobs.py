@@ -1,7 +1,6 @@
 """Objects in a bucket of Cloud Storage.
 
-Every write names the generation that it is based on, so that it can be retried when its response was lost. Nothing here knows what
-an object means.
+Every write names the generation that it is based on, so that it can be retried when its response was lost.
 """
 
 from __future__ import annotations
@@ -26,35 +25,35 @@ from ccrun.blobs import Blob, BlobInfo, check_name, read_piece, run_in_thread
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError
 
 API_ROOT: Final = "https://storage.googleapis.com"
-#: Bytes. What a slow line carries; a write may take as long as its content needs at this speed, besides its usual time.
+#: Bytes a second of a slow connection. A write may take as long as its content needs at this speed, plus the usual time.
 SLOWEST_BYTES_PER_SECOND: Final = 1024 * 1024
-#: The most that one listing gives: https://cloud.google.com/storage/docs/json_api/v1/objects/list
+#: The maximum of one listing: https://cloud.google.com/storage/docs/json_api/v1/objects/list
 PAGE_NAMES: Final = 1000
-#: Only what an `BlobInfo` holds: a tenth of what else would be sent.
+#: The fields of a `BlobInfo`: a tenth of the complete response.
 LISTED_FIELDS: Final = "items(name,generation,updated),nextPageToken"
-#: The custom metadata that names the write which made an object; see `GcsBlobs._write`.
+#: The custom metadata with the ID of the write that created the object; see `GcsBlobs._write`.
 WRITE_ID_KEY: Final = "ccrun-write"
 WRITE_ID_BYTES: Final = 8
-#: Tries at an object that is written again and again while it is to be deleted.
+#: Attempts to delete an object that is replaced meanwhile.
 DELETE_ATTEMPTS: Final = 20
-#: Times that an upload in parts is begun. The service keeps one for a week, so losing even one is rare.
+#: Starts of a resumable upload. The service keeps one for a week, so that losing one is rare.
 UPLOAD_ATTEMPTS: Final = 3
-#: Listed by a check. A role can be limited to prefixes, and this one ccrun lists under any identity that may list.
+#: The prefix that a check lists. A role can be limited to prefixes, and all identities of ccrun that may list may list this one.
 CHECKED_PREFIX: Final = "sessions/"
 
 T = TypeVar("T")
 
 
 class _UploadLost(Exception):
-    """The service knows nothing of an upload in parts any more."""
+    """The service has lost a resumable upload."""
 
 
 @attrs.frozen(kw_only=True)
 class _ObjectVersion:
-    """What a look at an object shows besides its content."""
+    """The version of an object, without its content."""
 
     generation: int
-    #: The write that made it, unless somebody else did.
+    #: The ID of the write that created it, if ccrun did.
     write: str | None
 
 
@@ -67,22 +66,22 @@ async def open_blobs(
     page_names: int = PAGE_NAMES,
     part_bytes: int = PART_BYTES,
 ) -> AsyncIterator[GcsBlobs]:
-    """Open a bucket, for as long as the context lasts.
+    """Open a bucket while the context is open.
 
     Args:
-        bucket: Its name.
-        emulator: The URL of what stands in for Cloud Storage; it gets no credentials.
-        patience: How long a call goes on.
-        page_names: Names that one call for a listing gives.
-        part_bytes: Bytes of a file that are sent, and kept in memory, at once: a multiple of 256 KiB.
+        bucket: The name of the bucket.
+        emulator: The URL of an emulator, which is called without credentials.
+        policy: How often and for how long a call is retried.
+        page_names: Names in one page of a listing.
+        part_bytes: Bytes of a file that are sent in one request, and held in memory: a multiple of 256 KiB.
 
     Raises:
         ConfigError: The credentials cannot be read.
     """
-    # Tables of the machine are read the first time, which would block the loop.
+    # The first call reads the tables of the machine, which blocks.
     await asyncio.to_thread(mimetypes.init)
     async with aiohttp.ClientSession() as session:
-        shared: Any = session  # The library annotates what its twin for requests takes.
+        shared: Any = session  # The annotation is that of the synchronous variant of the library.
         storage = ResumableStorage(
             session=shared,
             token=await calls.credentials(session, emulated=emulator is not None),
@@ -93,7 +92,7 @@ async def open_blobs(
 
 
 class GcsBlobs:
-    """Objects in a bucket. `open_blobs` makes it."""
+    """Object storage in a bucket. Created by `open_blobs`."""
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class GcsBlobs:
         self._target = Target(
             service="Cloud Storage", resource=f"the bucket {bucket}", settings="GCS_LOGS_BUCKET", error=StorageError
         )
-        # How long nothing may come; a whole try is bounded by `calls`. Annotated as whole seconds, it takes this as well.
+        # The timeout for silence; `calls` has the timeout of an attempt. The annotation is int, but a ClientTimeout is accepted.
         self._silence: Any = aiohttp.ClientTimeout(
             sock_connect=policy.attempt_seconds, sock_read=policy.attempt_seconds
         )
@@ -123,7 +122,7 @@ class GcsBlobs:
         async def download() -> Blob:
             stream = await self._storage.download_stream(self._bucket, name, timeout=self._silence)
             async with stream as response:
-                # In one answer, so that the content is that of the generation.
+                # In one response, so that the content belongs to the generation.
                 return Blob(content=await response.read(), generation=int(response.headers["X-Goog-Generation"]))
 
         try:
@@ -161,7 +160,7 @@ class GcsBlobs:
             found = await self._look(name)
             if found is None or await self._delete(name, found.generation):
                 return
-        raise StorageError("The object is being changed too often.")
+        raise StorageError("The object was changed by other processes too often.")
 
     async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
         folder = prefix.rpartition("/")[0]
@@ -172,14 +171,14 @@ class GcsBlobs:
         wanted = {
             "prefix": prefix,
             "startOffset": after,
-            # No name holds a NUL, and nowhere does it stand that Cloud Storage takes one.
+            # No name has a NUL, which Cloud Storage may not accept.
             "endOffset": (before or "").replace("\x00", " "),
             "fields": LISTED_FIELDS,
         }
         entries: list[BlobInfo] = []
         token = ""
         while len(entries) < limit:
-            # One more, for `startOffset` shows `after` itself.
+            # One more, since `startOffset` includes `after`.
             size = min(limit - len(entries) + 1, self._page_names)
             page, token = await self._page({**wanted, "maxResults": str(size), "pageToken": token})
             entries += (entry for entry in page if entry.name > after and (before is None or entry.name < before))
@@ -193,12 +192,12 @@ class GcsBlobs:
     async def check(self) -> None:
         await self.entries(CHECKED_PREFIX, limit=1)
 
-    # One method of the API each.
+    # One method for each method of the API.
 
     async def _write(self, name: str, content: bytes, *, on: int) -> int | None:
-        """Write over that generation (0: where nothing is) and return the new one; None when another one is there.
+        """Replace this generation (0: no object) and return the new one, None when there is another generation.
 
-        What is there may be of this very write, when the answer to an earlier try was lost: its metadata tell.
+        The object may come from this write, when the response of an earlier attempt was lost. Its metadata shows that.
         """
         write = secrets.token_hex(WRITE_ID_BYTES)
         kind, disposition = presentation(name)
@@ -209,7 +208,7 @@ class GcsBlobs:
                 name,
                 content,
                 content_type=kind,
-                # New for each try: the library adds to it.
+                # New for each attempt, since the library changes it.
                 parameters={"ifGenerationMatch": str(on)},
                 metadata={"metadata": {WRITE_ID_KEY: write}, "Content-Disposition": disposition},
                 force_resumable_upload=False,
@@ -225,7 +224,7 @@ class GcsBlobs:
             return await self._made_by(write, name)
 
     async def _write_in_parts(self, name: str, file: BinaryIO, size: int) -> int | None:
-        """Write a new object of a file and return its generation; None when there is one of that name."""
+        """Write a new object from a file and return its generation, None when there is an object with this name."""
         write = secrets.token_hex(WRITE_ID_BYTES)
         begin = await run_in_thread(file.tell)
         for _ in range(UPLOAD_ATTEMPTS):
@@ -235,12 +234,12 @@ class GcsBlobs:
             except _UploadLost:
                 continue
             except aiohttp.ClientResponseError:
-                # Maybe by an upload that was lost after its last part.
+                # It may come from an upload that was lost after its last part.
                 return await self._made_by(write, name)
-        raise StorageError("Cloud Storage loses the upload again and again: try again later.")
+        raise StorageError("Cloud Storage lost the upload several times: retry later.")
 
     async def _upload(self, name: str, file: BinaryIO, size: int, write: str) -> int:
-        """Upload a file in parts. Raises `ClientResponseError` when there is an object of that name."""
+        """Upload a file in parts. Raise `ClientResponseError` when there is an object with this name."""
         kind, disposition = presentation(name)
         description = {
             "name": name,
@@ -261,7 +260,7 @@ class GcsBlobs:
         address = await self._call(begin, "storage.objects.create", expected={412})
         for start in range(0, size, self._part_bytes):
             length = min(self._part_bytes, size - start)
-            # The last part makes the object, so it is not sent before it is known that nothing follows.
+            # The last part creates the object, so it is sent only when the file has ended.
             read = functools.partial(read_piece, file, length, is_last=start + length == size)
             generation = await self._send(address, await run_in_thread(read), start, size)
             if generation is not None:
@@ -269,11 +268,11 @@ class GcsBlobs:
         raise AssertionError("the last part has a generation")
 
     async def _send(self, address: str, part: bytes, start: int, size: int) -> int | None:
-        """Send a part of `size` bytes until the service holds it; return the generation of the object after the last one.
+        """Send a part until the service has it. After the last part, return the generation of the object.
 
         Raises:
-            _UploadLost: The service knows of no such upload, or holds less than it did.
-            aiohttp.ClientResponseError: There is an object of that name.
+            _UploadLost: The service does not have the upload, or has less of it than before.
+            aiohttp.ClientResponseError: There is an object with this name.
         """
         end = start + len(part)
         present: UploadProgress | None = UploadProgress(start)
@@ -285,7 +284,7 @@ class GcsBlobs:
             while present.generation is None and (present.held < end or end == size):
                 if present.held < start:
                     raise _UploadLost
-                # Until the answer is there, nobody knows how much of the rest has arrived.
+                # Without a response, it is unknown how much has arrived.
                 before, present = present.held, None
                 if before < size:
                     rest = part[before - start :]
@@ -293,7 +292,7 @@ class GcsBlobs:
                         address, rest, start=before, size=size, timeout=self._silence
                     )
                 if present is None or (present.generation is None and present.held <= before):
-                    # It takes nothing, or makes no object of what it has: to be asked again after a pause.
+                    # The service accepts nothing or does not create the object: retry after a delay.
                     present = None
                     raise TimeoutError
             return present.generation
@@ -307,7 +306,7 @@ class GcsBlobs:
             raise _UploadLost from error
 
     async def _made_by(self, write: str, name: str) -> int | None:
-        """Return the generation of the object if this write made it."""
+        """Return the generation of the object if this write created it."""
         found = await self._look(name)
         return found.generation if found is not None and found.write == write else None
 
@@ -324,10 +323,10 @@ class GcsBlobs:
             return None
 
     async def _delete(self, name: str, generation: int) -> bool:
-        """Remove that generation of the object; False when another one is there."""
+        """Delete this generation of the object. Return False when there is another one."""
 
         async def delete() -> None:
-            # A try that comes late, when the name is used again, must not remove what is new.
+            # An attempt that arrives late must not delete a newer object with this name.
             only = {"ifGenerationMatch": str(generation)}
             await self._storage.delete(self._bucket, name, params=only, timeout=self._silence)
 

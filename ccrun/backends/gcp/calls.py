@@ -1,7 +1,6 @@
-"""One call of a Google service over HTTP: its deadline, its repeats, and one sentence for a person when it fails.
+"""Calls of Google services over HTTP: timeout, retries, and one sentence when a call fails; and Google's credentials.
 
-It knows nothing of what is called. Whether a call may be made twice is settled by whoever makes it: what cannot be
-repeated must not come here. Also holds how Google's credentials are found.
+Only for calls that may be repeated.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from ccrun.errors import CcrunError, ConfigError
 
 log = structlog.get_logger()
 
-#: A call that is well takes some 50 ms, so this is the time of a lost connection, not that of a slow service.
+#: Seconds for one attempt. A call usually takes 50 ms.
 CALL_ATTEMPT_SECONDS: Final = 10.0
-#: With the pauses between them, six tries span about ten seconds: the time that a service takes to mend itself.
+#: With the delays between them, six attempts span about ten seconds.
 CALL_ATTEMPTS: Final = 6
-#: No try is begun after this. Readers of a stream and the end of a task wait for a call.
+#: Seconds after which no attempt starts. Readers of a stream and the final record of a task wait for a call.
 CALL_TOTAL_SECONDS: Final = 30.0
-#: Pauses of 0.2, 0.4, 0.8 … s, each with up to a second more at random, so that a crowd of callers spreads.
+#: Seconds: delays of 0.2, 0.4, 0.8 … s, each with up to a second more at random, so that concurrent callers spread.
 FIRST_CALL_DELAY_SECONDS: Final = 0.2
-#: First pauses.
+#: The random part of a delay, as a multiple of the first delay.
 JITTER_FACTOR: Final = 5
 MAX_CALL_DELAY_SECONDS: Final = 5.0
 
-#: What Google asks to repeat: https://cloud.google.com/storage/docs/retry-strategy#retryable
+#: What Google recommends to retry: https://cloud.google.com/storage/docs/retry-strategy#retryable
 _TRANSIENT_STATUSES: Final = frozenset({408, 429, *range(500, 600)})
-#: The scope of all services; what an account may do is settled by its roles.
+#: The scope of all services. The roles of an account limit what it may do.
 _SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"
 
 T = TypeVar("T")
@@ -50,31 +49,31 @@ def _log_retry(details: stamina.instrumentation.RetryDetails) -> None:
     )
 
 
-# In the place of stamina's own hook, which logs the error's `repr`: aiohttp puts the access token into that.
+# Instead of stamina's own hook, which logs the `repr` of the error: that of aiohttp has the access token.
 stamina.instrumentation.set_on_retry_hooks([_log_retry])
 
 
 @attrs.frozen(kw_only=True)
 class CallPolicy:
-    """How long a call goes on, in seconds and tries."""
+    """How often and for how long a call is retried, in seconds."""
 
-    #: One try: from the credentials until the last byte of the answer, unless the call names another time.
+    #: For one attempt, from getting the credentials to the last byte of the response, unless the call has another timeout.
     attempt_seconds: float = CALL_ATTEMPT_SECONDS
     attempts: int = CALL_ATTEMPTS
-    #: No try is begun after this.
+    #: After this time no attempt starts.
     total_seconds: float = CALL_TOTAL_SECONDS
     first_delay_seconds: float = FIRST_CALL_DELAY_SECONDS
 
 
 @attrs.frozen(kw_only=True)
 class Target:
-    """What is called, in the words of whoever operates it."""
+    """What is called, in terms that an operator knows."""
 
-    #: As Google spells it.
+    #: The name that Google uses.
     service: str
-    #: What the calls are about, with its article: `the bucket logs`.
+    #: The resource, with an article: `the bucket logs`.
     resource: str
-    #: The settings that name the resource.
+    #: The settings that name it.
     settings: str
     error: type[CcrunError]
 
@@ -92,18 +91,17 @@ async def call(
     expected: Collection[int] = (),
     seconds: float | None = None,
 ) -> T:
-    """Return what `attempt` returns, called again after 408, 429, 5xx, a lost connection and a lost deadline.
+    """Return what `attempt` returns. Retry after 408, 429, 5xx, a lost connection and a timeout.
 
     Args:
-        attempt: Makes the call. It is called several times, and an earlier call may have had its effect although its
-            answer was lost.
-        permission: What the call needs, as an IAM role spells it.
-        expected: Statuses of an answer that the caller reads by itself.
-        seconds: For one try, where `Patience.try_seconds` does not suit.
+        attempt: Makes the call. An earlier attempt may have had its effect although its response was lost.
+        permission: The IAM permission that the call needs.
+        expected: Statuses that the caller handles.
+        seconds: The timeout of one attempt; by default that of the policy.
 
     Raises:
-        aiohttp.ClientResponseError: The answer has one of the expected statuses.
-        CcrunError: As `target` says: everything else, after a bounded time.
+        aiohttp.ClientResponseError: The response has one of the expected statuses.
+        CcrunError: The call failed in another way. The class is that of `target`.
     """
     retries = stamina.retry_context(
         on=_is_transient,
@@ -158,36 +156,36 @@ def _refusal(status: int, target: Target, permission: str) -> str:
 
 
 class Credentials(Token):
-    """Google's credentials, whose renewal serves all calls at once.
+    """Google's credentials. All calls share one renewal of the token.
 
-    In the library one caller that loses its patience cancels the renewal, and with it every other call that waits for it.
+    In the library, a caller that is cancelled cancels the renewal, and with it all other calls that wait for it.
     """
 
-    #: Without the library's own repeats, which take longer than a call may: `call` repeats.
+    #: Without the library's own retries, which take longer than a call may.
     acquire_access_token = inspect.unwrap(Token.acquire_access_token)
 
     async def get(self) -> str | None:
         try:
             return await asyncio.shield(super().get())
-        except Exception as error:  # The library passes on whatever happens to it.
+        except Exception as error:  # The library raises any exception.
             raise NoCredentials from error
 
 
 async def credentials(session: aiohttp.ClientSession, *, emulated: bool) -> Credentials:
-    """Return the credentials of this process, which are looked for where all of Google's libraries look for them.
+    """Return the credentials of this process, from where all of Google's libraries get them.
 
     Args:
-        emulated: What is called is an emulator: no credentials are looked for, and none sent.
+        emulated: Whether an emulator is called, which needs no credentials.
 
     Raises:
         ConfigError: The file that `GOOGLE_APPLICATION_CREDENTIALS` names cannot be used.
     """
-    # The library annotates what its twin for requests takes.
+    # The annotation is that of the synchronous variant of the library.
     shared: Any = session
     if emulated:
         return Credentials(service_file=io.StringIO("{}"), session=shared)
     try:
-        # In a thread, for it reads files.
+        # In a thread, since it reads files.
         return await asyncio.to_thread(lambda: Credentials(session=shared, scopes=[_SCOPE]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("GOOGLE_APPLICATION_CREDENTIALS must name a readable file of credentials.") from error

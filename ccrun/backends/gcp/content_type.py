@@ -1,4 +1,4 @@
-"""With which content type, and whether inline, a browser gets an object."""
+"""The content type of an object, and whether a browser may show it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-#: What mimetypes does not know, or knows by the tables of the machine as something else.
+#: Types that mimetypes does not have, or has differently depending on the machine.
 _CONTENT_TYPES: Final[Mapping[str, str]] = {
     ".diff": "text/x-diff",
     ".jsonl": "application/x-ndjson",
@@ -22,16 +22,16 @@ _CONTENT_TYPES: Final[Mapping[str, str]] = {
     ".yaml": "application/yaml",
     ".yml": "application/yaml",
 }
-#: What a browser shows and nothing in it can run.
+#: Types that a browser shows without running anything.
 _INERT: Final = re.compile(r"image/(?!svg).*|audio/.*|video/.*|text/plain|application/(json|x-ndjson)")
 
 
 def presentation(name: str) -> tuple[str, str]:
-    """Return as what a browser gets an object, and whether it shows it.
+    """Return the content type of an object, and whether a browser may show it.
 
-    An agent may write whatever it likes into a page, and all objects of a bucket share one origin with each other, behind a load
-    balancer even with other things. So what could run there says what it is and is still downloaded, not opened; whoever
-    wants to open a report all the same signs its URL with `response-content-disposition=inline`.
+    An agent may write any script into a page, and all objects of a bucket share an origin, behind a load balancer even with other
+    sites. So what could run is downloaded and not shown. To show a report anyway, sign its URL with
+    `response-content-disposition=inline`.
     """
     kind = _content_type(name)
     return kind, "inline" if _INERT.fullmatch(kind) else "attachment"
@@ -42,5 +42,5 @@ def _content_type(name: str) -> str:
     if known:
         return known
     kind, encoding = mimetypes.guess_type(name)
-    # `a.tar.gz` is no tar file.
+    # `a.tar.gz` is not a tar file.
     return kind if kind and not encoding else "application/octet-stream"

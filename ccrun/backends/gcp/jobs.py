@@ -1,6 +1,6 @@
-"""Cloud Run Jobs as the place that runs workers: one execution a task.
+"""Workers as executions of a Cloud Run job.
 
-The only importer of gRPC, which takes a second to load: no worker may load this module.
+The only module that imports gRPC, which takes a second, so workers must not import it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from ccrun.task import TaskId
 
 log = structlog.get_logger()
 
-#: Milliseconds. Proxies and NATs forget idle connections without a word, and a launch on one that is forgotten is lost;
-#: one that is closed in time is opened anew before the launch.
+#: Milliseconds after which an idle connection is closed. Proxies and NATs silently drop idle connections, and a launch on a
+#: dropped one is lost.
 IDLE_MS: Final = 60_000
-#: Seconds until a further launch makes sense when Google names no time: quotas are counted by the minute.
+#: Seconds after which a client may retry a launch, when Google names no time. Quotas are counted by the minute.
 QUOTA_RETRY_SECONDS: Final = 30
-#: A launch that Google wants to have so much later, in seconds, is the caller's affair.
+#: Seconds. When Google asks for a longer delay, the client gets `Busy`.
 MAX_LAUNCH_DELAY_SECONDS: Final = 2.0
 
-#: A container starts within seconds, an image that is new to a region within a minute or two; this is far beyond both.
+#: A container starts within seconds, and within two minutes when its image is new to the region.
 START_TIMEOUT: Final = dt.timedelta(minutes=15)
 
-#: The call was turned away before it had any effect: over the quota, or in conflict with another one.
+#: The call was rejected without any effect: over the quota, or in conflict with another call.
 REFUSED: Final = frozenset({StatusCode.RESOURCE_EXHAUSTED, StatusCode.ABORTED})
-#: The call may or may not have had its effect.
+#: The call may have had its effect.
 UNCERTAIN: Final = frozenset(
     {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.INTERNAL, StatusCode.UNKNOWN}
 )
@@ -57,16 +57,16 @@ T = TypeVar("T")
 
 @attrs.frozen(kw_only=True)
 class LaunchPolicy:
-    """How long calls go on, in seconds and tries."""
+    """How often and for how long calls are retried, in seconds."""
 
-    #: For a connection, before a launch is sent.
+    #: For a connection before a launch.
     connect_seconds: float = 5.0
-    #: One launch. It takes a few seconds, and to give it up leaves its effect unknown.
+    #: For one launch. It takes a few seconds, and after a timeout its effect is unknown.
     launch_seconds: float = 30.0
-    #: One call of another kind; those take some 100 ms.
+    #: For one other call, which takes some 100 ms.
     attempt_seconds: float = 5.0
     attempts: int = 4
-    #: No try is begun after this: somebody waits for an answer of the API.
+    #: After this time no attempt starts, since a client waits.
     total_seconds: float = 10.0
     first_delay_seconds: float = 0.2
 
@@ -74,13 +74,13 @@ class LaunchPolicy:
 class CloudRunJobs:
     """Workers as executions of a Cloud Run job.
 
-    A launch is repeated only when Google has refused it, so that it certainly had no effect. One whose answer is lost is not:
-    a second execution would do no harm, since its worker finds the task taken, but it costs, and a failure that is told
-    at once serves the caller better than a task that perhaps begins. It counts as failed; should it have started an
-    execution all the same, its worker finds the task over and ends. What is certainly not sent yet waits for a connection.
+    A launch is retried only when Google has rejected it, so that it had no effect. When its response is lost, it counts as
+    failed: a second execution would cost money, although its worker would find the task claimed, and an immediate error is
+    better for the client than a task that may or may not start. If the launch has started an execution, its worker finds a
+    final record and exits. Before it is sent, a launch waits for a connection.
     """
 
-    #: The platform sets the bound.
+    #: The platform has the limit.
     max_running: int | None = None
     start_timeout: dt.timedelta | None = START_TIMEOUT
 
@@ -100,7 +100,7 @@ class CloudRunJobs:
         self._policy = policy
 
     def check_capacity(self) -> None:
-        """Do nothing: only a launch tells."""
+        """Do nothing: only a launch shows whether there is capacity."""
 
     async def launch(self, task_id: TaskId) -> str | None:
         variables = {"TASK_ID": task_id, "ENCRYPTED_PAYLOAD_PATH": payload_name(task_id)}
@@ -122,7 +122,7 @@ class CloudRunJobs:
 
     async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
         if execution_name is None:
-            # The worker watches the record of its task.
+            # The worker polls the record of its task.
             return
         request = run_v2.CancelExecutionRequest(name=self._full_name(execution_name))
         try:
@@ -131,9 +131,9 @@ class CloudRunJobs:
                 repeated_after=REFUSED | UNCERTAIN,
             )
         except GoogleAPICallError as error:
-            # Over, or over for long.
+            # It has finished.
             if error.grpc_status_code not in (StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION):
-                # The cancel holds all the same: the worker watches the record of its task.
+                # The task is cancelled anyway: the worker polls its record.
                 log.warning(
                     "execution_cancel_failed",
                     message="Cloud Run did not cancel the execution; check the permission run.executions.cancel",
@@ -163,10 +163,10 @@ class CloudRunJobs:
         return execution_state(execution)
 
     async def clear(self, task_id: TaskId) -> None:
-        """Do nothing: a container leaves nothing behind."""
+        """Do nothing: a container leaves nothing."""
 
     async def _connect(self) -> None:
-        """Wait for a connection, so that a launch is sent only when somebody is there to take it."""
+        """Wait for a connection, so that a launch is not sent in vain."""
         try:
             async with asyncio.timeout(self._policy.connect_seconds):
                 await self._channel.channel_ready()
@@ -194,7 +194,7 @@ class CloudRunJobs:
         raise AssertionError("stamina ends with a result or an error")
 
     def _full_name(self, execution_name: str) -> str:
-        # Whatever the record says, only executions of this job are meant.
+        # Only executions of this job, whatever the record has.
         return f"{self._job}/executions/{_short_name(execution_name)}"
 
 
@@ -210,11 +210,10 @@ async def open_cloud_run(
     """Connect to Cloud Run.
 
     Args:
-        emulator: The host and port of an emulator, which is called in place of Google, in plain text and without
-            credentials.
+        emulator: The host and port of an emulator, which is called without encryption and credentials.
 
     Raises:
-        NoCredentials: There are none.
+        NoCredentials: There are no credentials.
     """
     options = [("grpc.client_idle_timeout_ms", IDLE_MS)]
     if emulator is not None:
@@ -222,7 +221,7 @@ async def open_cloud_run(
     else:
         channel = JobsGrpcAsyncIOTransport.create_channel(credentials=await _credentials(), options=options)
     try:
-        # In a thread, for Google's clients look for files of certificates.
+        # In a thread, since Google's clients read files of certificates.
         yield await asyncio.to_thread(CloudRunJobs, channel, project=project, region=region, job=job, policy=policy)
     finally:
         await channel.close()
@@ -230,7 +229,7 @@ async def open_cloud_run(
 
 async def _credentials() -> Any:
     try:
-        # In a thread, for it reads files and asks the metadata server.
+        # In a thread, since it reads files and calls the metadata server.
         found, _ = await asyncio.to_thread(google.auth.default, scopes=JobsGrpcAsyncIOTransport.AUTH_SCOPES)
     except GoogleAuthError as error:
         raise NoCredentials from error
@@ -238,9 +237,9 @@ async def _credentials() -> Any:
 
 
 def execution_state(execution: run_v2.Execution) -> ExecutionState:
-    """Return what an execution's description says of its worker.
+    """Return the state of an execution.
 
-    Why an execution failed stands in sentences for people alone; one that is not known counts as a plain end.
+    Google gives the reason of a failure only as a sentence for people. An unknown one counts as `FINISHED`.
     """
     undescribed = run_v2.Condition()
     completed = next((each for each in execution.conditions if each.type_ == "Completed"), undescribed)
@@ -250,12 +249,12 @@ def execution_state(execution: run_v2.Execution) -> ExecutionState:
         return ExecutionState.RUNNING
     if completed.execution_reason == run_v2.Condition.ExecutionReason.CANCELLED or execution.cancelled_count:
         return ExecutionState.CANCELLED
-    # https://cloud.google.com/run/docs/troubleshooting, "The configured memory limit was reached" and its like.
+    # https://cloud.google.com/run/docs/troubleshooting, "The configured memory limit was reached" and similar ones.
     if "memory limit was reached" in completed.message:
         return ExecutionState.OUT_OF_MEMORY
     if "timeout was reached" in completed.message:
         return ExecutionState.TIMED_OUT
-    return ExecutionState.ENDED
+    return ExecutionState.FINISHED
 
 
 def _launch_error(error: GoogleAPICallError, job: str) -> Busy | LaunchFailed:
@@ -284,7 +283,7 @@ def _launch_error(error: GoogleAPICallError, job: str) -> Busy | LaunchFailed:
 
 
 def _retry_seconds(error: GoogleAPICallError) -> float | None:
-    """Return after how many seconds Google wants the call to be made again, if it says so."""
+    """Return the seconds after which Google wants a retry, if the error has them."""
     infos = (each for each in error.details if isinstance(each, RetryInfo))
     return next((each.retry_delay.ToTimedelta().total_seconds() for each in infos), None)
 

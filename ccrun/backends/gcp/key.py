@@ -1,6 +1,6 @@
-"""Cloud KMS as the key service: it sees data keys alone, never what is sealed under them.
+"""Cloud KMS as the key service. It gets data keys only, never what they encrypt.
 
-Wrapping needs the permission to encrypt alone, so a service that may not decrypt can seal and check.
+Wrapping needs only the permission to encrypt, so that a service which may not decrypt can seal and check.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ccrun.backends.gcp.calls import CallPolicy, Credentials, Target, call
 from ccrun.errors import KeyServiceError, SealError
 
 API_ROOT: Final = "https://cloudkms.googleapis.com/v1"
-#: A key of the same form as a data key, wrapped to see whether keys can be wrapped.
+#: A key like a data key, which a check wraps.
 PROBE: Final = bytes(32)
 
 # https://cloud.google.com/kms/docs/reference/permissions-and-roles
@@ -27,7 +27,7 @@ MAY_DECRYPT: Final = "cloudkms.cryptoKeyVersions.useToDecrypt"
 
 
 class KmsKey:
-    """A symmetric key of Cloud KMS. Both calls change nothing there, so both are repeated when they fail."""
+    """A symmetric key of Cloud KMS. Its calls change nothing there, so they are retried."""
 
     def __init__(
         self,
@@ -41,18 +41,18 @@ class KmsKey:
         emulator: str | None = None,
         policy: CallPolicy = CallPolicy(),  # noqa: B008 - Frozen.
     ) -> None:
-        """Make the key service.
+        """Create the key service.
 
         Args:
-            session: Used, not closed.
-            emulator: The host and port of an emulator, which is called in place of Google and without credentials.
+            session: The caller closes it.
+            emulator: The host and port of an emulator, which is called without credentials.
         """
         self._kms = KMS(
             keyproject=project,
             keyring=key_ring,
             keyname=key_name,
             location=location,
-            session=session,  # type: ignore[arg-type] # It names the session of its synchronous twin.
+            session=session,  # type: ignore[arg-type] # The annotation is that of the synchronous variant.
             token=credentials,
             api_root=f"http://{emulator}/v1" if emulator else API_ROOT,
             api_is_dev=emulator is not None,
@@ -98,8 +98,8 @@ class KmsKey:
 
 
 def _status_name(error: aiohttp.ClientResponseError) -> str | None:
-    """Return what Google calls the error: a changed ciphertext and a disabled key have the same HTTP status."""
-    # gcloud-aio puts the body of the answer after the reason phrase.
+    """Return Google's name of the error: a changed ciphertext and a disabled key have the same HTTP status."""
+    # gcloud-aio appends the body of the response to the reason phrase.
     _, _, body = error.message.partition(": ")
     try:
         return str(json.loads(body)["error"]["status"])

@@ -1,9 +1,9 @@
-"""An upload in parts, by the resumable protocol of Cloud Storage.
+"""Resumable uploads of Cloud Storage.
 
 https://cloud.google.com/storage/docs/resumable-uploads, https://cloud.google.com/storage/docs/performing-resumable-uploads
 
-gcloud-aio-storage sends such an upload as one request of the whole content and begins again from nothing when it fails; here a
-part at a time is sent, and what the service holds already is asked for. Knows the protocol; repeats nothing by itself.
+gcloud-aio-storage sends the complete content in one request, and starts again when it fails. Here parts are sent, and the service
+is asked what it has. Implements the protocol only; the caller retries.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ import attrs
 from gcloud.aio.storage import Storage
 from yarl import URL
 
-#: Bytes of every part but the last: a multiple of 256 KiB, as the protocol wants it, and what Google recommends at least.
-#: It is what an upload keeps in memory.
+#: Bytes of each part but the last, which an upload holds in memory: a multiple of 256 KiB, as the protocol requires, and the
+#: minimum that Google recommends.
 PART_BYTES: Final = 8 * 1024 * 1024
 
-#: Bytes that are handed to a connection at once.
+#: Bytes that are written to a connection in one step.
 _BITE_BYTES: Final = 64 * 1024
 _RANGE: Final = re.compile(r"bytes=0-([0-9]+)")
 
 
 @attrs.frozen
 class UploadProgress:
-    """How far an upload has come: the bytes that the service holds, and the object's generation once it has all of them."""
+    """The bytes of an upload that the service has, and the generation of the object when it has all."""
 
     held: int
     generation: int | None = None
 
 
 class ResumableStorage(Storage):
-    """The library's client, which can also upload in parts."""
+    """The client of the library, with resumable uploads in parts."""
 
     async def begin_upload(
         self, bucket: str, description: dict[str, Any], *, size: int, parameters: dict[str, str], timeout: Any
     ) -> str:
-        """Return the address that the parts go to.
+        """Start an upload, and return the URL for its parts.
 
-        It carries its own permission for a week, so whoever knows it may write that one object: it is a secret.
+        The URL is a secret: for a week, it permits writing this object without credentials.
 
         Args:
-            bucket: Where the object will be.
-            description: Of the object, as the API spells it, with its `name`.
-            size: Bytes of its content.
-            parameters: Further ones of the call.
-            timeout: As aiohttp has it.
+            bucket: The bucket of the object.
+            description: The object resource of the API, with its `name`.
+            size: The bytes of its content.
+            parameters: Additional query parameters.
+            timeout: A timeout of aiohttp.
         """
         headers = {
             **await self._headers(),
@@ -67,11 +67,11 @@ class ResumableStorage(Storage):
             return response.headers["Location"]
 
     async def send_part(self, address: str, part: bytes, *, start: int, size: int, timeout: Any) -> UploadProgress:
-        """Send the bytes from `start` on of `size`."""
+        """Send bytes from `start` on, of `size` in all."""
         return await self._put(address, f"bytes {start}-{start + len(part) - 1}/{size}", part, timeout)
 
     async def ask_progress(self, address: str, *, size: int, timeout: Any) -> UploadProgress:
-        """Ask how far an upload of `size` bytes has come."""
+        """Return the progress of an upload of `size` bytes."""
         return await self._put(address, f"bytes */{size}", b"", timeout)
 
     async def _put(self, address: str, content_range: str, content: bytes, timeout: Any) -> UploadProgress:
@@ -79,12 +79,12 @@ class ResumableStorage(Storage):
             URL(address, encoded=True),
             data=_once(content),
             headers={"Content-Range": content_range, "Content-Length": str(len(content))},
-            # 308 means "go on" here, and is no redirection.
+            # 308 means "continue" here, and is not a redirect.
             allow_redirects=False,
             timeout=timeout,
         ) as response:
             if response.status == 308:
-                # Without a range nothing is held yet.
+                # Without a range, the service has nothing yet.
                 held = _RANGE.fullmatch(response.headers.get("Range", ""))
                 return UploadProgress(int(held[1]) + 1 if held else 0)
             response.raise_for_status()
@@ -93,16 +93,16 @@ class ResumableStorage(Storage):
 
     @property
     def _http(self) -> aiohttp.ClientSession:
-        # The library annotates what its twin for requests takes.
+        # The annotation is that of the synchronous variant of the library.
         session: Any = self.session.session
         return cast("aiohttp.ClientSession", session)
 
 
 async def _once(content: bytes) -> AsyncIterator[memoryview]:
-    """Yield the content in a form that only one request can send.
+    """Yield the content, so that only one request can send it.
 
-    When a connection breaks, aiohttp by itself sends a PUT again whose content it still has. But what was sent may have arrived:
-    the service has to be asked first.
+    When a connection breaks, aiohttp sends a PUT again if it still has the content. But the content may have arrived, so the
+    progress has to be read first.
     """
     whole = memoryview(content)
     for start in range(0, len(content), _BITE_BYTES):

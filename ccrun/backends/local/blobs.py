@@ -1,4 +1,4 @@
-"""Objects as files below a directory."""
+"""Object storage in a directory."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from typing import BinaryIO, Final
 from ccrun.blobs import Blob, BlobInfo, check_name, read_piece, run_in_thread
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, FileUnreadable, StorageError
 
-#: Seconds. A lock is held for microseconds; whoever waits this long stands before a broken disk.
+#: Seconds for which a lock is awaited. It is held for microseconds.
 LOCK_SECONDS: Final = 10.0
-#: Seconds between two tries at a lock that somebody else holds.
+#: Seconds between two attempts to get a lock.
 LOCK_POLL_SECONDS: Final = 0.005
-#: Lock files; two names that share one only wait for each other, so a few suffice.
+#: Lock files. Names that share one wait for each other.
 LOCK_FILES: Final = 64
-#: Bytes of a file that are copied at once.
+#: Bytes of a file that are copied in one step.
 PIECE_BYTES: Final = 1024 * 1024
-#: A file without content has this size and takes no room on a disk: a trap, if it were copied as it reads.
+#: The content of a hole in a sparse file, which must not take space in the copy.
 _ZEROS: Final = bytes(PIECE_BYTES)
 
 
 class DirectoryBlobs:
-    """Objects as files below a folder, with the preconditions of Cloud Storage, for any number of processes at once.
+    """Objects as files in a directory, for any number of concurrent processes.
 
-    A file's time of last change, set by hand to a number that only grows, is its generation. A new object appears by
-    `link(2)`, which fails when the name is taken; a changed one by `rename(2)` under a lock that dies with its holder.
+    The modification time of a file, set to a number that only grows, is its generation. A new object is created by `link(2)`,
+    which fails when the name exists; a changed one is replaced by `rename(2)` under a lock that the kernel releases when its
+    holder exits.
     """
 
     def __init__(self, root: Path) -> None:
@@ -70,7 +71,7 @@ class DirectoryBlobs:
     async def check(self) -> None:
         await asyncio.to_thread(self._check)
 
-    # All below runs in a thread.
+    # All methods below run in a thread.
 
     def _read(self, name: str) -> Blob:
         with _storage_errors("read"):
@@ -112,7 +113,7 @@ class DirectoryBlobs:
                 return new_generation
 
     def _delete(self, name: str) -> None:
-        # Under the lock, so that a swap under way does not bring the object back.
+        # Under the lock, so that a concurrent replacement does not create the object again.
         with _storage_errors("written"), self._locked(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             (self._root / name).unlink()
 
@@ -129,11 +130,11 @@ class DirectoryBlobs:
         return entries
 
     def _walk(self, folder: str, prefix: str, after: str, before: str | None) -> Iterator[BlobInfo]:
-        """Yield the files below a folder in the order of their names, without entering folders that hold none of them."""
+        """Yield the files in the order of their names, without entering directories that have none of them."""
         base = f"{folder}/" if folder else ""
         try:
             with os.scandir(self._root / folder) as found:
-                # With its slash a folder's name sorts where the names of its files do.
+                # With its slash, the name of a directory sorts where the names of its files do.
                 names = sorted(
                     base + item.name + ("/" if item.is_dir(follow_symlinks=False) else "")
                     for item in found
@@ -160,18 +161,18 @@ class DirectoryBlobs:
 
     @contextlib.contextmanager
     def _written(self, content: bytes | Iterable[bytes | bytearray], generation: int) -> Iterator[tuple[Path, int]]:
-        """Write a file of its own, safe on the disk, and remove it at the end unless it was renamed."""
+        """Write a temporary file and sync it to the disk. It is removed at the end unless it was renamed."""
         self._make_own_folder(self._scratch)
         scratch = self._scratch / secrets.token_hex(16)
         try:
             with os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                 for piece in [content] if isinstance(content, bytes) else content:
                     if piece == _ZEROS:
-                        # What takes no room in one place shall take none in the other.
+                        # A hole stays a hole.
                         file.seek(len(piece), os.SEEK_CUR)
                     else:
                         file.write(piece)
-                # A file may end in a hole. Flushes, too.
+                # The file may end in a hole. This flushes too.
                 file.truncate()
                 os.fsync(file.fileno())
                 os.utime(file.fileno(), ns=(generation, generation))
@@ -191,21 +192,23 @@ class DirectoryBlobs:
                     break
                 except BlockingIOError:
                     if time.monotonic() > give_up_at:
-                        raise StorageError("The storage folder is locked by a process that does not let go.") from None
+                        raise StorageError(
+                            "The storage directory is locked by a process that does not release it."
+                        ) from None
                     time.sleep(LOCK_POLL_SECONDS)
             yield
 
     def _make_own_folder(self, folder: Path) -> None:
-        # The root by itself: whatever is made as a parent is open to all whom the umask lets in.
+        # The root separately: parents are created with the permissions of the umask.
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _pieces(file: BinaryIO, size: int, given_up: threading.Event) -> Iterator[bytes]:
-    """Yield what a file holds; raise `FileUnreadable` when it is no longer wanted."""
+    """Yield the content of a file. Raise `FileUnreadable` when the call was cancelled."""
     for start in range(0, max(size, 1), PIECE_BYTES):
         if given_up.is_set():
-            raise FileUnreadable("The file is not wanted any more.")
+            raise FileUnreadable("The upload was cancelled.")
         yield read_piece(file, min(PIECE_BYTES, size - start), is_last=start + PIECE_BYTES >= size)
 
 
@@ -222,4 +225,4 @@ def _storage_errors(done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"The storage folder cannot be {done}: {error.strerror}.") from error
+        raise StorageError(f"The storage directory cannot be {done}: {error.strerror}.") from error

@@ -24,22 +24,22 @@ from ccrun.task_directories import remove_leftovers
 
 log = structlog.get_logger()
 
-#: Tasks that may wait for a free place; at more than this the caller is asked to come back later.
+#: Tasks in the queue. More are rejected with `Busy`.
 MAX_QUEUED: Final = 10_000
-#: Executions whose end is remembered until somebody has settled their tasks.
+#: Finished executions that are remembered until their tasks are settled.
 MAX_REMEMBERED_EXECUTIONS: Final = 10_000
-#: Seconds until a caller whose task found no place may try again.
+#: Seconds after which a rejected client may retry.
 QUEUE_RETRY_SECONDS: Final = 30
 
 
 class SubprocessJobs:
-    """Workers as processes of this machine, at most `max_running` of this service at once, the rest in a queue.
+    """Workers as processes of this machine, at most `max_running` of this service, the rest in a queue.
 
-    The workers live on when the service ends, as executions in the cloud do; each holds a sign of life that any service on
-    the same folder can see.
+    Workers keep running when the service exits, as executions in the cloud do. Each locks a PID file, which all services with the
+    same data directory can see.
     """
 
-    #: A task waits until a place is free, whenever that is.
+    #: A task may wait in the queue for any time.
     start_timeout: dt.timedelta | None = None
 
     def __init__(
@@ -52,15 +52,15 @@ class SubprocessJobs:
         max_running: int,
         worker_ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make the place.
+        """Create the adapter; it starts no worker yet.
 
         Args:
-            command: What starts a worker.
-            environment: Of each worker, which gets its task's ID besides.
-            sign_of_life: The file that the worker of a task keeps locked.
-            marker: What marks the processes of a task.
-            max_running: How many workers run at once.
-            worker_ended: Called whenever one has ended.
+            command: The command of a worker.
+            environment: The environment variables of each worker, without those of its task.
+            sign_of_life: Returns the PID file of a task.
+            marker: Returns the marker of the processes of a task.
+            max_running: How many workers run concurrently.
+            worker_ended: Called whenever a worker has exited.
         """
         self.max_running: int | None = max_running
         self._places = max_running
@@ -78,7 +78,7 @@ class SubprocessJobs:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Stop starting workers; those that run are left to finish."""
+        """Stop launching workers. Those that run keep running."""
         self._queue.clear()
         for reaper in self._reapers:
             reaper.cancel()
@@ -116,7 +116,7 @@ class SubprocessJobs:
             return ExecutionState.QUEUED
         if await asyncio.to_thread(pidfile.holder_pid, self._sign_of_life(task_id)):
             return ExecutionState.RUNNING
-        return ExecutionState.ENDED if task_id in self._ended else ExecutionState.UNKNOWN
+        return ExecutionState.FINISHED if task_id in self._ended else ExecutionState.UNKNOWN
 
     async def clear(self, task_id: TaskId) -> None:
         self._ended.pop(task_id, None)

@@ -40,17 +40,17 @@ class LocalKey:
     def _key(self) -> bytes:
         key = load_or_create_secret(self._path, lambda: secrets.token_bytes(KEY_BYTES))
         if len(key) != KEY_BYTES:
-            raise KeyServiceError("The key file is damaged: it must hold 32 bytes.")
+            raise KeyServiceError("The key file is damaged: it must have 32 bytes.")
         return key
 
 
 def load_or_create_secret(path: Path, make: Callable[[], bytes]) -> bytes:
-    """Return the content of a file that only its owner can read; where there is none, keep what `make` returns.
+    """Return the content of a file that only its owner can read. If there is none, create it with what `make` returns.
 
-    Any number of processes may ask at once: all get the same bytes. Blocks: call it in a thread.
+    Concurrent processes get the same bytes. Blocks; call it in a thread.
 
     Raises:
-        KeyServiceError: The file can be neither read nor made.
+        KeyServiceError: The file can be neither read nor created.
     """
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -68,4 +68,4 @@ def load_or_create_secret(path: Path, make: Callable[[], bytes]) -> bytes:
             scratch.unlink(missing_ok=True)
         return path.read_bytes()
     except OSError as error:
-        raise KeyServiceError(f"The key file can be neither read nor made: {error.strerror}.") from error
+        raise KeyServiceError(f"The key file can be neither read nor created: {error.strerror}.") from error

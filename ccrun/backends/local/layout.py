@@ -1,4 +1,4 @@
-"""Where the local backend keeps what is not an object."""
+"""The files of the local backend that are not objects."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ccrun.task import TaskId
 
 
 def callback_secret_file(data_dir: Path) -> Path:
-    """Return where the local backend keeps the secret that it made for callbacks."""
+    """Return the path of the generated secret for callbacks."""
     return data_dir / ".keys" / "callback.secret"
 
 
 def pid_file(data_dir: Path, task_id: TaskId) -> Path:
-    """Return the file that the worker of a task keeps locked on the local backend."""
+    """Return the path of the PID file of a task's worker."""
     return data_dir / ".workers" / task_id
 
 
 def process_marker(data_dir: Path, task_id: TaskId) -> str:
-    """Return what marks the processes of a task. Another service on this machine may have a task of the same ID."""
+    """Return the marker of the processes of a task, which differs from that of a task with this ID in another data directory."""
     return f"{task_id}.{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]}"

@@ -1,7 +1,7 @@
-"""A worker's sign of life on one machine: a file that it keeps locked.
+"""A PID file that a running process keeps locked.
 
-The kernel lets go of the lock when the process dies, however it dies, so no process number that was given to another meanwhile
-can deceive. Knows files and process numbers; knows no tasks. All of it blocks for the time of a file access.
+The kernel releases the lock when the process exits, so that a PID that is used again does not count. All functions block for the
+time of a file access.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Final
 
 from ccrun.errors import CcrunError
 
-#: Seconds. Whoever asks for the holder has the lock for an instant; whoever has it longer than this is a holder.
+#: Seconds for which the lock is awaited. `holder_pid` has it for an instant; a holder has it for longer.
 LOCK_WAIT_SECONDS: Final = 0.5
 LOCK_WAIT_POLL_SECONDS: Final = 0.005
 
 
 class AlreadyHeld(CcrunError):
-    """Another process holds this sign of life."""
+    """Another process holds this PID file."""
 
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold the sign while the context lasts.
+    """Hold the PID file while the context is open.
 
     Raises:
         AlreadyHeld: Another process holds it.
-        OSError: The file cannot be made.
+        OSError: The file cannot be created.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(path) as file:
@@ -59,7 +59,7 @@ def _locked(path: Path) -> io.FileIO:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
-            # The holder before us has removed this file as it ended: nobody would see a lock on it.
+            # The previous holder has removed this file, so a lock on it would not be seen.
             file.close()
             file = _opened(path)
 
@@ -69,7 +69,7 @@ def _opened(path: Path) -> io.FileIO:
 
 
 def holder_pid(path: Path) -> int | None:
-    """Return the number of the process that holds the sign, None when nobody does."""
+    """Return the PID of the process that holds the file, None when there is none."""
     try:
         with path.open("rb") as file:
             try:

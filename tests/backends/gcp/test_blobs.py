@@ -504,7 +504,7 @@ async def test_upload_that_is_forgotten_begins_anew(gcs: Gcs, blobs: GcsBlobs, s
 async def test_upload_that_is_forgotten_again_and_again_is_given_up(gcs: Gcs, blobs: GcsBlobs) -> None:
     """A service that loses each upload is told as what it is."""
     gcs.fail_always(PART, Fault(status=410))
-    with pytest.raises(StorageError, match=r"Cloud Storage loses the upload again and again: try again later\."):
+    with pytest.raises(StorageError, match=r"Cloud Storage lost the upload several times: retry later\."):
         await create_content(blobs)
     assert 3 == gcs.calls[CREATE]
 

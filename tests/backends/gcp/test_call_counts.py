@@ -124,14 +124,14 @@ async def test_a_payload_is_deleted_once(sides: Sides, receiver: Receiver) -> No
 async def test_poll_without_news_is_one_call(bucket: Bucket, tail: _Tail) -> None:
     """A tail of a silent task lists once a poll and reads nothing."""
     for _ in range(5):
-        assert not await tail._look()
+        assert not await tail._poll_once()
         assert LISTING == bucket.take_calls()
 
 
 async def test_poll_with_new_chunks_is_one_call_more_a_chunk(bucket: Bucket, tail: _Tail) -> None:
     """One listing shows all new chunks; each is read once, for however many readers."""
     await bucket.add_chunks(4, 8)
-    assert await tail._look()
+    assert await tail._poll_once()
     assert LISTING == bucket.take_calls()
     await asyncio.gather(*(tail.frames(number) for number in range(4, 9) for _ in range(20)))
     assert Counter({"objects.get": 5}) == bucket.take_calls()
@@ -140,10 +140,10 @@ async def test_poll_with_new_chunks_is_one_call_more_a_chunk(bucket: Bucket, tai
 async def test_changed_record_is_one_call_more(bucket: Bucket, tail: _Tail) -> None:
     """The listing of a poll tells that the record changed; then it is read, and at the end the log is listed once more."""
     await bucket.store.update(TASK, lambda record: attrs.evolve(record, cancelled_at=NOW))
-    assert await tail._look()
+    assert await tail._poll_once()
     assert Counter({"objects.list": 1, "objects.get": 1}) == bucket.take_calls()
     await bucket.end()
-    assert await tail._look()
+    assert await tail._poll_once()
     assert tail.is_over
     assert Counter({"objects.list": 2, "objects.get": 1}) == bucket.take_calls()
 

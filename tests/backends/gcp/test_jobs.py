@@ -241,7 +241,7 @@ async def test_a_reset_between_two_launches_is_not_noticed(stage: Stage) -> None
 async def test_the_end_of_a_container_is_seen(stage: Stage, behaviour: str) -> None:
     """Whatever its exit code, an execution whose container has ended is over."""
     async with stage.set(behaviour) as (server, jobs):
-        assert ExecutionState.ENDED == await end_of(jobs, await launched(server, jobs))
+        assert ExecutionState.FINISHED == await end_of(jobs, await launched(server, jobs))
 
 
 async def test_a_container_that_was_killed_has_ended(stage: Stage) -> None:
@@ -250,7 +250,7 @@ async def test_a_container_that_was_killed_has_ended(stage: Stage) -> None:
         execution = await launched(server, jobs)
         await stage.written()
         server.kill(execution.short_name)
-        assert ExecutionState.ENDED == await end_of(jobs, execution)
+        assert ExecutionState.FINISHED == await end_of(jobs, execution)
 
 
 async def test_lack_of_memory_is_told(stage: Stage) -> None:
@@ -335,10 +335,10 @@ Condition, State = run_v2.Condition, run_v2.Condition.State
     ("execution", "state"),
     [
         (run_v2.Execution(), ExecutionState.RUNNING),
-        (run_v2.Execution(completion_time={"seconds": 1}), ExecutionState.ENDED),
+        (run_v2.Execution(completion_time={"seconds": 1}), ExecutionState.FINISHED),
         (
             run_v2.Execution(conditions=[Condition(type_="Completed", state=State.CONDITION_FAILED)]),
-            ExecutionState.ENDED,
+            ExecutionState.FINISHED,
         ),
         (
             run_v2.Execution(conditions=[Condition(type_="Started", state=State.CONDITION_SUCCEEDED)]),

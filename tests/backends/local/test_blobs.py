@@ -471,7 +471,7 @@ async def test_full_disk_is_told_and_left_clean(tmp_path: Path) -> None:
     """A file for which there is no room is a `StorageError` that says why, and what was written of it is removed."""
     with run_python(FILL_THE_DISK, tmp_path) as process:
         output, _ = await asyncio.to_thread(process.communicate, None, 30)
-    assert b"The storage folder cannot be written: File too large.\n" == output
+    assert b"The storage directory cannot be written: File too large.\n" == output
     assert [] == [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -107,7 +107,7 @@ async def test_a_worker_is_seen_to_run_and_to_end(place: Jobs, tmp_path: Path) -
     await until_exists(tmp_path / A)
     assert ExecutionState.RUNNING == await place.state(A, name)
     (tmp_path / A).unlink()
-    await until_state(place, A, ExecutionState.ENDED, name=name)
+    await until_state(place, A, ExecutionState.FINISHED, name=name)
 
 
 async def test_a_running_worker_is_cancelled(place: Jobs, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ async def test_a_running_worker_is_cancelled(place: Jobs, tmp_path: Path) -> Non
     await until_exists(tmp_path / B)
     for _ in range(2):
         await place.cancel(A, name)
-    await until_state(place, A, ExecutionState.ENDED, ExecutionState.CANCELLED, name=name)
+    await until_state(place, A, ExecutionState.FINISHED, ExecutionState.CANCELLED, name=name)
     await place.cancel(A, name)
     assert ExecutionState.RUNNING == await place.state(B, others_name)
 
@@ -143,7 +143,7 @@ async def test_no_more_workers_run_than_there_are_places(make_jobs: MakeJobs, tm
         ]
         (tmp_path / A).unlink()
         await until_exists(tmp_path / B)
-        assert [ExecutionState.ENDED, ExecutionState.RUNNING, ExecutionState.QUEUED] == [
+        assert [ExecutionState.FINISHED, ExecutionState.RUNNING, ExecutionState.QUEUED] == [
             await jobs.state(task_id, None) for task_id in (A, B, C)
         ]
         await jobs.cancel(C, None)
@@ -156,7 +156,7 @@ async def test_launching_twice_starts_one_worker(make_jobs: MakeJobs, tmp_path: 
         await jobs.launch(A)
         await until_exists(tmp_path / A)
         (tmp_path / A).unlink()
-        await until_state(jobs, A, ExecutionState.ENDED)
+        await until_state(jobs, A, ExecutionState.FINISHED)
         assert not (tmp_path / A).exists()
 
 
@@ -175,7 +175,7 @@ async def test_a_running_worker_is_cancelled_by_sigterm(make_jobs: MakeJobs, tmp
         await jobs.launch(A)
         await until_exists(tmp_path / A)
         await jobs.cancel(A, None)
-        await until_state(jobs, A, ExecutionState.ENDED)
+        await until_state(jobs, A, ExecutionState.FINISHED)
 
 
 async def test_workers_live_on_and_another_service_sees_and_cancels_them(make_jobs: MakeJobs, tmp_path: Path) -> None:
@@ -186,14 +186,14 @@ async def test_workers_live_on_and_another_service_sees_and_cancels_them(make_jo
     async with make_jobs() as second:
         assert ExecutionState.RUNNING == await second.state(A, None)
         await second.cancel(A, None)
-        assert ExecutionState.UNKNOWN == await until_state(second, A, ExecutionState.UNKNOWN, ExecutionState.ENDED)
+        assert ExecutionState.UNKNOWN == await until_state(second, A, ExecutionState.UNKNOWN, ExecutionState.FINISHED)
 
 
 async def test_a_worker_that_cannot_be_started_has_ended(make_jobs: MakeJobs) -> None:
     """A fault of the machine is seen as an end, so that the task can be settled."""
     async with make_jobs(command=("/no/such/program",)) as jobs:
         await jobs.launch(A)
-        await until_state(jobs, A, ExecutionState.ENDED)
+        await until_state(jobs, A, ExecutionState.FINISHED)
 
 
 async def test_every_end_is_told(tmp_path: Path) -> None:
