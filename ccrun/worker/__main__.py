@@ -1,4 +1,4 @@
-"""The worker process: one task, from its ID in the environment to an exit status. The composition root of the worker wing."""
+"""The worker process: runs the task whose ID is in the environment."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ logger = structlog.get_logger()
 
 
 def main() -> int:
-    """Run the task; return 0 whenever its outcome was recorded."""
-    # First of all, before the agent or anything else of this user can look.
+    """Run the task. Return the exit status, which is 0 when the outcome was recorded."""
+    # First, before another process of this user can read the memory of this one.
     linux.harden()
     linux.become_subreaper()
     try:
         settings = config.load()
         log.configure(settings.log_format, settings.log_level)
         if settings.task_id is None:
-            raise ConfigError("TASK_ID must be set: a worker is started by ccrun, with the task it is for.")
+            raise ConfigError("TASK_ID must be set: ccrun starts workers with the ID of their task.")
         if settings.encrypted_payload_path not in (None, payload_name(settings.task_id)):
             raise ConfigError("ENCRYPTED_PAYLOAD_PATH must name the payload of the task that TASK_ID names.")
         agent_user = user.find_user(settings.agent_user, SYSTEM_PATH) if settings.agent_user else None
-        with log.bound(task_id=settings.task_id), _sign_of_life(settings, settings.task_id):
+        with log.bound(task_id=settings.task_id), _pid_file_held(settings, settings.task_id):
             asyncio.run(_work(settings, settings.task_id, agent_user))
     except AlreadyHeld:
         return 0
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _sign_of_life(settings: Config, task_id: TaskId) -> Iterator[None]:
+def _pid_file_held(settings: Config, task_id: TaskId) -> Iterator[None]:
     if settings.is_local:
         with pidfile.hold(pid_file(settings.data_dir, task_id)):
             yield
@@ -73,7 +73,7 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
         deps = WorkerDependencies(
             store=backend.store,
             wrapper=backend.wrapper,
-            # Where places are few, a receiver that is not there may not hold one.
+            # On the local backend, a receiver that does not answer must not block a worker for long.
             callbacks=backend.callbacks(single_attempt=settings.is_local),
             cli=lambda: find_cli(str(settings.claude_cli) if settings.claude_cli else None, inherited["PATH"]),
             upstream=settings.anthropic_base_url,

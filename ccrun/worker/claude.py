@@ -1,7 +1,6 @@
-"""The Claude CLI: where it is, its arguments, its environment and its input files.
+"""The Claude CLI: its arguments, its environment and its input files.
 
-Plain functions of values. Nothing here starts a process. What is said about the CLI here was
-observed with version 2.1.
+Pure functions. What is said about the CLI here was observed with version 2.1.
 """
 
 from __future__ import annotations
@@ -16,13 +15,10 @@ from typing import Any, Final
 from ccrun.process.tree import MARKER_VARIABLE
 from ccrun.task import ConfigFile, Secret, TaskSpec, is_reserved_variable
 
-#: With more, the path of the CLI's socket is over 103 bytes, and it goes to the shared /tmp/cc-socks-UID instead.
+#: With a longer path, that of the CLI's socket exceeds 103 bytes, and the CLI uses the shared /tmp/cc-socks-UID instead.
 MAX_TEMPORARY_PATH_BYTES: Final = 80
-#: Items between commas; a comma in parentheses belongs to the item, as in `Bash(git log:*, -n)`.
+#: An item of a list. A comma in parentheses belongs to the item, as in `Bash(git log:*, -n)`.
 _LIST_ITEM: Final = re.compile(r"(?:[^,(]|\([^)]*\)?)+")
-
-
-# --- what the CLI is given -------------------------------------------------------------------------------------------
 
 
 def environment(
@@ -38,18 +34,18 @@ def environment(
     is_root: bool,
     marker: str,
 ) -> dict[str, str]:
-    """Return all of the agent's environment: nothing of the worker's but PATH, locale and time zone.
+    """Return all environment variables of the agent. Those of the worker are PATH, locale and time zone only.
 
     Args:
-        inherited: The worker's environment.
-        home: The agent's home.
-        config: The CLI's own folder, with the task's `commands` and `agents`.
-        temporary: For temporary files; at most `MAX_TEMPORARY_PATH_BYTES` long if the CLI is to keep all its files there.
-        base_url: The proxy.
-        run_token: What opens the proxy.
-        is_oauth: Whether the real credential is an OAuth token; the CLI asks differently with one.
-        is_root: Whether the agent runs as root; the CLI then refuses `bypassPermissions` unless told that it is contained.
-        marker: By which all processes of the task are found.
+        inherited: The environment of the worker.
+        home: HOME of the agent.
+        config: The configuration directory of the CLI, with the task's `commands` and `agents`.
+        temporary: TMPDIR, at most `MAX_TEMPORARY_PATH_BYTES` long so that the CLI puts all its files there.
+        base_url: The URL of the proxy.
+        run_token: The token for the proxy.
+        is_oauth: Whether the real credential is an OAuth token, with which the CLI sends other requests.
+        is_root: Whether the agent runs as root. The CLI then rejects `bypassPermissions` unless it is in a sandbox.
+        marker: The marker by which the processes of the task are found.
     """
     secrets = {
         name: secret.reveal() for name, secret in spec.environment_secrets.items() if not is_reserved_variable(name)
@@ -60,7 +56,7 @@ def environment(
         "LANG": "C.UTF-8",
         **{name: value for name, value in inherited.items() if name in ("LANG", "TZ") or name.startswith("LC_")},
         **secrets,
-        # A PATH of the caller's goes before ours, which has what the CLI needs; a proxy of the caller's is not for loopback.
+        # A PATH of the request comes before the one that the CLI needs. A proxy of the request is not used for loopback.
         "PATH": os.pathsep.join(filter(None, paths)),
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
@@ -77,7 +73,7 @@ def environment(
     }
 
 
-#: What decides where the CLI sends its requests and with which credential.
+#: The variables that decide where the CLI sends its requests and with which credential.
 _PINNED_VARIABLES: Final = (
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_AUTH_TOKEN",
@@ -97,7 +93,7 @@ def option_files(spec: TaskSpec, environment: Mapping[str, str]) -> dict[str, by
     They are files and not arguments because they are large (an argument has at most 128 KiB on Linux) and confidential
     (arguments are visible in the process list).
     """
-    # A repository's settings may set variables and win over the environment; what a flag names wins over both.
+    # Settings of a repository may set variables and override the environment; those that an option names override both.
     settings = {"apiKeyHelper": "", "env": {name: environment.get(name, "") for name in _PINNED_VARIABLES}}
     files = {"settings": json.dumps(settings).encode()}
     if spec.system_prompt is not None:
@@ -107,14 +103,14 @@ def option_files(spec: TaskSpec, environment: Mapping[str, str]) -> dict[str, by
     if spec.mcp_config is not None:
         files["mcp-config"] = json.dumps(spec.mcp_config).encode()
     if spec.subagents:
-        # In a folder `agents` the repository's of the same name would win.
+        # In a directory `agents`, those of the repository with the same name would be used.
         agents = {name: _agent(name, file) for name, file in spec.subagents.items()}
         files["agents"] = json.dumps(agents).encode()
     return files
 
 
 def _agent(name: str, file: ConfigFile) -> dict[str, Any]:
-    """Return a subagent as `--agents` takes it, which wants lists where front matter has `Read, Grep`."""
+    """Return a subagent for `--agents`, which needs lists where front matter has `Read, Grep`."""
     agent = {key: value for key, value in file.frontmatter.items() if key != "name" and value is not None}
     for key in ("tools", "disallowedTools", "skills"):
         if isinstance(listed := agent.get(key), str):
@@ -123,10 +119,10 @@ def _agent(name: str, file: ConfigFile) -> dict[str, Any]:
 
 
 def argv(spec: TaskSpec, *, cli: Path, files: Mapping[str, Path]) -> list[str]:
-    """Return the command. The prompt is not in it: it goes to stdin.
+    """Return the command. The prompt is not in it, since it goes to stdin.
 
-    Every value is tied to its flag by `=`, so that none is read as a flag and none swallows its neighbour. Each tool has a
-    flag of its own; within one value the CLI splits at commas and spaces outside of parentheses.
+    `=` joins each value to its option, so that no value is read as an option. Each tool has its own option, since the CLI
+    splits a value at commas and spaces outside parentheses.
 
     Args:
         files: The paths of the `option_files`, by option.

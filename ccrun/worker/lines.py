@@ -1,4 +1,4 @@
-"""Lines that ccrun itself puts into the log of a task, beside the CLI's own. Pure."""
+"""Lines that ccrun adds to the log of a task. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SLICE_BYTES: Final = 64 * 1024
 
 
 def text_line(content: bytes | bytearray, **fields: Any) -> bytearray:
-    """Return an object with these fields and a last one, `content`, that holds bytes of any size as text.
+    """Return a JSON object with these fields and `content`, the bytes as text.
 
-    What is no UTF-8 becomes replacement characters. Memory stays near one copy: a line can have many megabytes.
+    Bytes that are not UTF-8 become replacement characters. Memory stays near one copy, since a line may have many megabytes.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     opened = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))[:-1]
@@ -27,13 +27,13 @@ def text_line(content: bytes | bytearray, **fields: Any) -> bytearray:
 
 
 def worker_line(step: str, **fields: Any) -> bytes:
-    """Return what the worker says of a step of its own: `clone`, `command`, `git`, `upload` or `rescue`."""
+    """Return a line about a step of the worker, such as `clone` or `git`. Fields that are None are left out."""
     line = {"type": "worker", "step": step, **{name: value for name, value in fields.items() if value is not None}}
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def slices(line: bytes | bytearray) -> Iterator[bytes]:
-    """Yield the line in pieces."""
+    """Yield a line in pieces."""
     with memoryview(line) as view:
         for start in range(0, len(view), _SLICE_BYTES):
             yield bytes(view[start : start + _SLICE_BYTES])

@@ -1,7 +1,7 @@
-"""The loopback proxy that puts the credential in: what the agent knows as the model API.
+"""The loopback proxy that adds the credential to the agent's requests to the model API.
 
-The real credential is in this process's memory and on the wire upstream, nowhere else: the agent gets a token that
-opens this proxy alone and dies with it. Nothing is logged, for prompts and answers pass through; nothing is stored.
+The real credential is in the memory of this process and on the connection to the model API, nowhere else: the agent gets a
+token that is valid for this proxy only, while it runs. Nothing is logged or stored, since prompts and responses pass through.
 """
 
 from __future__ import annotations
@@ -27,38 +27,37 @@ from ccrun.task import Secret
 
 DEFAULT_UPSTREAM: Final = "https://api.anthropic.com"
 
-#: The API's own limit for a request to `/v1/messages` (https://docs.anthropic.com/en/api/errors); more would be refused
-#: there, after it has cost the upload.
+#: Bytes: the limit of the API for a request to `/v1/messages` (https://docs.anthropic.com/en/api/errors).
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-#: An error of the API is some hundred bytes; a gateway's page is a few KiB. It is held in memory to be masked.
+#: Bytes of an error, which is in memory while it is redacted. One of the API has some hundred, that of a gateway a few KiB.
 MAX_ERROR_BYTES: Final = 64 * 1024
-#: A rejection ends up in the task's `error`, which is one sentence for a person.
+#: Characters of a rejection, which becomes the `error` of the task.
 MAX_REJECTION_CHARS: Final = 500
-#: Each subagent has one request under way, and nobody runs this many; more wait for a free connection.
+#: Concurrent requests. Each subagent has one; more wait for a connection.
 MAX_UPSTREAM_CONNECTIONS: Final = 256
-#: For the name, TCP, TLS and the wait for a free connection. A healthy network needs well under a second.
+#: Seconds for resolving the name, TCP, TLS and waiting for a connection. Usually less than one.
 CONNECT_SECONDS: Final = 20.0
-#: Silence upstream. A stream carries pings, but an answer that is not streamed may take as long as the CLI waits for
-#: it, which is 600 s (it says so in `X-Stainless-Timeout`). There is no limit on the whole of an answer.
+#: Seconds of silence of the model API. A stream has pings, but a response without streaming may take as long as the CLI waits,
+#: 600 s (its `X-Stainless-Timeout`). A response has no limit in all.
 IDLE_SECONDS: Final = 600.0
-#: How long requests that are under way may go on when the context is left: the agent is gone by then.
+#: Seconds that requests have when the context is left. The agent has exited by then.
 STOP_SECONDS: Final = 0.1
 
-#: Without it the API takes no OAuth token; the CLI names it only when it believes that it has such a token.
+#: The API needs it for an OAuth token. The CLI sends it only when it has such a token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
 
-#: What the agent may ask for, as it stands in the request line. The same host and credential open far more (files,
-#: sessions, batches, the administration of the organization), so this is a list of what may, never of what may not.
-#: Matched before anything is decoded: `..`, `%2e`, `//` and absolute URIs do not match.
+#: The requests that the agent may send, as in the request line. The same host and credential give access to much more (files,
+#: sessions, batches, the administration of the organization), so this is an allowlist. It is matched before anything is decoded:
+#: `..`, `%2e`, `//` and absolute URIs do not match.
 _ALLOWED: Final = re.compile(
     r"(?:POST /v1/messages(?:/count_tokens)?|GET /v1/models(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)?)(?:\?[!\"$-~]*)?"
 )
-#: What of the agent's headers goes upstream. Others could turn a gateway against its rules (`X-Original-URL`).
+#: The headers of the agent that are forwarded. Others could make a gateway ignore its rules (`X-Original-URL`).
 _PASSED_UP: Final = re.compile(
     r"accept|content-(?:type|length|encoding)|user-agent|x-app|x-client-request-id|(anthropic|x-stainless|x-claude)-.+",
     re.IGNORECASE,
 )
-#: What of the answer's headers stays here: those of the connection (RFC 9110, section 7.6.1), and cookies.
+#: The headers of a response that are not forwarded: those of the connection (RFC 9110, section 7.6.1), and cookies.
 _KEPT_BACK: Final = re.compile(
     r"connection|keep-alive|proxy-(authenticate|authentication-info|connection)|te|trailer|transfer-encoding|upgrade"
     r"|set-cookie",
@@ -68,23 +67,23 @@ _CREDENTIAL: Final = re.compile(r"[!-~]+")
 
 
 class CredentialKind(enum.StrEnum):
-    """How the credential is presented."""
+    """The kind of the credential."""
 
     API_KEY = "api_key"
     OAUTH = "oauth"
 
 
 def is_allowed(method: str, target: str) -> bool:
-    """Tell whether the agent may ask for this.
+    """Return whether the agent may send this request.
 
     Args:
-        target: The request target as it was sent, undecoded, with its query.
+        target: The request target as it was sent, not decoded, with its query.
     """
     return _ALLOWED.fullmatch(f"{method} {target}") is not None
 
 
 def presents(headers: Mapping[str, str], token: Secret) -> bool:
-    """Tell whether a request carries the token, as an API key or as a bearer, in time that says nothing about it."""
+    """Return whether a request has the token, as an API key or a bearer token. The duration reveals nothing about it."""
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
     shown = (headers.get("X-Api-Key", ""), bearer.strip() if scheme.lower() == "bearer" else "")
     known = token.reveal().encode()
@@ -92,9 +91,9 @@ def presents(headers: Mapping[str, str], token: Secret) -> bool:
 
 
 def upstream_headers(headers: Mapping[str, str], credential: Secret, kind: CredentialKind) -> CIMultiDict[str]:
-    """Return the headers that go upstream: the agent's, with the real credential in place of whatever it sent."""
+    """Return the headers to forward, with the real credential instead of the agent's."""
     passed = CIMultiDict((name, value) for name, value in headers.items() if _PASSED_UP.fullmatch(name))
-    # An answer that is not compressed can be masked, and nothing between here and there holds back its pieces.
+    # Without compression, a response can be redacted, and nothing on the way buffers it.
     passed["Accept-Encoding"] = "identity"
     match kind:
         case CredentialKind.API_KEY:
@@ -107,20 +106,20 @@ def upstream_headers(headers: Mapping[str, str], credential: Secret, kind: Crede
 
 
 class CredentialProxy:
-    """Serves the model API on 127.0.0.1 for as long as the context lasts.
+    """Serves the model API on 127.0.0.1 while its context is open.
 
     Args:
-        credential: The real one.
-        kind: How the model API takes it.
+        credential: The real credential.
+        kind: Its kind.
         upstream: The base URL of the model API, as in `ANTHROPIC_BASE_URL`.
-        run_token: What the agent must present; a fresh one by default.
-        egress_proxy: The URL of the HTTP proxy on the way upstream, if there is one. The environment is not asked: that
-            would also read `~/.netrc`, which could put another credential in.
+        run_token: The token that the agent must send. By default, a new one.
+        egress_proxy: The URL of an HTTP proxy to the model API. The environment is not used, since aiohttp would then also read
+            `~/.netrc`, which could have another credential.
         connect_seconds: See `CONNECT_SECONDS`.
         idle_seconds: See `IDLE_SECONDS`.
 
     Raises:
-        CredentialUnusable: The credential cannot stand in a header.
+        CredentialUnusable: The credential cannot be part of a header.
     """
 
     def __init__(
@@ -136,12 +135,12 @@ class CredentialProxy:
     ) -> None:
         if _CREDENTIAL.fullmatch(credential.reveal()) is None:
             raise CredentialUnusable
-        #: What the agent presents in place of the credential.
+        #: The token that the agent sends instead of the credential.
         self.run_token = run_token or Secret(secrets.token_urlsafe(32))
-        #: The base URL for the agent, without a slash at the end.
+        #: The base URL for the agent, without a trailing slash.
         self.url = ""
-        #: What the model API said when it last refused the credential (401) or its rights (403). The latter may concern
-        #: one model alone: whether the task fails is told by how the agent ends.
+        #: The message of the model API when it last rejected the credential (401) or its rights (403). The latter may concern
+        #: one model only, so that the run decides whether the task has failed.
         self.rejected: str | None = None
         self._credential = credential
         self._kind = kind
@@ -164,7 +163,7 @@ class CredentialProxy:
             )
             app = web.Application()
             app.router.add_route("*", "/{path:.*}", self._answer)
-            # Without handler_cancellation an answer would go on, and be paid for, after the agent has left.
+            # Without handler_cancellation, a response would continue, and be billed, after the agent has disconnected.
             runner = web.AppRunner(
                 app, access_log=None, auto_decompress=False, handler_cancellation=True, shutdown_timeout=STOP_SECONDS
             )
@@ -205,9 +204,9 @@ class CredentialProxy:
                     await response.write(chunk)
                 return response
         except Exception as error:
-            # Everything, since the frames of the traceback hold the credential and a logger might print them.
+            # All exceptions, since a traceback with the credential in its frames might be logged.
             if response is not None:
-                # What was cut off must look cut off: with a proper end it would pass for the whole answer.
+                # An incomplete response must look incomplete, so it has no regular end.
                 if request.transport is not None:
                     request.transport.abort()
                 return response
@@ -217,9 +216,9 @@ class CredentialProxy:
             return _error(502, "api_error", f"The model API {fault} ({type(error).__name__}).")
 
     async def _failure(self, answer: aiohttp.ClientResponse) -> web.Response:
-        """Return what the agent is told of a redirect or an error, in which the credential may be quoted."""
+        """Return the response to the agent for a redirect or an error, which may quote the credential."""
         if answer.status < 400:
-            # Following it would carry the credential to wherever it points.
+            # Following it would send the credential to another server.
             return _error(
                 502,
                 "api_error",
@@ -236,7 +235,7 @@ class CredentialProxy:
             headers.popall(name, None)
         if answer.status in (401, 403):
             self.rejected = self._mask(_message_in(text) or sentence)[:MAX_REJECTION_CHARS]
-            # Otherwise the CLI tries again for minutes, and each time gets the same answer.
+            # Otherwise the CLI retries for minutes.
             headers["X-Should-Retry"] = "false"
         return web.Response(body=self._mask(text).encode(), status=answer.status, headers=headers)
 
@@ -251,7 +250,7 @@ class CredentialProxy:
 
 @attrs.define(kw_only=True)
 class _Upload:
-    """The body of a request on its way upstream, piece by piece, up to `MAX_BODY_BYTES`."""
+    """Forwards the body of a request in pieces, up to `MAX_BODY_BYTES`."""
 
     source: aiohttp.StreamReader
     seen_bytes: int = 0
@@ -264,7 +263,7 @@ class _Upload:
         async for chunk in self.source.iter_any():
             self.seen_bytes += len(chunk)
             if self.is_too_large:
-                # Ends the request upstream; `is_too_large` tells the reason to whoever made it.
+                # This aborts the request to the model API; `is_too_large` has the reason.
                 raise ValueError("The request is too large.")
             yield chunk
 
@@ -274,7 +273,7 @@ class _Upload:
 
 
 async def _read_error(answer: aiohttp.ClientResponse) -> str | None:
-    """Return the body of an error; None when it is too long or compressed, so that it cannot be masked."""
+    """Return the body of an error, None when it cannot be redacted because it is too long or compressed."""
     if answer.headers.get("Content-Encoding", "identity") != "identity":
         return None
     try:
@@ -285,7 +284,7 @@ async def _read_error(answer: aiohttp.ClientResponse) -> str | None:
 
 
 def _message_in(body: str) -> str | None:
-    """Return the message of an error in the API's shape."""
+    """Return the message of an error of the API."""
     try:
         message = json.loads(body)["error"]["message"]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -294,7 +293,7 @@ def _message_in(body: str) -> str | None:
 
 
 def _error_text(kind: str, message: str) -> str:
-    """Return an error in the API's shape (https://docs.anthropic.com/en/api/errors)."""
+    """Return an error in the format of the API (https://docs.anthropic.com/en/api/errors)."""
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}})
 
 

@@ -1,7 +1,7 @@
-"""Takes the values of secrets out of what leaves the worker. Pure.
+"""Redacting the values of secrets in what leaves the worker. Pure.
 
-A value is found as it is and as JSON spells it, once and twice, since a tool's output stands inside a JSON string and a file that
-the tool printed may be JSON itself.
+A value is found as it is and as JSON escapes it, once and twice: the output of a tool is inside a JSON string, and a file that
+the tool printed may itself be JSON.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ import attrs
 
 from ccrun.task import Secret
 
-#: Characters. Shorter values ("true", "8080", "dev") stand everywhere in a log and protect nothing.
+#: Characters. Shorter values ("true", "8080", "dev") are common in logs and protect nothing.
 MIN_SECRET_CHARS: Final = 6
 MASK: Final = "***"
 
 
 class Redactor:
-    """Knows the secrets of one task."""
+    """Redacts the secrets of one task."""
 
     def __init__(self, secrets: Iterable[Secret]) -> None:
         parts = {part for secret in secrets for part in _parts(secret.reveal())}
         once = {spelling for part in parts for spelling in _json_spellings(part)}
         twice = {spelling for part in once for spelling in _json_spellings(part)}
-        # The longest first, so that of a secret that contains another nothing is left over.
+        # The longest first, so that a secret that contains another is redacted completely.
         spellings = sorted(parts | once | twice, key=len, reverse=True)
         self._text = re.compile("|".join(map(re.escape, spellings))) if spellings else None
-        # A line is JSON: what stands there as it is and is no spelling of JSON is something else, and to mask it would break it.
+        # A line is JSON, so only escaped forms are replaced; replacing another form would break the line.
         self._bytes = [spelling.encode() for spelling in spellings if spelling in once | twice]
 
     def text(self, text: str) -> str:
-        """Return the text with every secret masked."""
+        """Return a text with all secrets redacted."""
         return self._text.sub(MASK, text) if self._text else text
 
     def line(self, line: bytes | bytearray) -> bytes | bytearray:
-        """Return the line of JSON with every secret masked; the very same object when there is none in it."""
+        """Return a line of JSON with all secrets redacted; the same object if it has none."""
         for spelling in self._bytes:
             if spelling in line:
                 line = line.replace(spelling, MASK.encode())
         return line
 
     def value(self, value: Any) -> Any:
-        """Return the JSON value with every secret masked in its strings."""
+        """Return a fact or a JSON value with all secrets in its strings redacted."""
         match value:
             case str():
                 return self.text(value)
@@ -63,7 +63,7 @@ class Redactor:
 
 
 def _parts(secret: str) -> set[str]:
-    # A key file is printed line by line, by tools that add margins or other line ends.
+    # Tools print a key file line by line, with indentation or other line ends.
     parts = {secret, secret.strip(), *secret.splitlines()} if "\n" in secret else {secret}
     return {part for part in parts if len(part) >= MIN_SECRET_CHARS}
 

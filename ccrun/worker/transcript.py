@@ -17,16 +17,16 @@ from ccrun.process.exit import Exit
 from ccrun.task import EXIT_FAILED, Outcome, Reason, Status
 from ccrun.worker.lines import slices, text_line
 
-#: Lines are parsed up to here. Longer ones (a tool that printed much) are looked at without a copy, so memory stays flat.
+#: Bytes of a line up to which it is parsed. Longer ones (much output of a tool) are checked without a copy.
 MAX_PARSED_LINE_BYTES: Final = 1024 * 1024
-#: The result is kept in the record and goes out with the callback, whose body, with 64 KiB of metadata, must stay below the
-#: 100 kB that Express takes by default; the log has the whole of it.
+#: Bytes of the result in the record and the callback, whose body, with 64 KiB of metadata, must stay below the 100 kB that
+#: Express accepts by default. The log has all of it.
 MAX_RESULT_CHARS: Final = 4 * 1024
-#: An error is one sentence for a person; the CLI may quote a whole answer of the API.
+#: Characters of an error. The CLI may quote a complete response of the API.
 MAX_ERROR_CHARS: Final = 2000
-#: Beyond any run, and small enough that sums of such figures stay exact in JavaScript, which reads the callback.
+#: The maximum of a figure. Sums of such figures stay exact in JavaScript.
 MAX_FIGURE: Final = 2**40
-#: The figures of a result are three levels deep; a line that is made to hurt could nest a thousand.
+#: Levels of nested figures. Those of a result have three; a hostile line could have a thousand.
 MAX_USAGE_DEPTH: Final = 8
 
 _CONTROL: Final = re.compile(rb"[\x00-\x1f]")
@@ -36,10 +36,10 @@ _CONTROL: Final = re.compile(rb"[\x00-\x1f]")
 
 
 class Transcript:
-    """What a run has said so far that matters for its end; fed line by line."""
+    """The facts of a run so far that matter for its outcome, collected line by line."""
 
     def __init__(self) -> None:
-        #: The last result: background work can wake the agent again after its first.
+        #: The last result. Background work can wake the agent after its first.
         self.result: Mapping[str, Any] | None = None
         #: Turns of all results.
         self.turns = 0
@@ -47,12 +47,12 @@ class Transcript:
         self.errors = 0
         #: Tokens of all results.
         self.usage: Mapping[str, Any] | None = None
-        #: Whether the API has refused the credential.
+        #: Whether the API has rejected the credential.
         self.is_refused = False
         self.has_lines = False
 
     def feed(self, line: bytes | bytearray) -> None:
-        """Take a line of stdout. Only what can matter is parsed; of long lines, only a result."""
+        """Add a line of stdout. Of long lines, only results are parsed."""
         self.has_lines = True
         is_result = b'"type":"result"' in line
         if not is_result and (
@@ -82,7 +82,7 @@ def _count(value: object) -> int:
 
 
 def _text(value: object, limit: int) -> str | None:
-    """Return a text that can be encoded and kept, or None if it is none."""
+    """Return a text that can be encoded and stored, None if the value is not a text."""
     if not isinstance(value, str):
         return None
     text = value.encode(errors="replace").decode()
@@ -90,7 +90,7 @@ def _text(value: object, limit: int) -> str | None:
 
 
 def _sum(old: Mapping[str, Any] | None, new: object, depth: int = MAX_USAGE_DEPTH) -> dict[str, Any] | None:
-    """Return figures with `new` added: numbers are added, objects member by member, of a text the newer counts."""
+    """Return the sum of figures: of numbers, and of objects member by member. Of two texts, it is the newer one."""
     if not isinstance(new, dict) or not depth:
         return None
     total = dict(old or {})
@@ -110,11 +110,10 @@ def _sum(old: Mapping[str, Any] | None, new: object, depth: int = MAX_USAGE_DEPT
 
 
 def line_for_log(line: bytes | bytearray) -> bytes | bytearray:
-    """Return a line of output as the log has it: one JSON object, without a raw line break in it.
+    """Return a line of output for the log: one JSON object without a raw line break. Empty for a blank line.
 
-    An object stays as it is, byte for byte; anything else becomes the content of a text object. Empty for a blank line, which
-    the log does not have. A line over `MAX_PARSED_LINE_BYTES` counts as an object by its first and last byte if it is UTF-8
-    without control characters: to parse it would take many times its memory.
+    An object is returned unchanged; anything else becomes the content of a text object. A line over `MAX_PARSED_LINE_BYTES`,
+    which is not parsed, counts as an object if it starts and ends like one and is UTF-8 without control characters.
     """
     if line.isspace() or not line:
         return b""
@@ -154,18 +153,18 @@ def _as_text(line: bytes | bytearray) -> bytes | bytearray:
     return text_line(line, type="text")
 
 
-# --- how a run is judged ---------------------------------------------------------------------------------------------
+# --- the outcome -------------------------------------------------------------------------------------------------------
 
 
 def outcome_of_run(
     transcript: Transcript, ended: Exit, *, stopped_by_us: bool = False, rejected: str | None = None
 ) -> Outcome:
-    """Return how a run ended: well when the last result is no error and the process ended well too.
+    """Return the outcome of a run: completed when the last result is no error and the process was successful.
 
     Args:
-        ended: How the process ended.
-        stopped_by_us: It did not end by itself and was made to; once there is a result, its exit then says nothing.
-        rejected: What the model API said when it refused the credential.
+        ended: The exit status of the process.
+        stopped_by_us: Whether ccrun stopped the process, so that its exit status does not matter when there is a result.
+        rejected: The message of the model API when it rejected the credential.
     """
     result = transcript.result or {}
     if stopped_by_us and transcript.result is not None:
@@ -191,7 +190,7 @@ def outcome_of_run(
 
 
 def _failure(transcript: Transcript, words: str | None, ended: Exit, rejected: str | None) -> tuple[Reason, str]:
-    """Return why a run failed, in the CLI's own words where it has any."""
+    """Return why a run failed, as the CLI reports it if it does."""
     result = transcript.result or {}
     plain = words or f"Claude process exited with code {ended.code or EXIT_FAILED}"
     if rejected is not None or transcript.is_refused:
@@ -199,7 +198,7 @@ def _failure(transcript: Transcript, words: str | None, ended: Exit, rejected: s
     if ended.signal is not None:
         return Reason.KILLED, _killed_by(ended.signal)
     if transcript.result is None and ended.ok:
-        return Reason.AGENT_ERROR, "The Claude CLI ended without a result."
+        return Reason.AGENT_ERROR, "The Claude CLI exited without a result."
     if result.get("subtype") == "error_max_turns":
         return Reason.MAX_TURNS, plain
     if result.get("terminal_reason") == "api_error":
@@ -208,7 +207,7 @@ def _failure(transcript: Transcript, words: str | None, ended: Exit, rejected: s
 
 
 def _error_text(result: Mapping[str, Any]) -> str | None:
-    """Return what the CLI says of an error: the text of the result, else its list of errors."""
+    """Return the text of a result that is an error, else its list of errors."""
     errors = result.get("errors")
     listed = "; ".join(error for error in errors if isinstance(error, str)) if isinstance(errors, list) else None
     return _text(result.get("result") or listed, MAX_ERROR_CHARS) or None

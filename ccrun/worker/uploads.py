@@ -1,8 +1,7 @@
-"""After success: finds the files of the workspace that the request names, and brings them to the store.
+"""Uploading the files of the workspace that a request names.
 
-What is in the workspace was made by whoever could make an agent do it. So everything is reached from a descriptor of the
-workspace, name by name and never through a link; what is read is the very file that was looked at; and what is wrong with one
-file keeps no other from its way.
+The workspace is hostile. So each file is opened from a descriptor of the workspace, name by name and never through a link; the
+file that is read is the one that was checked; and an error of one file does not affect the others.
 """
 
 from __future__ import annotations
@@ -29,36 +28,36 @@ from ccrun.names import upload_name
 from ccrun.store import Store
 from ccrun.task import TaskId, UploadAction, UploadedFile
 
-#: Files. The record, read on every poll, and the callback carry the list of them: about a megabyte.
+#: Files. The record and the callback have the list of them, about a megabyte.
 MAX_FILES: Final = 5000
-#: Sentences. Who gets this many needs no more to see what is wrong.
+#: Errors that are reported.
 MAX_UPLOAD_ERRORS: Final = 20
-#: Files and folders that are looked at. More are no workspace, but a trap.
+#: Files and directories that are searched.
 MAX_ENTRIES: Final = 1_000_000
-#: What patterns and trees are made to take long end here; a million ordinary files are looked at in a tenth of it.
+#: Seconds of a search, against hostile patterns and trees. A million ordinary files take a tenth of it.
 SEARCH_SECONDS: Final = 60.0
-#: Uploads at once. Each may keep some 8 MiB in memory, twice.
+#: Concurrent uploads. Each may use some 16 MiB of memory.
 PARALLEL_UPLOADS: Final = 4
-#: Files in a row that the storage does not take, each after its own patience; then the others are not tried.
+#: Consecutive files that the storage rejects, each after all of its retries. Then the others are skipped.
 MAX_FAILURES: Final = 4
-#: Of a path in a sentence.
+#: Characters of a path in an error.
 MAX_PATH_CHARS: Final = 200
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: Without waiting for who writes to a FIFO.
+#: Does not wait for the writer of a FIFO.
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-#: Opening or looking fails so when something else has taken the place of what was there.
+#: The errors when another kind of file has replaced the one that was found.
 _CHANGED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ESTALE})
-#: Never uploaded, in any spelling that some file system takes for the same.
+#: Never uploaded, in any form that a file system treats as equal.
 _GIT: Final = ".git"
 
-#: A file, however many names it has: its device and inode.
+#: The device and inode of a file, which may have several names.
 FileId = tuple[int, int]
 
 
 @attrs.frozen(kw_only=True)
 class Uploads:
-    """The files that were kept, by their paths, and what is to be said of those that were not, a sentence each."""
+    """The files that were uploaded, and an error for each of the others."""
 
     files: tuple[UploadedFile, ...] = ()
     errors: tuple[str, ...] = ()
@@ -67,16 +66,12 @@ class Uploads:
 async def upload_files(
     store: Store, task_id: TaskId, root: Path, action: UploadAction, *, never: Collection[str] = ()
 ) -> Uploads:
-    """Bring the files that a request names from the workspace to the store.
-
-    Whatever goes wrong becomes a sentence in `Uploads.faults`.
+    """Upload the files that a request names. All errors are in the result.
 
     Args:
-        store: Where they go.
-        task_id: The task that made them.
-        root: The folder that the patterns are relative to.
-        action: The patterns, and where among the task's uploads the files go.
-        never: Paths in that folder that no pattern means: what the worker itself has put there.
+        root: The directory that the patterns are relative to.
+        action: The patterns, and the prefix of the uploads.
+        never: Paths in that directory that are never uploaded, since the worker has written them.
     """
     errors = _Errors()
     prefix = "".join(f"{part}/" for part in action.gcs_prefix.split("/") if part not in ("", "."))
@@ -99,11 +94,11 @@ async def upload_files(
             errors.add("No file matches globPatterns.")
         callbacks = _Uploader(store, task_id, prefix, tree, found.links, errors)
         files = await callbacks.deliver(found.paths)
-    return Uploads(files=tuple(files), errors=errors.told())
+    return Uploads(files=tuple(files), errors=errors.messages())
 
 
 class _Errors:
-    """Sentences about what went wrong, of which only so many are kept."""
+    """A list of errors with a maximum length."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -114,16 +109,16 @@ class _Errors:
         if self.number <= MAX_UPLOAD_ERRORS:
             self._first.append(sentence)
 
-    def add_file(self, path: str, fault: str) -> None:
-        self.add(f"{_printable(path)}: {fault}")
+    def add_file(self, path: str, reason: str) -> None:
+        self.add(f"{_printable(path)}: {reason}")
 
-    def told(self) -> tuple[str, ...]:
+    def messages(self) -> tuple[str, ...]:
         more = self.number - len(self._first)
         return (*self._first, f"And {more} more.") if more else tuple(self._first)
 
 
 def _printable(path: str) -> str:
-    """Return a path, fit for one line of a message; what cannot stand in one is told by its number."""
+    """Return a path for an error message, with escapes for what cannot be printed."""
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return plain if len(plain) <= MAX_PATH_CHARS else plain[:MAX_PATH_CHARS] + "…"
@@ -139,11 +134,11 @@ def _reason(error: OSError) -> str:
 
 
 class _Skipped(Exception):
-    """A file is left out, for the reason that the message tells."""
+    """A file is skipped; the message has the reason."""
 
 
 class _Tree:
-    """The workspace, by a descriptor. What is in it is opened name by name, so that no link leads anywhere else."""
+    """The workspace, by a descriptor. Its files are opened name by name, so that no link leads out of it."""
 
     def __init__(self, root: Path, opened: contextlib.ExitStack) -> None:
         self._root = os.open(root, _FOLDER)
@@ -151,7 +146,7 @@ class _Tree:
 
     @contextlib.contextmanager
     def folder(self, path: str) -> Iterator[int]:
-        """Open a folder of the workspace, for a while. One descriptor at a time, however deep it is."""
+        """Open a directory of the workspace, with one descriptor at a time at any depth."""
         folder = os.dup(self._root)
         try:
             for name in path.split("/") if path else ():
@@ -163,12 +158,12 @@ class _Tree:
             os.close(folder)
 
     def open(self, path: str, links: Mapping[FileId, int], opened: contextlib.ExitStack) -> tuple[BinaryIO, int]:
-        """Open a file of the workspace and return it with its size.
+        """Open a file of the workspace, and return it with its size.
 
         Args:
-            path: In the workspace.
-            links: The number of names that files with several have in the workspace.
-            opened: Closes it.
+            path: The path in the workspace.
+            links: For files with several hard links, how many are in the workspace.
+            opened: Closes the file.
         """
         folder, _, name = path.rpartition("/")
         with self.folder(folder) as above:
@@ -187,7 +182,7 @@ class _Tree:
 def _check_file(status: os.stat_result, links: Mapping[FileId, int]) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise _Skipped("changed before it could be read.")
-    # Whoever makes a link to a file needs no right to read it.
+    # A hard link to a file can be made without the right to read it.
     if status.st_nlink > 1 and links.get(_file_id(status)) != status.st_nlink:
         raise _Skipped("has a further name (hard link) outside the workspace, or in .git.")
 
@@ -198,7 +193,7 @@ def _file_id(status: os.stat_result) -> FileId:
 
 @attrs.frozen(kw_only=True)
 class _Found:
-    """What a search has found: files in the order of their paths, and the names that those with several have."""
+    """The result of a search: files in the order of their paths, and the number of hard links of those with several."""
 
     paths: tuple[str, ...]
     links: Mapping[FileId, int]
@@ -206,7 +201,7 @@ class _Found:
 
 @attrs.frozen
 class _Pending:
-    """What waits to be looked at: a folder with what the patterns say of it, or a file with its status."""
+    """A directory with the state of the patterns, or a file with its status, that is still to be searched."""
 
     path: str
     folder: Reach | None = None
@@ -214,7 +209,7 @@ class _Pending:
 
 
 class _Search:
-    """Looks for files that patterns mean."""
+    """Searches files that match patterns."""
 
     def __init__(
         self,
@@ -225,7 +220,7 @@ class _Search:
         given_up: threading.Event,
     ) -> None:
         self._tree = tree
-        #: Returns the object's name for a path.
+        #: Returns the object name of a path.
         self._name = name
         self._never = never
         self._errors = errors
@@ -233,7 +228,7 @@ class _Search:
         self._give_up_at = 0.0
 
     def find(self, reach: Reach | None) -> _Found:
-        """Return the files that the patterns mean, as many as may be uploaded."""
+        """Return the files that match, at most as many as may be uploaded."""
         paths: list[str] = []
         linked: set[FileId] = set()
         more = 0
@@ -254,7 +249,7 @@ class _Search:
         return _Found(paths=tuple(paths), links=self._count_names(linked))
 
     def _count_names(self, files: set[FileId]) -> Mapping[FileId, int]:
-        """Return how many names in the workspace these files have."""
+        """Return how many hard links in the workspace these files have."""
         names: Counter[FileId] = Counter()
         if files:
             for _, status in self._files(Globs(["**"]).root, _Errors()):
@@ -263,7 +258,7 @@ class _Search:
         return names
 
     def _files(self, reach: Reach | None, errors: _Errors) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the files that the patterns mean in the order of their paths. No recursion: a tree may be deep."""
+        """Yield the files that match in the order of their paths. Without recursion, since a tree may be deep."""
         pending = [_Pending("", folder=reach)]
         self._give_up_at = time.monotonic() + SEARCH_SECONDS
         seen = 0
@@ -272,30 +267,30 @@ class _Search:
             if entry.file is not None:
                 yield entry.path, entry.file
             elif entry.folder is not None:
-                number, found = self._look(entry.path, entry.folder, errors)
+                number, found = self._search_directory(entry.path, entry.folder, errors)
                 pending += reversed(found)
                 seen += number
                 if seen > MAX_ENTRIES or self._is_over():
-                    errors.add("The workspace has too much in it: the search for files was ended before its end.")
-                    # What is found is found.
+                    errors.add("The workspace has too many files: the search was stopped before its end.")
+                    # The files that were found are uploaded.
                     pending = [each for each in pending if each.file is not None]
 
     def _is_over(self) -> bool:
         return self._given_up.is_set() or time.monotonic() > self._give_up_at
 
-    def _look(self, path: str, reach: Reach, errors: _Errors) -> tuple[int, list[_Pending]]:
-        """Look into a folder; return how much is in it, and what of that is meant or may hold something that is."""
+    def _search_directory(self, path: str, reach: Reach, errors: _Errors) -> tuple[int, list[_Pending]]:
+        """Search a directory. Return the number of its entries, and those that match or may contain matches."""
         found: list[_Pending] = []
         try:
             with self._tree.folder(path) as folder, os.scandir(folder) as scanned:
-                # With its slash a folder's name sorts where the paths of its files do.
+                # With its slash, the name of a directory sorts where the paths of its files do.
                 inside = sorted(
                     itertools.islice(scanned, MAX_ENTRIES),
                     key=lambda each: each.name + "/" * each.is_dir(follow_symlinks=False),
                 )
                 for each in itertools.takewhile(lambda _: not self._is_over(), inside):
                     below = f"{path}/{each.name}" if path else each.name
-                    entry = self._meant(folder, each, below, reach, errors)
+                    entry = self._entry(folder, each, below, reach, errors)
                     if entry is not None:
                         found.append(entry)
                 return len(inside) + 1, found
@@ -303,8 +298,8 @@ class _Search:
             errors.add_file(path or ".", _reason(error))
             return 1, found
 
-    def _meant(self, folder: int, each: os.DirEntry[str], path: str, reach: Reach, errors: _Errors) -> _Pending | None:
-        """Return what is found in a folder if it has to be looked at further."""
+    def _entry(self, folder: int, each: os.DirEntry[str], path: str, reach: Reach, errors: _Errors) -> _Pending | None:
+        """Return an entry of a directory if it must be searched further."""
         if each.name.casefold() == _GIT or path in self._never:
             if reach.names(each.name):
                 errors.add_file(path, "is never uploaded.")
@@ -330,11 +325,11 @@ class _Search:
         return True
 
 
-# --- on the way ------------------------------------------------------------------------------------------------------
+# --- uploading -----------------------------------------------------------------------------------------------------------
 
 
 class _Uploader:
-    """Brings files to the store, a few at a time."""
+    """Uploads files, some of them concurrently."""
 
     def __init__(
         self,
@@ -352,21 +347,21 @@ class _Uploader:
         self._links = links
         self._errors = errors
         self._files: list[UploadedFile] = []
-        #: Those that did not arrive, and why.
+        #: The files that were not uploaded, and why.
         self._left: list[tuple[str, str]] = []
-        #: In a row.
+        #: Consecutive failures.
         self._failures = 0
 
     async def deliver(self, paths: Sequence[str]) -> list[UploadedFile]:
-        """Upload these files and return those that arrived, in their order."""
+        """Upload files, and return those that were uploaded, in order."""
         waiting = deque(paths)
         async with asyncio.TaskGroup() as group:
             for _ in range(PARALLEL_UPLOADS):
                 group.create_task(self._deliver_some(waiting))
-        for path, fault in sorted(self._left):
-            self._errors.add_file(path, fault)
+        for path, reason in sorted(self._left):
+            self._errors.add_file(path, reason)
         if waiting:
-            self._errors.add(f"The storage takes nothing: {len(waiting)} more files were not tried.")
+            self._errors.add(f"The storage rejects all files: {len(waiting)} more were skipped.")
         return sorted(self._files, key=lambda file: file.original_path)
 
     async def _deliver_some(self, waiting: deque[str]) -> None:

@@ -417,7 +417,7 @@ OK = Exit(code=0)
         ([{"type": "result"}], OK, {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
         ([RESULT], Exit(code=3), {}, Reason.AGENT_ERROR, 3, "Claude process exited with code 3"),
         ([], Exit(code=1), {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
-        ([b"noise"], OK, {}, Reason.AGENT_ERROR, 1, "The Claude CLI ended without a result."),
+        ([b"noise"], OK, {}, Reason.AGENT_ERROR, 1, "The Claude CLI exited without a result."),
         ([API_RESULT], Exit(code=1), {"rejected": "No."}, Reason.CREDENTIAL_REJECTED, 1, "No."),
         ([], Exit(code=143, signal=15), {"rejected": "No."}, Reason.CREDENTIAL_REJECTED, 143, "No."),
         ([RETRY_401], Exit(code=1), {}, Reason.CREDENTIAL_REJECTED, 1, "Claude process exited with code 1"),

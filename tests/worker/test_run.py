@@ -105,7 +105,7 @@ async def test_what_the_request_gives_the_cli_is_seen_by_it_and_not_by_the_works
         ("sys.exit(3)", Status.FAILED, Reason.AGENT_ERROR, 3, "Claude process exited with code 3"),
         ("result(); sys.exit(1)", Status.FAILED, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
         ("result(is_error=True, result='No!')", Status.FAILED, Reason.AGENT_ERROR, 1, "No!"),
-        ("pass", Status.FAILED, Reason.AGENT_ERROR, 1, "The Claude CLI ended without a result."),
+        ("pass", Status.FAILED, Reason.AGENT_ERROR, 1, "The Claude CLI exited without a result."),
         (
             "result(); os.kill(os.getpid(), signal.SIGSEGV)",
             Status.FAILED,

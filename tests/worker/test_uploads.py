@@ -339,7 +339,7 @@ async def test_search_has_a_limit(scene: Scene, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(uploads, "MAX_ENTRIES", 4)
     found = await scene.upload()
     assert ["a/1"] == paths(found)
-    assert ("The workspace has too much in it: the search for files was ended before its end.",) == found.errors
+    assert ("The workspace has too many files: the search was stopped before its end.",) == found.errors
 
 
 async def test_search_can_be_cancelled(scene: Scene) -> None:
@@ -534,7 +534,7 @@ async def test_storage_that_takes_nothing_is_not_asked_for_ever(scene: Scene) ->
     scene.store = Store(blobs)
     found = await scene.upload()
     assert 8 > blobs.tries
-    assert f"The storage takes nothing: {100 - blobs.tries} more files were not tried." == found.errors[-1]
+    assert f"The storage rejects all files: {100 - blobs.tries} more were skipped." == found.errors[-1]
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
