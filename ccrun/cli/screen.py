@@ -1,6 +1,6 @@
-"""What the demo prints: what an event of the stream means to a person, and one row a happening, with the time in front.
+"""The output of the demo and the checks: one row for each event, with the time at its start.
 
-Whatever it is given comes from an agent: it is shortened and shown as text, never as markup or as orders to the terminal.
+All texts come from an agent, so they are shortened and printed as text, never as markup or control sequences.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import attrs
 from rich.console import Console
 from rich.text import Text
 
-#: The longest word in front of a row.
+#: The width of labels.
 LABEL_CHARS: Final = len("completed")
-#: In a window that is narrower still, lines break as the terminal likes.
+#: The minimum width. In a narrower window, the terminal breaks the lines.
 LEAST_TEXT_CHARS: Final = 20
-#: Of what a tool gets or gives: enough to see what it is about.
+#: Characters of the input or output of a tool.
 MAX_TOOL_LINES: Final = 6
 MAX_TOOL_CHARS: Final = 400
-#: Of what the agent says: a screen full.
+#: Characters of a text of the agent.
 MAX_SAID_CHARS: Final = 2000
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -41,28 +41,28 @@ _STYLES: Final = {
 
 @attrs.frozen
 class Row:
-    """One happening: a word that says what it is, and what there is to say."""
+    """A label and a text."""
 
     label: str
     text: str
 
 
 class Screen:
-    """Prints rows to standard output; wraps them at its width, which is 80 columns where there is no terminal."""
+    """Prints rows to standard output, wrapped at its width, which is 80 columns without a terminal."""
 
     def __init__(self) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # Not every terminal can show what an agent says; that is no reason to stop.
+            # Characters that the terminal cannot show are replaced.
             sys.stdout.reconfigure(errors="replace")
         self._console = Console(highlight=False, emoji=False)
         self._began = time.monotonic()
 
     def row(self, label: str, text: str) -> None:
-        """Print a row with the seconds since the beginning."""
+        """Print a row with the seconds since the start."""
         elapsed = f"{time.monotonic() - self._began:.1f}s"
         margin = Text.assemble((f"{elapsed:>6} ", "dim"), (f"{label:{LABEL_CHARS}} ", _STYLES.get(label, "bold")))
         width = max(self._console.width - len(margin), LEAST_TEXT_CHARS)
-        # Wrapped here and not by a table of rich's, which fills every line up with blanks.
+        # Not a table of rich, which pads all lines with spaces.
         for line in Text(_CONTROL.sub("", text)).wrap(self._console, width, overflow="fold"):
             shown = margin + line
             shown.rstrip()
@@ -70,24 +70,24 @@ class Screen:
             margin = Text(" " * len(margin))
 
     def heading(self, text: str) -> None:
-        """Print what comes next."""
+        """Print a heading."""
         self._console.print()
         self._console.rule(Text(text, style="bold"), align="left", style="dim")
 
     def verbatim(self, text: str) -> None:
-        """Print lines to be copied: they are not wrapped."""
+        """Print lines to be copied, without wrapping."""
         self._console.print(Text(text), soft_wrap=True)
 
 
 def rows(name: str, data: Any) -> Iterator[Row]:
-    """Yield what an event of a task's stream means to a person; nothing for what only programs need."""
+    """Yield the rows for an event of a stream, none for events that only programs need."""
     match name, data:
         case "task", {"taskId": task_id, "status": status}:
             yield Row("task", f"{task_id} is {status}")
         case "message", {"type": "system", "subtype": "init"}:
-            yield Row("agent", f"Claude Code {data.get('claude_code_version', '')} starts in a workspace of its own.")
+            yield Row("agent", f"Claude Code {data.get('claude_code_version', '')} starts in its own workspace.")
         case "message", {"type": "system", "subtype": "api_retry"}:
-            yield Row("retry", f"The model API answered {data.get('error_status')}; the CLI tries again.")
+            yield Row("retry", f"The model API answered {data.get('error_status')}; the CLI retries.")
         case "message", {"type": "assistant" | "user", "message": {"content": [*blocks]}}:
             yield from _blocks(blocks)
         case "message", {"type": "text" | "stderr", "content": str(text)}:
@@ -99,7 +99,7 @@ def rows(name: str, data: Any) -> Iterator[Row]:
 
 
 def figures(payload: Mapping[str, Any]) -> str:
-    """Return the figures of a task that is over, from the payload of its callback."""
+    """Return the figures of a final task, from its callback or its record."""
     summary = payload.get("summary") or {}
     parts = [
         f"exit code {payload.get('exitCode')}",

@@ -257,7 +257,7 @@ async def test_a_workspace_without_a_repository_can_be_told(scene: Scene, agent:
         agent("echo x >x"), actions=PostRunActions(git=GitAction(commit=True)), git_repo=None, ssh_key=None
     )
     [error] = record.action_errors
-    assert error.error.startswith("The workspace is no git repository")
+    assert error.error.startswith("The workspace is not a git repository")
 
 
 async def test_no_secret_is_in_what_is_told(scene: Scene, agent: Agent) -> None:

@@ -246,7 +246,7 @@ async def test_a_submodule_that_is_an_option_is_not_pushed(
         script = agent(f"printf {shlex.quote(module)} >.gitmodules; echo new >a.txt")
         record = await bench.run(cli=script, agent_user=agent_user)
     [error] = record.action_errors
-    assert error.error.startswith("The agent's commit holds what no server should get: ")
+    assert error.error.startswith("The agent's commit has objects that must not be pushed: ")
     assert "gitmodules" in error.error
     assert b"old" == (await repository.files("main"))["a.txt"]
     assert ["rescue.patch"] == [file.original_path for file in record.uploaded_files or ()]

@@ -1,1 +1,1 @@
-"""Git for the worker: clone, look at what changed, push."""
+"""Git for the worker: clone, examine changes, push."""

@@ -1,8 +1,8 @@
-"""What the agent changed: the state of its tree as a commit, a pack of objects or a patch.
+"""The agent's changes, as a commit, a pack of objects or a patch.
 
-All of it runs as the agent's user with no secret in its environment, after the agent has ended. The agent's own repository gives
-objects and a HEAD, which are data; its configuration, hooks and attributes of its making decide nothing, for the work is done in
-a git folder of our own beside it. What leaves here is to be taken as data too.
+git runs as the agent's user, without any secret, after the agent has exited. Of the agent's repository, only objects and HEAD
+are used, as data; its configuration and hooks have no effect, since git uses another git directory. The results are untrusted
+data too.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from ccrun.process.child import spawn
 from ccrun.worker.git.clone import COMMIT
 from ccrun.worker.git.run import LOCAL_SECONDS, Git, GitError, last_error
 
-#: Whoever commits, unless the repository says otherwise.
+#: The committer, unless the repository has another one.
 DEFAULT_NAME: Final = "Claude Code"
 DEFAULT_EMAIL: Final = "noreply@anthropic.com"
 #: Characters of a name or an address in `.gitconfig`.
 MAX_IDENTITY_CHARS: Final = 200
-#: Bytes of what the agent has made beyond what was cloned. Servers take no push of more: GitHub stops at 2 GiB.
+#: Bytes of the objects that the agent has added. Servers reject larger pushes: the limit of GitHub is 2 GiB.
 MAX_PACK_BYTES: Final = 2 * 1024**3
-#: Bytes of the list of commits at which a history is cut off: 41 each.
+#: Bytes of the list of shallow commits, of 41 each.
 MAX_SHALLOW_BYTES: Final = 1024 * 1024
-#: Bytes of the first line of a message, which may be of any length.
+#: Bytes of the first line of a message.
 MAX_SUBJECT_BYTES: Final = 64 * 1024
-#: Seconds for a copy of the agent's index: some hundred bytes a file of the repository.
+#: Seconds for copying the agent's index, which has some hundred bytes for each file.
 COPY_SECONDS: Final = 20.0
-#: The file that ccrun itself writes into the workspace.
+#: The file that ccrun writes into the workspace.
 DOTENV: Final = ".env"
 
-#: With which git exits when it gives up; with 1 it has done what it could.
+#: The exit code of git when it gives up. With 1, it has done what it could.
 FATAL: Final = 128
 
 _GITLINK: Final = "160000"
@@ -55,7 +55,7 @@ class Identity:
     email: str = DEFAULT_EMAIL
 
     def environment(self) -> dict[str, str]:
-        """Return it as git reads it."""
+        """Return the variables by which git gets the identity."""
         return {
             f"GIT_{role}_{part}": value
             for role in ("AUTHOR", "COMMITTER")
@@ -65,7 +65,7 @@ class Identity:
 
 @attrs.frozen(kw_only=True)
 class TreeChange:
-    """A path that differs from the agent's last commit. `mode` and `blob` are the new ones."""
+    """A path that differs from the agent's last commit, with its new mode and blob."""
 
     path: str
     old_mode: str
@@ -74,7 +74,7 @@ class TreeChange:
 
     @property
     def is_new_repository(self) -> bool:
-        """Whether it is a repository of its own that was not there before: only its name could be committed."""
+        """Whether it is a new repository inside the repository, of which only the name could be committed."""
         return self.mode == _GITLINK and self.old_mode != _GITLINK
 
 
@@ -83,8 +83,8 @@ class Staged:
     """The tree as it would be committed.
 
     Args:
-        left_out: Folders with a repository of their own.
-        unreadable: What git could not read, in its own words.
+        left_out: Directories that are repositories themselves.
+        unreadable: The message of git about files that it could not read.
     """
 
     tree: str
@@ -95,15 +95,15 @@ class Staged:
 
 @attrs.frozen(kw_only=True)
 class Changes:
-    """The tree as the agent left it. `examine` makes it.
+    """The tree as the agent left it. Created by `examine`.
 
     Args:
-        git: In our own folder, without a work tree: there git reads no `.gitmodules`, which would stop it when it is broken.
-        tree: The same with the agent's tree.
-        base: The commit that was cloned; None when there was none.
-        head: The agent's last commit; None when there is none.
-        shallow: At which commits the history is cut off, in the agent's repository.
-        hides_dotenv: Whether `.env` is ours, with secrets in it.
+        git: git with another git directory and without a work tree, where a broken `.gitmodules` does not stop it.
+        tree: The same with the agent's tree as its work tree.
+        base: The commit that was cloned, None when there was none.
+        head: The agent's last commit, None when there is none.
+        shallow: The shallow commits of the agent's repository.
+        excludes_dotenv: Whether ccrun has written `.env`, which has secrets.
     """
 
     git: Git
@@ -114,7 +114,7 @@ class Changes:
     excludes_dotenv: bool
 
     async def stage(self, wanted: Callable[[str], bool] | None = None) -> Staged:
-        """Take up all changes, or those of the wanted paths.
+        """Stage all changes, or those of the wanted paths.
 
         Raises:
             GitError: The tree cannot be read.
@@ -128,9 +128,9 @@ class Changes:
         chosen = [entry for entry in entries if entry.path not in nested and (wanted is None or wanted(entry.path))]
         if self.excludes_dotenv:
             chosen = [entry for entry in chosen if entry.path != DOTENV]
-        # Built anew from the last commit and what was chosen, so that nothing the agent had in its own index comes along.
+        # A new index from the last commit and the chosen paths, without anything that the agent has staged.
         await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
-        # What goes makes room for what comes: a folder may have become a file.
+        # Deletions come first: a directory may have become a file.
         chosen.sort(key=lambda entry: entry.mode != _NOTHING)
         lines = b"".join(os.fsencode(f"{entry.mode} {entry.blob}\t{entry.path}") + b"\0" for entry in chosen)
         await self.git("update-index", "-z", "--index-info", stdin=lines)
@@ -138,37 +138,37 @@ class Changes:
         return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=complaint)
 
     async def commit(self, staged: Staged, message: str, identity: Identity) -> str:
-        """Commit what was staged on top of the agent's last commit; return the new commit."""
+        """Commit what was staged on top of the agent's last commit. Return the new commit."""
         git = self.git.at(self.git.cwd, **identity.environment())
         parents = ["-p", self.head] if self.head else []
         made = await git("commit-tree", *parents, "-F", "-", staged.tree, stdin=message.encode())
         return _commit(made)
 
     async def identity(self) -> Identity:
-        """Return who commits: as `.gitconfig` at the top of the staged tree says, if it does."""
+        """Return the committer, from `.gitconfig` in the staged tree if it has one."""
         found = []
         for name in ("user.name", "user.email"):
-            # A blob, so no link is followed and nothing is included.
+            # Read as a blob, so that git follows no link and includes no file.
             ran = await self.git.run("config", "--blob=:.gitconfig", "--get", name)
             text = re.sub(r"[\x00-\x1f\x7f<>]", "", ran.stdout.decode(errors="replace")).strip() if ran.exit.ok else ""
             found.append(text[:MAX_IDENTITY_CHARS])
         return Identity(name=found[0] or DEFAULT_NAME, email=found[1] or DEFAULT_EMAIL)
 
     async def message(self, commit: str) -> str:
-        """Return the first line of what a commit of the agent's says of itself."""
+        """Return the first line of the message of a commit."""
         told = await self.git(
             "log", "-1", "--no-show-signature", "--format=%s", commit, "--", max_bytes=MAX_SUBJECT_BYTES
         )
         return told.decode(errors="replace").strip()
 
     async def contains_dotenv(self) -> bool:
-        """Tell whether a commit of the agent's own has changed `.env`, which holds secrets."""
+        """Return whether a commit of the agent has changed `.env`, which has secrets."""
         if not self.excludes_dotenv or self.head is None or self.head == self.base:
             return False
         return bool(await self.git("rev-list", "--max-count=1", self.head, *self._not_base(), "--", DOTENV))
 
     async def pack(self, commit: str, target: IO[bytes]) -> None:
-        """Write all objects that `commit` has beyond the base, as git sends them.
+        """Write a pack of all objects that a commit has and the base has not.
 
         Raises:
             GitError: They cannot be read, or are larger than `MAX_PACK_BYTES`.
@@ -178,10 +178,10 @@ class Changes:
             raise GitError(f"The changes are larger than {MAX_PACK_BYTES // 1024**3} GiB.")
 
     async def patch(self, target: IO[bytes], *, max_bytes: int) -> bool:
-        """Write all that was staged and committed beyond the base, as `git apply` takes it.
+        """Write everything that was staged and committed since the base as a patch for `git apply`.
 
         Returns:
-            Whether that was all of it; it ends at `max_bytes` otherwise.
+            Whether the patch is complete. Otherwise it is cut at `max_bytes`.
         """
         options = ("--cached", "--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
         hidden = ("--", ".", f":(top,exclude){DOTENV}") if self.excludes_dotenv else ()
@@ -208,12 +208,12 @@ class Changes:
         return True
 
     async def _add(self) -> str | None:
-        """Add all that there is to the index; return git's words when it could not read all of it."""
+        """Add all files to the index. Return the message of git when it could not read all of them."""
         hidden = (f":(top,exclude){DOTENV}",) if self.excludes_dotenv else ()
         arguments = ("add", "--all", "--ignore-errors", "--", ".", *hidden)
         ran = await self.tree.run(*arguments)
         if ran.exit.code == FATAL:
-            # The agent's own index, which only saves time, may be no good.
+            # The agent's index, which only saves time, may be damaged.
             await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
             ran = await self.tree.run(*arguments)
         if ran.exit.code == FATAL:
@@ -221,13 +221,13 @@ class Changes:
         return None if ran.exit.ok else last_error(ran.stderr) or "git add failed"
 
     async def _modules(self) -> frozenset[str]:
-        """Return the paths of the submodules that `.gitmodules` tells of."""
+        """Return the paths of the submodules in `.gitmodules`."""
         ran = await self.git.run("config", "--blob=:.gitmodules", "-z", "--get-regexp", r"^submodule\..*\.path$")
         values = (item.partition("\n")[2] for item in os.fsdecode(ran.stdout).split("\0"))
         return frozenset(value for value in values if value) if ran.exit.ok else frozenset()
 
     async def _since(self, commit: str | None) -> str:
-        """Return the commit, or the tree with nothing in it."""
+        """Return the commit, or the empty tree."""
         return commit or (await self.git("hash-object", "-t", "tree", "-w", "--stdin")).decode().strip()
 
     def _not_base(self) -> tuple[str, ...]:
@@ -235,33 +235,33 @@ class Changes:
 
 
 async def examine(git: Git, repository: Path, *, base: str | None, excludes_dotenv: bool, room: Path) -> Changes:
-    """Look at what the agent left.
+    """Return the changes of the agent.
 
     Args:
-        git: As the agent's user.
+        git: git as the agent's user.
         repository: The agent's tree.
-        room: A folder that this user may write to; one of a new name is made in it.
+        room: A directory that this user may write to. A new directory is created in it.
 
     Raises:
-        GitError: It is no repository, or no longer the one that was cloned.
+        GitError: The tree is not a repository, or no longer the one that was cloned.
     """
     here = git.at(repository)
     objects, index, shallow = [repository / os.fsdecode(path) for path in (await _paths(here)).split(b"\n")[:3]]
     if any(letter in str(objects) for letter in ':"\n'):
-        raise GitError("The repository keeps its objects under a name that git cannot be told.")
+        raise GitError("The object directory of the repository has a name that git cannot be given.")
     own = room / f"changes-{secrets.token_hex(8)}"
     await git("init", "--quiet", "--bare", "--template=", str(own))
-    # Its settings are those of the file system, and none of the agent's.
+    # Its settings are those of the file system, none of the agent.
     ours = git.at(own, GIT_DIR=str(own), GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects))
     tree = ours.at(repository, "core.bare=false", GIT_WORK_TREE=str(repository))
     for source, name in ((index, "index"), (shallow, "shallow")):
-        # Not by our own hand: as the agent's user, a link leads nowhere that the agent could not go.
+        # As the agent's user, so that a link leads nowhere that the agent cannot read.
         await _copy(ours, source, own / name)
     ran = await here.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     head = _commit(ran.stdout) if ran.exit.ok else None
     for commit in filter(None, (base, head)):
         if not (await ours.run("cat-file", "-e", f"{commit}^{{commit}}")).exit.ok:
-            raise GitError("The repository no longer has the commit that was cloned, so what changed cannot be told.")
+            raise GitError("The repository no longer has the commit that was cloned, so the changes are unknown.")
     boundary = await ours.run("rev-parse", "--is-shallow-repository")
     listed = await _read(ours, own / "shallow") if boundary.stdout.strip() == b"true" else b""
     return Changes(git=ours, tree=tree, base=base, head=head, shallow=listed, excludes_dotenv=excludes_dotenv)
@@ -271,19 +271,19 @@ async def _paths(here: Git) -> bytes:
     try:
         return await here("rev-parse", "--git-path", "objects", "--git-path", "index", "--git-path", "shallow")
     except GitError:
-        raise GitError("The workspace is no git repository, or none that git can read any more.") from None
+        raise GitError("The workspace is not a git repository, or git can no longer read it.") from None
 
 
 async def _copy(git: Git, source: Path, target: Path) -> None:
-    """Copy a file that saves time, or do without."""
-    # With its time: by that git knows which files it has to read again, since they are as new as the index itself.
+    """Copy a file that saves time, if possible."""
+    # With its modification time, by which git detects files that are as new as the index.
     argv = ["sh", "-c", 'test -f "$1" && cp -p -- "$1" "$2"', "sh", str(source), str(target)]
     with contextlib.suppress(CcrunError):
         await capture(argv, env=git.environment, cwd=git.cwd, user=git.user, seconds=COPY_SECONDS)
 
 
 async def _read(git: Git, path: Path) -> bytes:
-    """Return those lines of a list of commits that are such."""
+    """Return the lines of a list that are commit IDs."""
     ran = await capture(
         ["cat", "--", str(path)],
         env=git.environment,
@@ -297,7 +297,7 @@ async def _read(git: Git, path: Path) -> bytes:
 
 
 def _commit(printed: bytes) -> str:
-    """Return the commit ID that git printed; what the agent's user prints may be anything."""
+    """Return the commit ID that git printed. A process of the agent's user may print anything."""
     commit = printed.decode(errors="replace").strip()
     if COMMIT.fullmatch(commit) is None:
         raise GitError("git did not print the ID of a commit.")
@@ -305,7 +305,7 @@ def _commit(printed: bytes) -> str:
 
 
 def _entries(raw: bytes) -> list[TreeChange]:
-    """Return what `git diff-index --raw -z` lists: `:old new blob blob status`, then the path. See git-diff-index(1)."""
+    """Return the entries of `git diff-index --raw -z`: `:old new blob blob status`, then the path. See git-diff-index(1)."""
     fields = os.fsdecode(raw).split("\0")
     entries = []
     for told, path in zip(fields[::2], fields[1::2], strict=False):

@@ -1,4 +1,4 @@
-"""The clone: brings the repository of the request into the workspace, before anything of the task runs."""
+"""Cloning the repository of a request into the workspace, before any code of the task runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ccrun.process.capture import ProcessResult
 from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
 from ccrun.worker.git.run import Git, GitError
 
-#: A whole commit ID, of SHA-1 or SHA-256.
+#: A complete commit ID of SHA-1 or SHA-256.
 COMMIT: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
-#: Bytes copied at once.
+#: Bytes that are copied in one step.
 _COPY_BYTES: Final = 1024 * 1024
 
 
@@ -28,7 +28,7 @@ class Clone:
 
     Args:
         base: The commit that was checked out, None in an empty repository.
-        shallow: The commits whose parents were not fetched, as git keeps them.
+        shallow: The content of the file `shallow`: the commits whose parents were not fetched.
     """
 
     base: str | None
@@ -38,17 +38,17 @@ class Clone:
 async def clone(
     git: Git, access: Access, into: Path, *, revision: str | None, depth: int, submodules: bool, seconds: float
 ) -> Clone:
-    """Clone into an empty folder; return what was cloned.
+    """Clone into an empty directory.
 
     Args:
-        git: With a current folder in which nobody has left anything.
-        revision: A branch, a tag or a whole commit ID; None for what the server calls its HEAD.
-        depth: Commits from the tip.
-        submodules: Whether to clone those too, as deep.
-        seconds: What all of it has.
+        git: git with an empty current directory.
+        revision: A branch, a tag or a complete commit ID; None for the HEAD of the server.
+        depth: The number of commits from the tip.
+        submodules: Whether to clone submodules, with the same depth.
+        seconds: The timeout.
 
     Raises:
-        GitError: It cannot be cloned, with one sentence that says why.
+        GitError: The repository cannot be cloned.
     """
     try:
         async with asyncio.timeout(seconds), access.opened(git) as opened:
@@ -77,7 +77,7 @@ async def _clone(git: Git, access: Access, into: Path, revision: str | None, dep
         return
     if revision is None or b"Remote branch " not in ran.stderr:
         raise refusal(access.remote, ran, access, "cloned")
-    # An empty repository has no branch yet, and any name will do for its first.
+    # An empty repository has no branch yet, so the first may have any name.
     await asyncio.to_thread(_empty, into)
     ran = await _ask(git, "clone", *options, "--", access.remote.url, str(into))
     if not ran.exit.ok:
@@ -95,7 +95,7 @@ async def _fetch_commit(git: Git, access: Access, into: Path, commit: str, depth
     ran = await _ask(here, "fetch", "--quiet", f"--depth={depth}", "--", access.remote.url, commit)
     if not ran.exit.ok:
         if re.search(rb"not our ref|unadvertised object|upload-pack: not our|couldn't find remote ref", ran.stderr):
-            raise RemoteError(f"The repository has no commit {commit}, or does not hand it out by its ID.")
+            raise RemoteError(f"The repository has no commit {commit}, or does not serve it by its ID.")
         raise refusal(access.remote, ran, access, "cloned")
     await here("checkout", "--quiet", "--detach", commit, "--")
     if submodules:
@@ -105,7 +105,7 @@ async def _fetch_commit(git: Git, access: Access, into: Path, commit: str, depth
 
 
 async def _ask(git: Git, *arguments: str) -> ProcessResult:
-    """Run what talks to the server; the caller bounds its time."""
+    """Run a command that connects to the server. The caller has the timeout."""
     return await git.run(*arguments, seconds=None)
 
 
@@ -122,10 +122,10 @@ def _empty(folder: Path) -> None:
 
 
 class PackSnapshot:
-    """What was fetched, kept where the agent cannot reach it: in files without a name.
+    """A copy of the fetched packs in files without a name, which the agent cannot reach.
 
-    The agent may change or remove all that is in its workspace, and what is pushed later has to stand on the very objects that
-    came from the server, whose packs say what may be left out of a push.
+    The agent may change or remove everything in its workspace. A push must be based on the objects that came from the server,
+    which also tell which objects need not be pushed.
     """
 
     def __init__(self, packs: Sequence[tuple[str, IO[bytes]]]) -> None:
@@ -133,7 +133,11 @@ class PackSnapshot:
 
     @classmethod
     async def of(cls, repository: Path) -> Self:
-        """Copy the packs of a fresh clone. Raises `GitError` when there is no room for them."""
+        """Copy the packs of a new clone.
+
+        Raises:
+            GitError: They cannot be copied.
+        """
         return await asyncio.to_thread(cls._copied, repository / ".git" / "objects" / "pack")
 
     @classmethod
@@ -148,7 +152,7 @@ class PackSnapshot:
         except OSError as error:
             for _, file in packs:
                 file.close()
-            raise GitError(f"What was cloned cannot be kept for the push: {error.strerror}.") from None
+            raise GitError(f"The cloned objects cannot be stored for the push: {error.strerror}.") from None
         return cls(packs)
 
     async def restore(self, repository: Path) -> None:
@@ -163,9 +167,9 @@ class PackSnapshot:
                 with (folder / name).open("xb") as target:
                     shutil.copyfileobj(file, target, _COPY_BYTES)
         except OSError as error:
-            raise GitError(f"What was cloned cannot be laid out for the push: {error.strerror}.") from None
+            raise GitError(f"The cloned objects cannot be restored for the push: {error.strerror}.") from None
 
     def close(self) -> None:
-        """Let go of the files, and so of the room that they take."""
+        """Close the files, which deletes them."""
         for _, file in self._packs:
             file.close()

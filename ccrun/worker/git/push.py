@@ -1,8 +1,7 @@
-"""The push: what the agent changed goes to the server from a repository of the worker's own.
+"""Pushing the agent's changes from a repository that the agent has never reached.
 
-That repository is new, stands where the agent never was, and takes in the agent's work as data: a pack whose objects git
-checks. (A bundle would do the same, but of a bundle git 2.39 checks no object.) Only here git has a secret, and nothing
-that the task has started runs any more.
+That repository is new and gets the agent's commit as data: a pack whose objects git checks. (git 2.39 does not check the
+objects of a bundle.) git has a secret here, when no process of the task runs any more.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from ccrun.worker.git.clone import COMMIT, Clone, PackSnapshot
 from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
 from ccrun.worker.git.run import Git, GitError, first_error, last_error, shortened
 
-#: Tries at a branch that others push to at the same time.
+#: Attempts when others push to the branch at the same time.
 PUSH_ATTEMPTS: Final = 3
-#: Commits that are fetched of a branch that moved, to see whether the agent's work stands on its tip.
+#: Commits of a moved branch that are fetched, to find out whether the agent's work is based on its tip.
 ANCESTRY_COMMITS: Final = 100
-#: Commits that are rebased one by one; a longer history is no work of one agent.
+#: Commits that are rebased at most, one by one.
 MAX_REBASED: Final = 200
-#: Paths told in `recovery.conflictFiles`: the record and the callback carry them.
+#: Paths in `recovery.conflictFiles`, which the record and the callback have.
 MAX_CONFLICT_FILES: Final = 1000
-#: Faults of objects that old tools made, that every server has in its history and nobody is harmed by. See git-fsck(1).
+#: Harmless errors in objects of old tools, which are in the history of many repositories. See git-fsck(1).
 _OLD_FAULTS: Final = (
     *("badDate", "badDateOverflow", "badEmail", "badName", "badTimezone", "missingEmail", "missingNameBeforeEmail"),
     *(
@@ -47,25 +46,25 @@ RESULT: Final = "refs/ccrun/result"
 
 @attrs.frozen(kw_only=True)
 class Pushed:
-    """What the server has now."""
+    """The commit that the server has now."""
 
     sha: str
     recovery: Recovery | None = None
 
 
 class BranchMoved(RemoteError):
-    """The branch has moved, and the request wants that to be reported."""
+    """The branch has moved, and the request wants an error."""
 
 
 @attrs.frozen(kw_only=True)
 class Push:
-    """What is pushed, and where to.
+    """What to push, and to which branch.
 
     Args:
-        branch: Its name, without `refs/heads/`.
+        branch: The name without `refs/heads/`.
         base: The commit that was cloned, None when there was none.
-        identity: Whoever commits what is rebased.
-        rebases: Whether a branch that moved is dealt with; else it is reported.
+        identity: The committer of rebased commits.
+        rebases: Whether to rebase onto a moved branch; otherwise it is an error.
     """
 
     branch: str
@@ -75,24 +74,24 @@ class Push:
 
     @property
     def ref(self) -> str:
-        """The whole name of the branch."""
+        """The complete name of the branch."""
         return f"refs/heads/{self.branch}"
 
 
 async def import_commit(
     git: Git, bare_repo: Path, *, commit: str, pack: Path, clone: Clone, snapshot: PackSnapshot, shallow: bytes
 ) -> Git:
-    """Make the worker's own repository with the agent's commit in it, at `RESULT`.
+    """Create a bare repository with the agent's commit, as `RESULT`.
 
     Args:
-        git: As the worker's user.
-        vault: A new folder for it.
-        commit: The agent's.
-        pack: What it has beyond the clone: see `Changes.pack`. The file is moved into the repository.
-        shallow: At which commits the agent's history is cut off, besides that of the clone.
+        git: git as the worker's user.
+        bare_repo: A new directory for the repository.
+        commit: The agent's commit.
+        pack: The objects of the commit, from `Changes.pack`. The file is moved into the repository.
+        shallow: The shallow commits of the agent's repository, in addition to those of the clone.
 
     Raises:
-        GitError: The objects are damaged, not complete, or would hurt who checks them out.
+        GitError: The objects are damaged, incomplete, or dangerous to check out.
     """
     await git("init", "--quiet", "--bare", "--template=", str(bare_repo))
     await snapshot.restore(bare_repo)
@@ -108,25 +107,25 @@ async def import_commit(
         "index-pack", f"--strict={','.join(f'{fault}=ignore' for fault in _OLD_FAULTS)}", str(placed)
     )
     if not checked.exit.ok:
-        raise GitError(f"The agent's commit holds what no server should get: {first_error(checked.stderr)}")
-    # Nothing is missing: each object is there, down to what was cloned.
+        raise GitError(f"The agent's commit has objects that must not be pushed: {first_error(checked.stderr)}")
+    # All objects are there, down to those that were cloned.
     await ours("rev-list", "--objects", "--quiet", commit, "--not", "--all")
     await ours("update-ref", RESULT, commit)
     return ours
 
 
 async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pushed:
-    """Push `RESULT` to the branch; when the branch has moved, do as the request wants.
+    """Push `RESULT` to the branch. When the branch has moved, do what the request wants.
 
-    What is expected of the branch goes with each push, so nothing is lost that somebody pushes meanwhile.
+    Each push has a lease on the commit that the branch is expected to be at, so that no concurrent push is lost.
 
     Args:
-        git: In the repository that `import_commit` made.
-        seconds: What all of it has.
+        git: git in the repository that `import_commit` has created.
+        seconds: The timeout.
 
     Raises:
-        BranchMoved: It has moved, and that is to be reported.
-        GitError: The server refuses, or cannot be reached.
+        BranchMoved: The branch has moved, and the request wants an error.
+        GitError: The server has rejected the push, or cannot be reached.
     """
     try:
         async with asyncio.timeout(seconds), access.opened(git) as opened:
@@ -136,12 +135,12 @@ async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pus
                     return pushed
     except TimeoutError:
         raise network_error(access.remote, "pushed", seconds) from None
-    raise RemoteError(f"{wanted.branch} is pushed to by others all the time, so nothing could be pushed.")
+    raise RemoteError(f"{wanted.branch} was changed by others at each attempt, so nothing could be pushed.")
 
 
 @attrs.frozen(kw_only=True)
 class _Exchange:
-    """The talk with the server. `server` has the secret; all that needs no network is done by `local`, which has not."""
+    """The exchange with the server. `server` is git with the secret, for the network; `local` is git without it."""
 
     local: Git
     server: Git
@@ -149,7 +148,7 @@ class _Exchange:
     wanted: Push
 
     async def once(self) -> Pushed | None:
-        """Push once; None when somebody else was faster."""
+        """Make one attempt. Return None when another push was faster."""
         result = (await self.local("rev-parse", RESULT)).decode().strip()
         seen = await self._tip()
         if seen == result:
@@ -166,7 +165,7 @@ class _Exchange:
         return Pushed(sha=sha, recovery=recovery) if await self._send(sha, seen) else None
 
     async def _tip(self) -> str | None:
-        """Return at which commit the server has the branch, None when it has none."""
+        """Return the commit of the branch at the server, None when it has no such branch."""
         ref = self.wanted.ref
         ran = await self.server.run("ls-remote", "--quiet", "--", self.access.remote.url, ref, seconds=None)
         if not ran.exit.ok:
@@ -178,13 +177,13 @@ class _Exchange:
         return None
 
     async def _is_ancestor(self, seen: str, result: str) -> bool:
-        """Tell whether the agent's work stands on what the server has; fetch that if it is not there."""
-        # First with what was cloned, for that may have the branch in its past; not every server hands it out by its ID.
+        """Return whether the agent's work is based on the commit of the server, which is fetched if it is missing."""
+        # First together with the base, which may be a descendant; not all servers serve a commit by its ID.
         for commits in ((seen, self.wanted.base), (seen,)):
             if not await self._has(seen):
                 await self._fetch(*filter(None, commits))
         if not await self._has(seen):
-            raise RemoteError(f"The server does not hand out {seen[:12]}, at which it has {self.wanted.branch}.")
+            raise RemoteError(f"The server does not serve {seen[:12]}, the commit of {self.wanted.branch}.")
         return (await self.local.run("merge-base", "--is-ancestor", seen, result)).exit.ok
 
     async def _has(self, commit: str) -> bool:
@@ -195,7 +194,7 @@ class _Exchange:
         await self.server.run("fetch", *options, "--", self.access.remote.url, *commits, seconds=None)
 
     async def _send(self, commit: str, seen: str | None) -> bool:
-        """Push a commit onto the very state of the branch that was seen; False when somebody else was faster."""
+        """Push a commit with a lease on the commit that was seen. Return False when another push was faster."""
         ref = self.wanted.ref
         options = ("--porcelain", "--no-verify", "--no-follow-tags", "--recurse-submodules=no")
         lease = f"--force-with-lease={ref}:{seen or ''}"
@@ -208,20 +207,20 @@ class _Exchange:
         if _LEASE_LOST.search(told):
             return False
         if "rejected]" in told:
-            raise RemoteError(f"The server refused the push to {self.wanted.branch}: {_reason(told, ran.stderr)}")
+            raise RemoteError(f"The server rejected the push to {self.wanted.branch}: {_reason(told, ran.stderr)}")
         raise refusal(self.access.remote, ran, self.access, "pushed")
 
 
-#: What a push says when the branch is not where it was a moment ago.
+#: The messages of a push when the branch has moved.
 _LEASE_LOST: Final = re.compile(
     r"stale info|cannot lock ref|incorrect old value|reference already exists|failed to update ref"
 )
-#: A fetch into a repository in which nothing but what is asked for may happen.
+#: Options of a fetch that has no other effect than to get objects.
 _QUIETLY: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
 
 
 def _reason(told: str, stderr: bytes) -> str:
-    """Return why the server refused, in its own words where it has any."""
+    """Return why the server has rejected a push, with its own message if there is one."""
     own = [
         re.sub(r"^remote:\s*(?:error:\s*|fatal:\s*)?", "", line).strip()
         for line in stderr.decode(errors="replace").splitlines()
@@ -233,16 +232,16 @@ def _reason(told: str, stderr: bytes) -> str:
     return shortened(reason)
 
 
-# --- putting the agent's commits on top of others' ---------------------------------------------------------------------
+# --- rebasing ----------------------------------------------------------------------------------------------------------
 
 
 async def _rebased(git: Git, wanted: Push, onto: str, result: str) -> tuple[str, tuple[str, ...]]:
-    """Return the last of the agent's commits after all of them were put on top of `onto`, and where its side had to win.
+    """Rebase the agent's commits onto another one. Return the last of them, and the paths in which the agent's side has won.
 
-    No hook, filter or merge driver runs: all of them need a configuration, and there is none but ours.
+    No hook, filter or merge driver runs, since all of them need a configuration.
 
     Raises:
-        GitError: It cannot be done.
+        GitError: The commits cannot be rebased.
     """
     beyond = ("--not", wanted.base) if wanted.base else ()
     listed = await git(
@@ -261,7 +260,7 @@ async def _rebased(git: Git, wanted: Push, onto: str, result: str) -> tuple[str,
 
 @contextlib.asynccontextmanager
 async def _worktree(git: Git, commit: str, identity: Identity) -> AsyncIterator[Git]:
-    """Check a commit out, in a folder beside the worker's repository."""
+    """Check out a commit in a directory beside the bare repository."""
     folder = git.cwd.with_name(f"{git.cwd.name}-tree")
     await git("worktree", "add", "--quiet", "--detach", str(folder), commit)
     try:
@@ -274,20 +273,20 @@ _NO_EDITOR: Final[Mapping[str, str]] = {"GIT_EDITOR": "true", "GIT_MERGE_AUTOEDI
 
 
 async def _pick(tree: Git, commit: str) -> set[str]:
-    """Put one commit on top; return the paths in which its side had to win."""
+    """Cherry-pick one commit. Return the paths in which its side has won."""
     arguments = ("cherry-pick", "--allow-empty", "--keep-redundant-commits")
     if (await tree.run(*arguments, commit)).exit.ok:
         return set()
     conflicts = await _unmerged(tree)
-    # Once more from the start, with the agent's side winning where lines collide and the rest of a file merged.
+    # Again from the start, with the agent's side for conflicting lines.
     await tree.run("cherry-pick", "--abort")
     await tree("reset", "--quiet", "--hard")
     if (await tree.run(*arguments, "--strategy-option=theirs", commit)).exit.ok:
         return set(conflicts)
-    # What is left is no matter of lines: one side has removed, or both have added, what the other has changed.
+    # The other conflicts are not about lines: one side has removed what the other has changed, or both have added it.
     left = await _unmerged(tree)
     if not left:
-        raise GitError("A commit of the agent's cannot be put on top of the branch.")
+        raise GitError("A commit of the agent cannot be rebased onto the branch.")
     for path in left:
         pathspec = f":(top,literal){path}"
         if not (await tree.run("checkout", "--quiet", "--theirs", "--", pathspec)).exit.ok:

@@ -1,7 +1,7 @@
-"""The repository of the request on its server: its URL, how to get in, and what a refusal means.
+"""Access to the server of a repository, and what its errors mean.
 
-Secrets are in the memory of this process, of ssh-agent and of git's own helpers while one of them talks to the server; never in
-a URL, an argument, a configuration or a file. Nothing that the task started may run meanwhile.
+Secrets are in the memory of this process, of ssh-agent and of git's helpers while git is connected; never in a URL, an
+argument, a configuration or a file. No process of the task may run meanwhile.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from ccrun.urls import GitUrl
 from ccrun.worker.git import known_hosts
 from ccrun.worker.git.run import Git, GitError, last_error
 
-#: Seconds for ssh-agent to listen and to take a key.
+#: Seconds for ssh-agent to start, and to accept a key.
 AGENT_SECONDS: Final = 10.0
-#: Seconds for which ssh-agent has the key at most: longer than any exchange with a server.
+#: Seconds after which ssh-agent forgets the key. No exchange with a server takes as long.
 AGENT_LIFE_SECONDS: Final = 900
-#: Seconds for the connection to a server over SSH.
+#: Seconds for connecting by SSH.
 CONNECT_SECONDS: Final = 20
-#: Seconds of silence, four of which end a connection over SSH whose other end has gone.
+#: Seconds between two keepalive messages of SSH. The connection is closed after four without a response.
 ALIVE_SECONDS: Final = 15
 
-#: The password is the token; the user is one that the servers take with it. GitHub and GitLab take any, Bitbucket this one:
+#: The user names for a token as password. GitHub and GitLab accept any, Bitbucket this one:
 #: https://support.atlassian.com/bitbucket-cloud/docs/using-access-tokens/
 _TOKEN_USERS: Final = {"bitbucket.org": "x-token-auth"}
 _DEFAULT_USER: Final = "x-access-token"
-#: Prints what git asks its credential helpers for. The token comes by the environment; git itself has it in memory alone.
+#: A credential helper. The token is in its environment; git has it in memory only.
 _CREDENTIAL_HELPER: Final = (
     '!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$CCRUN_GIT_USER" "$CCRUN_GIT_TOKEN"; }; f'
 )
 
 
-# --- how to get in ---------------------------------------------------------------------------------------------------
+# --- access ------------------------------------------------------------------------------------------------------------
 
 
 @attrs.define(kw_only=True)
 class Access:
-    """What opens the repository, and which host keys its server has shown so far."""
+    """The credentials for a repository, and the host keys that its server has shown."""
 
     remote: GitUrl
     ssh_key: Secret | None = None
     git_token: GitToken | None = None
-    #: Lines of a known_hosts(5); a server that was new to us at the clone has to be the same one at the push.
+    #: Lines for known_hosts(5). A server that was new at the clone must have the same key at the push.
     _seen: bytes = attrs.field(default=b"", init=False, repr=False)
 
     @contextlib.asynccontextmanager
     async def opened(self, git: Git) -> AsyncIterator[Git]:
-        """Give a git that can talk to the server, as long as the context lasts.
+        """Yield a git that can connect to the server while the context is open.
 
         Raises:
             GitError: The key cannot be used.
@@ -70,7 +70,7 @@ class Access:
             async with self._over_ssh(git) as opened:
                 yield opened
         elif self.git_token is not None and self.remote.scheme in ("https", "http"):
-            # For this server alone: a redirection to another gets nothing.
+            # For this server only: a redirect to another server does not get it.
             settings = f"credential.{self.remote.origin}.helper={_CREDENTIAL_HELPER}"
             user = self.git_token.user or _TOKEN_USERS.get(self.remote.host, _DEFAULT_USER)
             yield git.at(git.cwd, settings, CCRUN_GIT_USER=user, CCRUN_GIT_TOKEN=self.git_token.token.reveal())
@@ -79,7 +79,7 @@ class Access:
 
     @contextlib.asynccontextmanager
     async def _over_ssh(self, git: Git) -> AsyncIterator[Git]:
-        # Short, for a socket's path may have 103 bytes; and new, for what is there already may be the agent's.
+        # Short, since the path of a socket has at most 103 bytes; and new, since an existing directory may be the agent's.
         room = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="ccrun-"))
         try:
             seen, config, socket = room / "known_hosts", room / "config", room / "agent"
@@ -99,10 +99,10 @@ class Access:
 
 
 def _private_key(secret: Secret) -> bytes:
-    """Return the key in OpenSSH's form, whatever form and line ends it came in. Raises `GitError` when it is none."""
+    """Return the key in the OpenSSH format, from any format and line ends. Raise `GitError` when it is not a key."""
     text = secret.reveal().replace("\r\n", "\n").replace("\r", "\n").strip() + "\n"
     if "\n" not in text.strip():
-        # Some tools hand line breaks on as two characters.
+        # Some tools write a line break as two characters.
         text = text.replace("\\n", "\n")
     content = text.encode()
     try:
@@ -114,22 +114,22 @@ def _private_key(secret: Secret) -> bytes:
     except TypeError:
         raise GitError("sshKey is protected by a passphrase: give a key without one.") from None
     except (ValueError, UnsupportedAlgorithm):
-        # The cause would show lines of the key. A password is asked for as a ValueError too.
+        # The cause would show lines of the key. A missing passphrase is a ValueError too.
         if b"ENCRYPTED" in content:
             raise GitError("sshKey is protected by a passphrase: give a key without one.") from None
-        raise GitError("sshKey is no private key in PEM or OpenSSH form.") from None
+        raise GitError("sshKey is not a private key in the PEM or OpenSSH format.") from None
 
 
 @contextlib.asynccontextmanager
 async def _ssh_agent(git: Git, socket: Path, key: bytes) -> AsyncIterator[None]:
-    """Run an ssh-agent that holds the key; it lets no other process look into its memory."""
-    # It ends with the program that it starts, and the key goes by itself: should this process be killed, neither stays for long.
-    # Whoever clears up after that may not even see that the agent is ours, since it hides its environment.
+    """Run an ssh-agent with the key. It denies other processes access to its memory."""
+    # It exits with the program that it starts, and it forgets the key after a time: when this process is killed, neither stays
+    # for long. A sweep could not find the agent by its marker, since it hides its environment.
     argv = ["ssh-agent", "-a", str(socket), "sh", "-c", f"echo ready; exec sleep {AGENT_LIFE_SECONDS}"]
     async with spawn(argv, env=git.environment, cwd=socket.parent, term_grace_seconds=1.0) as agent:
         try:
             async with asyncio.timeout(AGENT_SECONDS):
-                # Once it listens.
+                # It listens.
                 async for _ in agent.lines():
                     break
         except TimeoutError:
@@ -144,7 +144,7 @@ async def _ssh_agent(git: Git, socket: Path, key: bytes) -> AsyncIterator[None]:
             except TimeoutError:
                 raise GitError("ssh-agent did not take sshKey.") from None
         if not ended.ok:
-            raise GitError("sshKey is of a kind that ssh does not take.")
+            raise GitError("sshKey is of a type that ssh does not accept.")
         yield
 
 
@@ -158,7 +158,7 @@ def _ssh_config(host: str, seen: Path, agent: Path | None) -> str:
         "ForwardAgent": "no",
         "GlobalKnownHostsFile": f'"{known_hosts.FILE}"',
         "HashKnownHosts": "no",
-        # Only the key of the request: none of the machine's, none of another agent's.
+        # Only the key of the request, not those of the machine or of another ssh-agent.
         "IdentityAgent": f'"{agent}"' if agent else "none",
         "IdentityFile": "none",
         "LogLevel": "ERROR",
@@ -166,7 +166,7 @@ def _ssh_config(host: str, seen: Path, agent: Path | None) -> str:
         "PreferredAuthentications": "publickey,none",
         "ServerAliveCountMax": "4",
         "ServerAliveInterval": str(ALIVE_SECONDS),
-        # The keys of these hosts are known; a key of another type than the known ones would count as new.
+        # For known hosts, a key of an unknown type would count as new.
         "StrictHostKeyChecking": "yes" if host in known_hosts.WELL_KNOWN else "accept-new",
         "UpdateHostKeys": "no",
         "UserKnownHostsFile": f'"{seen}"',
@@ -174,18 +174,18 @@ def _ssh_config(host: str, seen: Path, agent: Path | None) -> str:
     return "Host *\n" + "".join(f"  {name} {value}\n" for name, value in options.items())
 
 
-# --- what a refusal means --------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------------
 
 
 class RemoteError(GitError):
-    """The server of the repository refused, or could not be reached."""
+    """The server of the repository rejected a request, or could not be reached."""
 
 
 def refusal(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> RemoteError:
-    """Return what a failed exchange with the server means, in one sentence.
+    """Return the error for a failed exchange with the server.
 
     Args:
-        doing: What was to be done: `cloned`, `pushed`.
+        doing: What failed: `cloned` or `pushed`.
     """
     text = ran.stderr.decode(errors="replace")
     host = remote.host or "this machine"
@@ -202,7 +202,7 @@ def _credential_hint(remote: GitUrl, access: Access) -> str:
     return f"check {name}" if given is not None else f"the request brings no {name}"
 
 
-#: What git and ssh say (in the locale C), and what it means. The first that fits counts.
+#: Messages of git and ssh (in the locale C), and what they mean. The first that matches counts.
 _ERROR_MESSAGES: Final = (
     (
         re.compile(r"Could not resolve host(?:name)?|Name or service not known|Temporary failure in name resolution"),
@@ -210,7 +210,7 @@ _ERROR_MESSAGES: Final = (
     ),
     (
         re.compile(r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|No .* host key is known"),
-        "The SSH host key of {host} is not the one that it is known by, so nothing was sent to it.",
+        "The SSH host key of {host} is not the known one, so nothing was sent to it.",
     ),
     (re.compile(r"Permission denied \("), "{host} refused the SSH login: {hint}."),
     (
@@ -225,20 +225,20 @@ _ERROR_MESSAGES: Final = (
             r"[Rr]epository .*not found|returned error: 404|does not appear to be a git repository|Repository not found"
             r"|project you were looking for could not be found|not a git repository|does not exist"
         ),
-        "{host} has no repository of the name in gitRepo, or not for this login: {hint}.",
+        "{host} does not have the repository in gitRepo, or not for this login: {hint}.",
     ),
     (
         re.compile(
             r"SSL certificate problem|server certificate verification failed|certificate (?:verify|has expired)"
         ),
-        "The certificate of {host} is not to be trusted.",
+        "The certificate of {host} is not trusted.",
     ),
     (
         re.compile(
             r"Connection (?:refused|timed out|reset|closed)|Failed to connect|No route to host|Network is unreachable"
             r"|Operation timed out|Could not connect|kex_exchange_identification|Timeout, server"
         ),
-        "{host} could not be reached, or broke the connection off.",
+        "{host} could not be reached, or closed the connection.",
     ),
     (
         re.compile(r"transport '.*' not allowed"),
@@ -248,8 +248,8 @@ _ERROR_MESSAGES: Final = (
 
 
 def network_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
-    """Return what it means that an exchange was not done in time."""
+    """Return the error for an exchange that timed out."""
     bound = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
     return RemoteError(
-        f"The repository was not {doing} within {bound}: {remote.host or 'this machine'} is too slow, or hangs."
+        f"The repository was not {doing} within {bound}: {remote.host or 'this machine'} is too slow or does not respond."
     )

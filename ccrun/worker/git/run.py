@@ -1,7 +1,6 @@
-"""One run of git: with settings and an environment of ours alone, in bounded time; and what its complaints mean.
+"""Running git with its own settings and environment, and with a timeout.
 
-Nothing that stands in a repository, in a home or in the system's own configuration decides what runs here. Knows no task, and
-of secrets only that somebody may put some into the environment of a run.
+No configuration of a repository, a home or the system decides what runs here.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from ccrun.process.capture import OutputTooLarge, ProcessResult, ProcessTimeout
 from ccrun.process.tree import MARKER_VARIABLE
 from ccrun.process.user import User
 
-#: Seconds for what needs no network: `git add` of some gigabytes takes a minute.
+#: Seconds for a command without network. `git add` of some gigabytes takes a minute.
 LOCAL_SECONDS: Final = 120.0
-#: Of what a server says, in an error for a person.
+#: Characters of a message of git that an error quotes.
 MAX_QUOTED_CHARS: Final = 500
 
-#: Where the system's own programs are. A PATH that a task's user can write to is none for a process that holds secrets.
+#: The directories of system programs. A process with secrets must not use a PATH that the agent can write to.
 SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
-#: How a machine reaches the network, from the worker's own environment.
+#: The variables of the worker's environment that configure the network.
 _NETWORK: Final = frozenset(
     {
         *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
         *("GIT_SSL_CAINFO", "GIT_SSL_CAPATH", "SSL_CERT_FILE", "SSL_CERT_DIR"),
     }
 )
-#: Each of these switches off what a repository could have run, or what could ask a person.
+#: Settings that disable what a repository could run, and interactive questions.
 _SETTINGS: Final = (
     "advice.detachedHead=false",
     "commit.gpgSign=false",
@@ -48,26 +47,26 @@ _SETTINGS: Final = (
     "core.pager=cat",
     "core.sshCommand=",
     "credential.helper=",
-    # A repository of the task lives for minutes: whatever runs in the background outlives its use.
+    # A repository is used for minutes, and background maintenance would outlive that.
     "gc.auto=0",
     "gc.autoDetach=false",
     "init.defaultBranch=main",
     "maintenance.auto=false",
     "protocol.ext.allow=never",
     "submodule.recurse=false",
-    # What is fetched stays one pack: see `ccrun.worker.push.Keepsake`.
+    # A fetch stays one pack: see `PackSnapshot`.
     "fetch.unpackLimit=1",
     "transfer.unpackLimit=1",
 )
 
 
 class GitError(CcrunError):
-    """git could not do what it was asked to."""
+    """A git command failed."""
 
 
 @attrs.frozen(kw_only=True)
 class Git:
-    """git as one user, in one folder."""
+    """git as one user, in one directory."""
 
     program: Path
     environment: Mapping[str, str] = attrs.field(repr=False)
@@ -82,10 +81,10 @@ class Git:
         seconds: float | None = LOCAL_SECONDS,
         max_bytes: int | None = None,
     ) -> bytes:
-        """Return what a run of git prints. `arguments` begin with the command.
+        """Run a git command and return its output.
 
         Raises:
-            GitError: It failed, or was not done in time.
+            GitError: It failed or timed out.
         """
         ran = await self.run(*arguments, stdin=stdin, seconds=seconds, max_bytes=max_bytes)
         if not ran.exit.ok:
@@ -101,7 +100,11 @@ class Git:
         seconds: float | None = LOCAL_SECONDS,
         max_bytes: int | None = None,
     ) -> ProcessResult:
-        """Run git to its end, however it ends. Raises `GitError` when it is not done in time."""
+        """Run a git command and return its result, whatever the exit status.
+
+        Raises:
+            GitError: It timed out.
+        """
         try:
             return await capture.capture(
                 self.argv(*arguments),
@@ -118,22 +121,22 @@ class Git:
             raise GitError(f"git {_command(arguments)} printed too much.") from None
 
     def argv(self, *arguments: str | bytes) -> list[str]:
-        """Return the whole command."""
+        """Return the complete command."""
         settings = (part for setting in (*_SETTINGS, *self.settings) for part in ("-c", setting))
         return [str(self.program), *settings, *(os.fsdecode(argument) for argument in arguments)]
 
     def at(self, cwd: Path, *settings: str, **environment: str) -> Git:
-        """Return the same in another folder, with more settings and variables."""
+        """Return git in another directory, with additional settings and variables."""
         return attrs.evolve(
             self, cwd=cwd, settings=(*self.settings, *settings), environment={**self.environment, **environment}
         )
 
 
 def find_git(path: str) -> Path:
-    """Return where git is. Blocks while it looks at the disk.
+    """Return the path of git. Reads the disk, so it blocks.
 
     Raises:
-        CcrunError: It is not on that PATH.
+        CcrunError: It is not on this PATH.
     """
     if (found := shutil.which("git", path=path)) is None:
         raise CcrunError("git was not found on the PATH of the worker, which a task with a repository needs.")
@@ -143,14 +146,14 @@ def find_git(path: str) -> Path:
 def environment(
     *, program: Path, inherited: Mapping[str, str], home: Path, marker: str, protocols: str = ""
 ) -> dict[str, str]:
-    """Return all of git's environment.
+    """Return all environment variables of git.
 
     Args:
-        program: git itself; ssh, and what else it starts, is looked for beside it and where the system keeps its programs.
-        inherited: The worker's environment, of which it gets how to reach the network.
-        home: A folder in which nobody has left anything for it.
-        marker: By which all processes of the task are found.
-        protocols: Those that it may use, with colons between them; none by default.
+        program: The path of git. ssh and other programs are searched in its directory and in those of the system.
+        inherited: The environment of the worker, of which git gets the network configuration.
+        home: A directory without files for git.
+        marker: The marker by which the processes of the task are found.
+        protocols: The protocols that git may use, separated by colons.
     """
     return {
         **{name: value for name, value in inherited.items() if name in _NETWORK},
@@ -158,7 +161,7 @@ def environment(
         "HOME": str(home),
         "XDG_CONFIG_HOME": str(home),
         "TMPDIR": str(home),
-        # Its complaints are read here.
+        # Its messages are parsed here.
         "LC_ALL": "C",
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": "/dev/null",
@@ -167,7 +170,7 @@ def environment(
         "SSH_ASKPASS_REQUIRE": "never",
         "GIT_ALLOW_PROTOCOL": protocols or "none",
         "GIT_PROTOCOL_FROM_USER": "0",
-        # A folder above the workspace is not for it.
+        # git must not search repositories above the workspace.
         "GIT_CEILING_DIRECTORIES": str(home.parent),
         MARKER_VARIABLE: marker,
     }
@@ -181,16 +184,16 @@ _PREFIX: Final = re.compile(r"(?:(?:remote|fatal|error):\s*)+", re.IGNORECASE)
 
 
 def last_error(stderr: bytes) -> str:
-    """Return what git complained of last, on one line; empty when it said nothing."""
-    return _complaints(stderr)[-1]
+    """Return the last error message of git on one line, empty when there is none."""
+    return _error_messages(stderr)[-1]
 
 
 def first_error(stderr: bytes) -> str:
-    """Return what git complained of first, which often tells more than that it gives up."""
-    return _complaints(stderr)[0]
+    """Return the first error message of git, which often has the cause."""
+    return _error_messages(stderr)[0]
 
 
-def _complaints(stderr: bytes) -> list[str]:
+def _error_messages(stderr: bytes) -> list[str]:
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
     told = [line for line in lines if line and not line.startswith(("hint:", "warning:", "Cloning into"))]
     errors = [line for line in told if line.startswith(("fatal:", "error:"))]
@@ -198,5 +201,5 @@ def _complaints(stderr: bytes) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """Return the text, or as much of it as an error for a person bears."""
+    """Return the text, shortened for an error."""
     return text if len(text) <= MAX_QUOTED_CHARS else f"{text[: MAX_QUOTED_CHARS - 1]}…"

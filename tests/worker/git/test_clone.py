@@ -222,7 +222,7 @@ async def test_a_missing_repository_is_told(ground: Ground, ssh: GitSsh, http: G
     """Over either protocol."""
     for access in (ssh_access(ssh.url("nope")), http_access(http.url("nope"))):
         with pytest.raises(
-            GitError, match=r"^127\.0\.0\.1 has no repository of the name in gitRepo, or not for this login"
+            GitError, match=r"^127\.0\.0\.1 does not have the repository in gitRepo, or not for this login"
         ):
             await ground.clone(access)
 
@@ -254,7 +254,7 @@ async def test_a_refused_token_is_told(ground: Ground, http: GitHttp, token: str
 
 async def test_what_is_no_key_is_told_without_showing_it(ground: Ground, ssh: GitSsh) -> None:
     """A key with a passphrase, and a text that is no key."""
-    with pytest.raises(GitError, match=r"^sshKey is no private key in PEM or OpenSSH form\.$"):
+    with pytest.raises(GitError, match=r"^sshKey is not a private key in the PEM or OpenSSH format\.$"):
         await ground.clone(ssh_access(ssh.url("demo"), "made-up text"))
     with pytest.raises(GitError, match=r"^sshKey is protected by a passphrase: give a key without one\.$"):
         await ground.clone(ssh_access(ssh.url("demo"), key_pair().encrypted))
@@ -275,7 +275,7 @@ async def test_a_server_that_hangs_is_given_up(ground: Ground, ssh: GitSsh, mode
     ssh.mode = mode
     ground.into.mkdir(parents=True)
     with pytest.raises(
-        GitError, match=r"^The repository was not cloned within 1 s: 127\.0\.0\.1 is too slow, or hangs\.$"
+        GitError, match=r"^The repository was not cloned within 1 s: 127\.0\.0\.1 is too slow or does not respond\.$"
     ):
         await clone(
             ground.git, ssh_access(ssh.url("demo")), ground.into, revision=None, depth=1, submodules=False, seconds=1

@@ -20,7 +20,7 @@ from ccrun.worker.git.remote import Access, _ssh_config, network_error, refusal
         (b"fatal: unable to access 'https://h/': Could not resolve host: h", "The host of gitRepo was not found: h."),
         (
             b"Host key verification failed.",
-            "The SSH host key of h is not the one that it is known by, so nothing was sent to it.",
+            "The SSH host key of h is not the known one, so nothing was sent to it.",
         ),
         (b"git@h: Permission denied (publickey).", "h refused the SSH login: check sshKey."),
         (
@@ -30,14 +30,14 @@ from ccrun.worker.git.remote import Access, _ssh_config, network_error, refusal
         (b"error: The requested URL returned error: 403", "h does not allow this: check sshKey."),
         (
             b"remote: Repository not found.",
-            "h has no repository of the name in gitRepo, or not for this login: check sshKey.",
+            "h does not have the repository in gitRepo, or not for this login: check sshKey.",
         ),
         (
             b"ERROR: Repository not found.",
-            "h has no repository of the name in gitRepo, or not for this login: check sshKey.",
+            "h does not have the repository in gitRepo, or not for this login: check sshKey.",
         ),
-        (b"SSL certificate problem: self-signed certificate", "The certificate of h is not to be trusted."),
-        (b"ssh: connect to host h port 22: Connection refused", "h could not be reached, or broke the connection off."),
+        (b"SSL certificate problem: self-signed certificate", "The certificate of h is not trusted."),
+        (b"ssh: connect to host h port 22: Connection refused", "h could not be reached, or closed the connection."),
         (b"fatal: transport 'ext' not allowed", "gitRepo names a protocol that is not allowed."),
         (b"fatal: something new", "The repository could not be cloned: something new"),
         (b"", "The repository could not be cloned: git ended with exit code 128"),
@@ -63,7 +63,7 @@ def test_the_field_that_is_missing_is_named() -> None:
 def test_an_exchange_that_takes_too_long_is_told(seconds: float, bound: str) -> None:
     """With the time that it had."""
     remote = parse_git_url("https://h/x")
-    expected = f"The repository was not pushed within {bound}: h is too slow, or hangs."
+    expected = f"The repository was not pushed within {bound}: h is too slow or does not respond."
     assert expected == network_error(remote, "pushed", seconds).message
 
 
