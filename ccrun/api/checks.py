@@ -1,7 +1,7 @@
-"""Checks of single JSON values, from which the table of request fields is built.
+"""Checks of single JSON values, from which `ccrun.api.request` builds the check of a request.
 
-cattrs cannot do this part: it converts where a request must be refused, and it names Python attributes where a caller needs JSON
-names. A check returns the value as the codec takes it, or raises `InvalidValue`.
+cattrs cannot do this: it converts values where a request must be rejected, and its errors name Python attributes where a client
+needs JSON names.
 """
 
 from __future__ import annotations
@@ -15,86 +15,85 @@ from typing import Any, Final
 
 import attrs
 
-from ccrun import globs, javascript_json, task
+from ccrun import codec, globs, javascript_json
 from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
+from ccrun.task import MAX_METADATA_BYTES, MAX_TASK_ID_CHARS, TASK_ID_PATTERN
 from ccrun.urls import GitUrl, InvalidGitUrl, is_http_url, parse_git_url
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
-#: Who sends a body this wrong reads no further; naming a million unknown fields would cost minutes.
+#: Errors in one response. Finding similar names for a million unknown fields would take minutes.
 MAX_FIELD_ERRORS: Final = 100
-#: Linux takes no single argument or environment entry of 128 KiB or more (MAX_ARG_STRLEN of execve(2)).
+#: Linux accepts no single argument or environment entry of 128 KiB or more (MAX_ARG_STRLEN of execve(2)).
 MAX_ARGUMENT_BYTES: Final = 128 * 1024 - 1
-#: Browsers, proxies and receivers commonly stop at this length.
+#: A common limit of browsers, proxies and servers.
 MAX_URL_CHARS: Final = 2048
-#: API keys and tokens are a few hundred characters long; JWTs may reach some thousand.
+#: API keys and tokens have a few hundred characters, JWTs up to a few thousand.
 MAX_CREDENTIAL_BYTES: Final = 8 * 1024
-#: The longest name of a file or a directory on Linux is 255 bytes, the longest path 4096; a name leaves room for `.md`.
+#: Linux limits a file name to 255 bytes and a path to 4096. A file name must also have room for `.md`.
 MAX_NAME_CHARS: Final = 64
 MAX_PATH_BYTES: Final = 1024
 MAX_BRANCH_BYTES: Final = 240
 MAX_LIST_ITEMS: Final = 256
 
 
-# --- the request -----------------------------------------------------------------------------------------------------
-#
-# cattrs cannot do this part: it converts where it should refuse, and it names attributes where a caller needs the names of
-# the wire. So a table of checks reads the body; what they return is plain JSON under the names of the wire, of which the
-# converter that also opens sealed tasks makes facts.
+# --- errors and their locations --------------------------------------------------------------------------------------
 
 
 class InvalidValue(Exception):
-    """A rule that a value breaks: a sentence without its subject, which is the path of the value."""
+    """A value breaks a rule. The message is a sentence whose subject, the path of the value, is missing."""
 
 
 @attrs.frozen
 class Location:
-    """A place in the body, and where its faults go."""
+    """The path of a value in the body, and the list that collects all errors of the body."""
 
     path: str
     errors: list[FieldError]
 
-    def say(self, message: str) -> None:
-        """Note a fault in these very words."""
+    def add_error(self, message: str) -> None:
+        """Add an error here, unless there are `MAX_FIELD_ERRORS` already."""
         if len(self.errors) < MAX_FIELD_ERRORS:
             self.errors.append(FieldError(self.path, message))
 
     def field(self, name: str) -> Location:
-        """Return the place of a field of the object here."""
+        """Return the location of a field of the object here."""
         if re.fullmatch(r"\w{1,64}", name, re.ASCII) is None:
             return Location(f"{self.path}[{json.dumps(printable(name), ensure_ascii=False)}]", self.errors)
         return Location(f"{self.path}.{name}" if self.path else name, self.errors)
 
     def item(self, index: int) -> Location:
-        """Return the place of an item of the array here."""
+        """Return the location of an item of the array here."""
         return Location(f"{self.path}[{index}]", self.errors)
 
-    def require(self, name: str, given: Mapping[str, Any]) -> None:
-        """Note that a field of the object here is missing, if it is."""
-        if name not in given:
-            place = self.field(name)
-            place.say(f"{place.path} is required")
+    def require(self, name: str, values: Mapping[str, Any]) -> None:
+        """Add an error if a required field of the object here is missing."""
+        if name not in values:
+            missing = self.field(name)
+            missing.add_error(f"{missing.path} is required")
 
 
-#: Returns the value as the converter takes it, or raises `InvalidValue`. A check of an object or array reads what is inside by
-#: `run_check`, which notes the faults there, so that one does not hide the others.
+#: Returns the value as the codec accepts it, or raises `InvalidValue`. The check of an object or array passes what is inside to
+#: `run_check`, so that all errors are found.
 Check = Callable[[Any, Location], Any]
 
 
-def run_check(check: Check, value: Any, place: Location) -> Any:
-    """Return what `check` makes of a value; note at its place the rule that it breaks."""
+def run_check(check: Check, value: Any, location: Location) -> Any:
+    """Return the result of a check. If the value is invalid, add the error to the location and return None."""
     try:
-        return check(value, place)
-    except InvalidValue as broken:
-        place.say(f"{place.path or 'The body'} {broken}")
+        return check(value, location)
+    except InvalidValue as error:
+        location.add_error(f"{location.path or 'The body'} {error}")
 
 
 def is_absent(value: object) -> bool:
+    """Return whether a value counts as not given: null or a blank string."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 def json_type(value: object) -> str:
+    """Return the JSON type of a value, with its article, for a message."""
     match value:
         case None:
             return "null"
@@ -111,15 +110,20 @@ def json_type(value: object) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a caller's own word, fit for one line of a message."""
+    """Return a name from the body, made safe and short for a message of one line."""
     plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name[:MAX_NAME_CHARS])
     return plain + "…" * (len(name) > MAX_NAME_CHARS)
 
 
-# --- objects and arrays ---
+# --- objects and arrays ----------------------------------------------------------------------------------------------
 
 
-def json_object(value: Any, *, max_entries: int | None = None) -> dict[str, Any]:
+def as_object(value: Any, *, max_entries: int | None = None) -> dict[str, Any]:
+    """Return the value if it is an object.
+
+    Raises:
+        InvalidValue: It is not an object, or has too many entries.
+    """
     if not isinstance(value, dict):
         raise InvalidValue(f"must be a JSON object, not {json_type(value)}")
     if max_entries is not None and len(value) > max_entries:
@@ -127,20 +131,27 @@ def json_object(value: Any, *, max_entries: int | None = None) -> dict[str, Any]
     return value
 
 
-def fields(checks: Mapping[str, Check], *, required: Mapping[str, str] | None = None) -> Check:
-    """Check an object of known fields, in the order of `checks`; then name each unknown one with the nearest known."""
+def object_of(checks: Mapping[str, Check], *, required: Mapping[str, str] | None = None) -> Check:
+    """Return a check of an object with known fields. Its result has only the fields that are given.
 
-    def check(value: Any, place: Location) -> dict[str, Any]:
-        fields = json_object(value)
+    Errors are in the order of `checks`; those of unknown fields come last and name the most similar known field.
+
+    Args:
+        checks: The check of each known field.
+        required: The error message for each required field that is absent.
+    """
+
+    def check(value: Any, location: Location) -> dict[str, Any]:
+        values = as_object(value)
         given = {}
         for name, check_field in checks.items():
-            if not is_absent(fields.get(name)):
-                given[name] = run_check(check_field, fields[name], place.field(name))
+            if not is_absent(values.get(name)):
+                given[name] = run_check(check_field, values[name], location.field(name))
             elif required and name in required:
-                place.field(name).say(required[name])
-        unknown = (name for name in fields if name not in checks)
+                location.field(name).add_error(required[name])
+        unknown = (name for name in values if name not in checks)
         for name in itertools.islice(unknown, MAX_FIELD_ERRORS):
-            place.field(name).say(_unknown_field(name, checks))
+            location.field(name).add_error(_unknown_field(name, checks))
         return given
 
     return check
@@ -148,53 +159,70 @@ def fields(checks: Mapping[str, Check], *, required: Mapping[str, str] | None = 
 
 def _unknown_field(name: str, known: Iterable[str]) -> str:
     by_lower_case = {field.lower(): field for field in known}
-    near = difflib.get_close_matches(printable(name).lower(), by_lower_case, n=1)
-    hint = f"; did you mean `{by_lower_case[near[0]]}`?" if near else ""
+    similar = difflib.get_close_matches(printable(name).lower(), by_lower_case, n=1)
+    hint = f"; did you mean `{by_lower_case[similar[0]]}`?" if similar else ""
     return f"Unknown field `{printable(name)}`{hint}"
 
 
 def string_list(check_item: Check, *, max_items: int = MAX_LIST_ITEMS, max_bytes: int | None = None) -> Check:
-    """Check an array of strings; within `max_bytes` it fits one argument, joined by commas."""
+    """Return a check of an array of strings.
 
-    def check_one(value: Any, place: Location) -> Any:
+    Args:
+        check_item: The check of each item. Blank items are rejected before.
+        max_bytes: The limit of the items joined by commas, for an array that becomes one argument.
+    """
+
+    def check_one(value: Any, location: Location) -> Any:
         if isinstance(value, str) and not value.strip():
             raise InvalidValue("may not be blank")
-        return check_item(value, place)
+        return check_item(value, location)
 
-    def check(value: Any, place: Location) -> list[Any]:
+    def check(value: Any, location: Location) -> list[Any]:
         if not isinstance(value, list):
             raise InvalidValue(f"must be an array of strings, not {json_type(value)}")
         if len(value) > max_items:
             raise InvalidValue(f"may have at most {max_items} items, not {len(value)}")
-        items = [run_check(check_one, item, place.item(index)) for index, item in enumerate(value)]
+        items = [run_check(check_one, item, location.item(index)) for index, item in enumerate(value)]
         if max_bytes is not None and sum(len(item.encode()) + 1 for item in items if item is not None) > max_bytes:
-            raise InvalidValue(f"must have at most {max_bytes} bytes in all")
+            raise InvalidValue(f"must have at most {max_bytes} bytes in total")
         return items
 
     return check
 
 
-def json_size(max_bytes: int) -> Check:
-    """Check an object of any shape by the bytes that it has as JSON."""
+def any_object(max_bytes: int) -> Check:
+    """Return a check of an object with any content.
 
-    def check(value: Any, place: Location) -> dict[str, Any]:
-        fields = json_object(value)
-        # The exact form takes seconds for megabytes. Python's is at most four times as long ("-0.0" for "0") and quick.
-        rough = len(json.dumps(fields, ensure_ascii=False, separators=(",", ":")))
-        if rough > 4 * max_bytes or len(javascript_json.dumps(fields)) > max_bytes:
+    Args:
+        max_bytes: The limit of the object as `codec.to_json` prints it.
+    """
+
+    def check(value: Any, location: Location) -> dict[str, Any]:
+        values = as_object(value)
+        if len(codec.to_json(values)) > max_bytes:
             raise InvalidValue(f"must have at most {max_bytes} bytes as JSON")
-        return fields
+        return values
 
     return check
 
 
-def glob_patterns(value: Any, place: Location) -> list[Any]:
-    """Check patterns and what their braces stand for: better now than when the agent has done its work."""
-    patterns: list[Any] = string_list(relative_path)(value, place)
+def metadata(value: Any, location: Location) -> dict[str, Any]:
+    """Check an object with any content by its bytes in the callback, which are what a receiver limits."""
+    values = as_object(value)
+    # `javascript_json` takes seconds for megabytes. `to_json` is fast and at most four times as long ("-0.0" for "0").
+    is_far_too_large = len(codec.to_json(values)) > 4 * MAX_METADATA_BYTES
+    if is_far_too_large or len(javascript_json.dumps(values)) > MAX_METADATA_BYTES:
+        raise InvalidValue(f"must have at most {MAX_METADATA_BYTES} bytes as JSON")
+    return values
+
+
+def glob_patterns(value: Any, location: Location) -> list[Any]:
+    """Check glob patterns and their brace expansions, so that an invalid pattern fails before the agent runs."""
+    patterns: list[Any] = string_list(relative_path)(value, location)
     expanded: list[str] = []
     for index, pattern in enumerate(patterns):
         if pattern is not None:
-            expanded += run_check(_expand, pattern, place.item(index)) or ()
+            expanded += run_check(_expand, pattern, location.item(index)) or ()
     try:
         globs.check_amount(expanded)
     except BadPattern as error:
@@ -202,17 +230,18 @@ def glob_patterns(value: Any, place: Location) -> list[Any]:
     return patterns
 
 
-def _expand(pattern: str, place: Location) -> list[str]:
+def _expand(pattern: str, location: Location) -> list[str]:
     try:
         return globs.expand(pattern)
     except BadPattern as error:
         raise InvalidValue(error.message) from None
 
 
-# --- numbers, flags and strings ---
+# --- booleans, numbers and strings -----------------------------------------------------------------------------------
 
 
-def boolean(value: Any, place: Location) -> bool:
+def boolean(value: Any, location: Location) -> bool:
+    """Check a boolean."""
     if not isinstance(value, bool):
         raise InvalidValue(f"must be true or false, not {json_type(value)}")
     return value
@@ -222,63 +251,72 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def integer(low: int, high: int) -> Check:
-    """Check a whole number. `6.0` is one: JSON knows a single kind of number, and some serializers print it so."""
+def integer(minimum: int, maximum: int) -> Check:
+    """Return a check of a whole number. `6.0` is one: JSON has one kind of number, and some serializers print it so."""
 
-    def check(value: Any, place: Location) -> int:
-        if not (_is_number(value) and low <= value <= high and value == int(value)):
-            raise InvalidValue(f"must be a whole number from {low} to {high}")
+    def check(value: Any, location: Location) -> int:
+        if not (_is_number(value) and minimum <= value <= maximum and value == int(value)):
+            raise InvalidValue(f"must be a whole number from {minimum} to {maximum}")
         return int(value)
 
     return check
 
 
-def positive_number(high: float) -> Check:
-    def check(value: Any, place: Location) -> float:
-        if not (_is_number(value) and 0 < value <= high):
-            raise InvalidValue(f"must be a number above 0 and at most {high:g}")
+def positive_number(maximum: float) -> Check:
+    """Return a check of a number above 0."""
+
+    def check(value: Any, location: Location) -> float:
+        if not (_is_number(value) and 0 < value <= maximum):
+            raise InvalidValue(f"must be a number above 0 and at most {maximum:g}")
         return float(value)
 
     return check
 
 
-def string(value: Any, *, max_bytes: int) -> str:
-    """Return a string that may become an argument, a variable or a file: NUL would end it half-way."""
+def as_string(value: Any, *, max_bytes: int) -> str:
+    """Return the value if it is a string that can become an argument, an environment variable or a file.
+
+    Raises:
+        InvalidValue: It is not a string, is too long in UTF-8, or contains a NUL, which would truncate it.
+    """
     if not isinstance(value, str):
         raise InvalidValue(f"must be a string, not {json_type(value)}")
     if "\0" in value:
-        raise InvalidValue("may not hold a NUL character")
+        raise InvalidValue("may not contain a NUL character")
     if (size := len(value.encode())) > max_bytes:
         raise InvalidValue(f"must have at most {max_bytes} bytes in UTF-8, not {size}")
     return value
 
 
 def text(max_bytes: int) -> Check:
-    return lambda value, place: string(value, max_bytes=max_bytes)
+    """Return a check of a string with any content but NUL."""
+    return lambda value, location: as_string(value, max_bytes=max_bytes)
 
 
-def matching(pattern: str, rule: str, *, max_bytes: int) -> Check:
+def _matching(pattern: str, rule: str, *, max_bytes: int) -> Check:
     compiled = re.compile(pattern)
 
-    def check(value: Any, place: Location) -> str:
-        if compiled.fullmatch(string(value, max_bytes=max_bytes)) is None:
+    def check(value: Any, location: Location) -> str:
+        if compiled.fullmatch(as_string(value, max_bytes=max_bytes)) is None:
             raise InvalidValue(rule)
         return str(value)
 
     return check
 
 
-#: A leading dash would make an option of an argument.
-model: Final = matching(
-    r"(?!-)[\x21-\x7e]+", "must be printable ASCII without blanks and may not start with a dash", max_bytes=256
+#: Checks of arguments of the CLI. One that starts with a hyphen would be read as an option.
+model: Final = _matching(
+    r"(?!-)[\x21-\x7e]+", "must be printable ASCII without spaces and may not start with a hyphen", max_bytes=256
 )
-tool: Final = matching(
-    r"(?!-)[^\x00-\x1f\x7f-\x9f]+", "may not hold control characters or start with a dash", max_bytes=4096
+tool: Final = _matching(
+    r"(?!-)[^\x00-\x1f\x7f-\x9f]+", "may not contain control characters or start with a hyphen", max_bytes=4096
 )
 
 
 def one_of(allowed: tuple[str, ...]) -> Check:
-    def check(value: Any, place: Location) -> str:
+    """Return a check of an enumeration."""
+
+    def check(value: Any, location: Location) -> str:
         if value not in allowed:
             raise InvalidValue(f"must be one of {', '.join(allowed)}")
         return str(value)
@@ -286,66 +324,69 @@ def one_of(allowed: tuple[str, ...]) -> Check:
     return check
 
 
-def credential(value: Any, place: Location) -> str:
-    """Check a key or token. It becomes part of an HTTP header, where a line break would begin another one."""
-    stripped = string(value, max_bytes=MAX_CREDENTIAL_BYTES).strip()
+def credential(value: Any, location: Location) -> str:
+    """Check a key or token, and strip it. It becomes part of an HTTP header, which a line break would split."""
+    stripped = as_string(value, max_bytes=MAX_CREDENTIAL_BYTES).strip()
     if re.fullmatch(r"[\x21-\x7e]+", stripped) is None:
-        raise InvalidValue("may hold printable ASCII characters only, and no blanks")
+        raise InvalidValue("may contain only printable ASCII characters and no spaces")
     return stripped
 
 
-def task_id(value: Any, place: Location) -> str:
-    text = string(value, max_bytes=task.MAX_TASK_ID_CHARS)
-    if task.TASK_ID_PATTERN.fullmatch(text) is None:
+def task_id(value: Any, location: Location) -> str:
+    """Check a task ID."""
+    given = as_string(value, max_bytes=MAX_TASK_ID_CHARS)
+    if TASK_ID_PATTERN.fullmatch(given) is None:
         raise InvalidValue("must be URL-safe (alphanumeric, underscore, hyphen only)")
-    return text
+    return given
 
 
-def relative_path(value: Any, place: Location) -> str:
-    """Check a path or glob pattern inside the workspace; braces may not hide a climb either."""
-    path = string(value, max_bytes=MAX_PATH_BYTES)
+def relative_path(value: Any, location: Location) -> str:
+    """Check a path or glob pattern inside the workspace. `..` is rejected inside braces too."""
+    path = as_string(value, max_bytes=MAX_PATH_BYTES)
     if path.startswith(("/", "-", "~")) or re.search(r"(^|[/{,])\.\.($|[/},])|[\x00-\x1f\x7f]", path):
         raise InvalidValue("must be a relative path inside the workspace, without `..`")
     return path
 
 
-def object_prefix(value: Any, place: Location) -> str:
-    prefix = relative_path(value, place)
+def object_prefix(value: Any, location: Location) -> str:
+    """Check a prefix of object names."""
+    prefix = relative_path(value, location)
     if "\\" in prefix:
-        raise InvalidValue("may not hold a backslash: folders are told apart by slashes")
+        raise InvalidValue("may not contain a backslash: separate directories by slashes")
     return prefix
 
 
-#: What git-check-ref-format(1) refuses in any place of a name, and what it refuses at the ends.
+#: What git-check-ref-format(1) rejects anywhere in a name, and what it rejects at its start and end.
 INVALID_IN_BRANCH: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)|^[-./]|[./]$|^(@|HEAD)$")
 
 
-def branch(value: Any, place: Location) -> str:
-    branch = string(value, max_bytes=MAX_BRANCH_BYTES)
-    if INVALID_IN_BRANCH.search(branch):
+def branch(value: Any, location: Location) -> str:
+    """Check the name of a branch."""
+    name = as_string(value, max_bytes=MAX_BRANCH_BYTES)
+    if INVALID_IN_BRANCH.search(name):
         raise InvalidValue("is not a valid branch name")
-    return branch
+    return name
 
 
-# --- URLs and credentials of git ---
+# --- URLs ------------------------------------------------------------------------------------------------------------
 
 
-def callback_url(value: Any, place: Location) -> str:
+def callback_url(value: Any, location: Location) -> str:
     """Check the URL of a callback."""
     if not isinstance(value, str) or len(value) > MAX_URL_CHARS or not is_http_url(value):
         raise InvalidValue("is not a valid URL")
     return value
 
 
-def git_repo(value: Any, place: Location, *, local: bool) -> GitUrl:
-    """Check the URL of a repository. No error repeats it, since it may hold a token.
+def git_repo(value: Any, location: Location, *, local: bool) -> GitUrl:
+    """Check the URL of a repository. No error repeats it, since it may contain a token.
 
     Args:
         local: Whether http and file URLs are allowed.
     """
     allowed = "must be an https or SSH URL or git@host:path" + (", or an http or file URL" if local else "")
     try:
-        url = parse_git_url(string(value, max_bytes=MAX_URL_CHARS))
+        url = parse_git_url(as_string(value, max_bytes=MAX_URL_CHARS))
     except InvalidGitUrl as error:
         message = str(error)
         raise InvalidValue(message if message.startswith("may not") else allowed) from None
