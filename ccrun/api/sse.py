@@ -1,6 +1,7 @@
-"""How a server-sent event is spelled: https://html.spec.whatwg.org/multipage/server-sent-events.html. Pure.
+"""The format of server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html. Pure.
 
-The one place that does. `aiohttp-sse` formats event by event; a chunk of a log is spelled here as a whole, once for all readers.
+The only module that formats them. `aiohttp-sse` formats one event at a time; here a whole log chunk is formatted once for all
+readers.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import attrs
 
 from ccrun import codec
 
-#: Milliseconds after which a browser connects again.
-RETRY_MS: Final = 1000
-#: Keeps proxies awake and finds readers that are gone.
+#: The start of a stream: a browser reconnects after this many milliseconds.
+RETRY: Final = b"retry: 1000\n\n"
+#: A comment, which keeps proxies from closing an idle stream and reveals readers that have left.
 HEARTBEAT: Final = b": heartbeat\n\n"
-#: The ID of the last event. A reader that comes back with it has everything.
+#: The ID of the last event. A reader that reconnects with it has received all events.
 LAST_ID: Final = "end"
 
 _CURSOR: Final = re.compile(r"([0-9]{1,15}):([0-9]{1,15})")
@@ -24,7 +25,7 @@ _CURSOR: Final = re.compile(r"([0-9]{1,15}):([0-9]{1,15})")
 
 @attrs.frozen(order=True)
 class Cursor:
-    """A place in a log: after that line of that chunk, both counted from 1. `Cursor(0, 0)` is the start."""
+    """A position in a log: after this line of this chunk, both counted from 1. `Cursor(0, 0)` is the start."""
 
     chunk: int = 0
     line: int = 0
@@ -34,36 +35,43 @@ class Cursor:
 
 
 def parse_cursor(text: str) -> Cursor | None:
-    """Return the place that an event ID of ours names; None for anything else, so that a reader then gets everything."""
+    """Return the position that an event ID stands for; None if it is not an ID of a line."""
     match = _CURSOR.fullmatch(text)
     return Cursor(int(match[1]), int(match[2])) if match else None
 
 
 def event(name: str, data: bytes, *, event_id: str | None = None) -> bytes:
-    """Spell an event whose data is one line."""
-    identity = b"" if event_id is None else b"id: %b\n" % event_id.encode()
-    return b"%bevent: %b\ndata: %b\n\n" % (identity, name.encode(), data)
+    """Return an event.
+
+    Args:
+        name: The type of the event.
+        data: Must not contain a line break.
+        event_id: The ID of the event.
+    """
+    id_field = b"" if event_id is None else b"id: %b\n" % event_id.encode()
+    return b"%bevent: %b\ndata: %b\n\n" % (id_field, name.encode(), data)
 
 
 def json_event(name: str, data: dict[str, Any]) -> bytes:
-    """Spell an event whose data is that object."""
+    """Return an event whose data is a JSON object."""
     return event(name, codec.to_json(data))
 
 
-def opening() -> bytes:
-    """Spell what a stream begins with, before any event."""
-    return b"retry: %d\n\n" % RETRY_MS
+def line_events(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
+    """Return an event of the default type for each line of a chunk, with its cursor as ID.
 
-
-def lines(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
-    """Spell the lines of a chunk as default-type events, each with its cursor as ID."""
-    frames = []
+    Args:
+        chunk: The number of the chunk.
+        content: The lines of the chunk.
+        after_line: The number of lines to skip.
+    """
+    events = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if line and number > after_line:
-            frames.append(b"id: %d:%d\ndata: %b\n\n" % (chunk, number, line if b"\r" not in line else _as_text(line)))
-    return b"".join(frames)
+            events.append(b"id: %d:%d\ndata: %b\n\n" % (chunk, number, line if b"\r" not in line else _as_text(line)))
+    return b"".join(events)
 
 
 def _as_text(line: bytes) -> bytes:
-    """Wrap a line that would break the framing; no line that ccrun wrote does."""
+    """Wrap a line that contains a carriage return, which would end the field. ccrun writes no such lines."""
     return codec.to_json({"type": "text", "content": line.decode(errors="replace")})
