@@ -9,17 +9,7 @@ from helpers.request import MINIMAL, errors_of, field_errors, parse
 from ccrun import codec, javascript_json, task
 from ccrun.api import checks
 from ccrun.api.request import MAX_CONFIG_FILES, MAX_MCP_CONFIG_BYTES, Defaults, request_fields
-from ccrun.task import (
-    ConfigFile,
-    GitAction,
-    GitToken,
-    PostRunActions,
-    Secret,
-    TaskId,
-    TaskSpec,
-    TaskType,
-    UploadAction,
-)
+from ccrun.task import ConfigFile, GitAction, GitToken, PostRunActions, Secret, TaskId, TaskSpec, TaskType, UploadAction
 from ccrun.urls import parse_git_url
 
 # --- the fields of a body --------------------------------------------------------------------------------------------
