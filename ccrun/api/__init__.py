@@ -1,1 +1,1 @@
-"""The wing that seals and launches: HTTP, the event stream, the use cases. It never opens a payload."""
+"""The API side: accepts requests, seals payloads, launches workers and streams events. Never opens a payload."""

@@ -1,7 +1,7 @@
-"""Checks of single JSON values, from which the table of request fields is built.
+"""Checks of single JSON values, from which `ccrun.api.request` builds the check of a request.
 
-cattrs cannot do this: it converts values that must be rejected, and its errors name Python attributes instead of JSON names. A
-check returns the value for the codec, or raises `InvalidValue`.
+cattrs cannot do this: it converts values where a request must be rejected, and its errors name Python attributes where a client
+needs JSON names.
 """
 
 from __future__ import annotations
@@ -15,84 +15,85 @@ from typing import Any, Final
 
 import attrs
 
-from ccrun import globs, javascript_json, task
+from ccrun import codec, globs, javascript_json
 from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
+from ccrun.task import MAX_METADATA_BYTES, MAX_TASK_ID_CHARS, TASK_ID_PATTERN
 from ccrun.urls import GitUrl, InvalidGitUrl, is_http_url, parse_git_url
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
-#: Errors of one body. A hostile body could have a million.
+#: Errors in one response. Finding similar names for a million unknown fields would take minutes.
 MAX_FIELD_ERRORS: Final = 100
-#: Linux rejects an argument or environment entry of 128 KiB or more (MAX_ARG_STRLEN of execve(2)).
+#: Linux accepts no single argument or environment entry of 128 KiB or more (MAX_ARG_STRLEN of execve(2)).
 MAX_ARGUMENT_BYTES: Final = 128 * 1024 - 1
-#: A common limit of browsers, proxies and receivers.
+#: A common limit of browsers, proxies and servers.
 MAX_URL_CHARS: Final = 2048
-#: API keys and tokens have a few hundred characters, JWTs some thousand.
+#: API keys and tokens have a few hundred characters, JWTs up to a few thousand.
 MAX_CREDENTIAL_BYTES: Final = 8 * 1024
-#: The longest name of a file or a directory on Linux is 255 bytes, the longest path 4096; a name leaves room for `.md`.
+#: Linux limits a file name to 255 bytes and a path to 4096. A file name must also have room for `.md`.
 MAX_NAME_CHARS: Final = 64
 MAX_PATH_BYTES: Final = 1024
 MAX_BRANCH_BYTES: Final = 240
 MAX_LIST_ITEMS: Final = 256
 
 
-# --- results and locations -----------------------------------------------------------------------------------------------
+# --- errors and their locations --------------------------------------------------------------------------------------
 
 
 class InvalidValue(Exception):
-    """A value violates a rule. The message is a sentence without its subject, which is the path of the value."""
+    """A value breaks a rule. The message is a sentence whose subject, the path of the value, is missing."""
 
 
 @attrs.frozen
 class Location:
-    """A location in the body, and the list for its errors."""
+    """The path of a value in the body, and the list that collects all errors of the body."""
 
     path: str
     errors: list[FieldError]
 
     def add_error(self, message: str) -> None:
-        """Add an error with this message."""
+        """Add an error here, unless there are `MAX_FIELD_ERRORS` already."""
         if len(self.errors) < MAX_FIELD_ERRORS:
             self.errors.append(FieldError(self.path, message))
 
     def field(self, name: str) -> Location:
-        """Return the location of a field of this object."""
+        """Return the location of a field of the object here."""
         if re.fullmatch(r"\w{1,64}", name, re.ASCII) is None:
             return Location(f"{self.path}[{json.dumps(printable(name), ensure_ascii=False)}]", self.errors)
         return Location(f"{self.path}.{name}" if self.path else name, self.errors)
 
     def item(self, index: int) -> Location:
-        """Return the location of an item of this array."""
+        """Return the location of an item of the array here."""
         return Location(f"{self.path}[{index}]", self.errors)
 
-    def require(self, name: str, given: Mapping[str, Any]) -> None:
-        """Add an error if a field of this object is missing."""
-        if name not in given:
-            location = self.field(name)
-            location.add_error(f"{location.path} is required")
+    def require(self, name: str, values: Mapping[str, Any]) -> None:
+        """Add an error if a required field of the object here is missing."""
+        if name not in values:
+            missing = self.field(name)
+            missing.add_error(f"{missing.path} is required")
 
 
-#: Returns the value for the codec, or raises `InvalidValue`. The check of an object or array checks its members with `run_check`,
-#: which adds their errors, so that all errors are reported.
+#: Returns the value as the codec accepts it, or raises `InvalidValue`. The check of an object or array passes what is inside to
+#: `run_check`, so that all errors are found.
 Check = Callable[[Any, Location], Any]
 
 
 def run_check(check: Check, value: Any, location: Location) -> Any:
-    """Return the result of a check. Add an error at the location when the value is invalid, and return None."""
+    """Return the result of a check. If the value is invalid, add the error to the location and return None."""
     try:
         return check(value, location)
-    except InvalidValue as broken:
-        location.add_error(f"{location.path or 'The body'} {broken}")
+    except InvalidValue as error:
+        location.add_error(f"{location.path or 'The body'} {error}")
 
 
 def is_absent(value: object) -> bool:
-    """Return whether a field counts as not given: null or a blank string."""
+    """Return whether a value counts as not given: null or a blank string."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 def json_type(value: object) -> str:
-    """Return the JSON type of a value, with its article."""
+    """Return the JSON type of a value, with its article, for a message."""
     match value:
         case None:
             return "null"
@@ -109,16 +110,20 @@ def json_type(value: object) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a name from a request, shortened and without control characters, for an error message."""
+    """Return a name from the body, made safe and short for a message of one line."""
     plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name[:MAX_NAME_CHARS])
     return plain + "…" * (len(name) > MAX_NAME_CHARS)
 
 
-# --- objects and arrays ---
+# --- objects and arrays ----------------------------------------------------------------------------------------------
 
 
-def json_object(value: Any, *, max_entries: int | None = None) -> dict[str, Any]:
-    """Check that a value is an object."""
+def as_object(value: Any, *, max_entries: int | None = None) -> dict[str, Any]:
+    """Return the value if it is an object.
+
+    Raises:
+        InvalidValue: It is not an object, or has too many entries.
+    """
     if not isinstance(value, dict):
         raise InvalidValue(f"must be a JSON object, not {json_type(value)}")
     if max_entries is not None and len(value) > max_entries:
@@ -126,21 +131,25 @@ def json_object(value: Any, *, max_entries: int | None = None) -> dict[str, Any]
     return value
 
 
-def fields(checks: Mapping[str, Check], *, required: Mapping[str, str] | None = None) -> Check:
-    """Return a check of an object with known fields, in the order of `checks`.
+def object_of(checks: Mapping[str, Check], *, required: Mapping[str, str] | None = None) -> Check:
+    """Return a check of an object with known fields. Its result has only the fields that are given.
 
-    The error of an unknown field names the nearest known one.
+    Errors are in the order of `checks`; those of unknown fields come last and name the most similar known field.
+
+    Args:
+        checks: The check of each known field.
+        required: The error message for each required field that is absent.
     """
 
     def check(value: Any, location: Location) -> dict[str, Any]:
-        fields = json_object(value)
+        values = as_object(value)
         given = {}
         for name, check_field in checks.items():
-            if not is_absent(fields.get(name)):
-                given[name] = run_check(check_field, fields[name], location.field(name))
+            if not is_absent(values.get(name)):
+                given[name] = run_check(check_field, values[name], location.field(name))
             elif required and name in required:
                 location.field(name).add_error(required[name])
-        unknown = (name for name in fields if name not in checks)
+        unknown = (name for name in values if name not in checks)
         for name in itertools.islice(unknown, MAX_FIELD_ERRORS):
             location.field(name).add_error(_unknown_field(name, checks))
         return given
@@ -150,8 +159,8 @@ def fields(checks: Mapping[str, Check], *, required: Mapping[str, str] | None = 
 
 def _unknown_field(name: str, known: Iterable[str]) -> str:
     by_lower_case = {field.lower(): field for field in known}
-    near = difflib.get_close_matches(printable(name).lower(), by_lower_case, n=1)
-    hint = f"; did you mean `{by_lower_case[near[0]]}`?" if near else ""
+    similar = difflib.get_close_matches(printable(name).lower(), by_lower_case, n=1)
+    hint = f"; did you mean `{by_lower_case[similar[0]]}`?" if similar else ""
     return f"Unknown field `{printable(name)}`{hint}"
 
 
@@ -159,7 +168,8 @@ def string_list(check_item: Check, *, max_items: int = MAX_LIST_ITEMS, max_bytes
     """Return a check of an array of strings.
 
     Args:
-        max_bytes: The maximum size of all strings, joined by commas, in UTF-8.
+        check_item: The check of each item. Blank items are rejected before.
+        max_bytes: The limit of the items joined by commas, for an array that becomes one argument.
     """
 
     def check_one(value: Any, location: Location) -> Any:
@@ -174,29 +184,40 @@ def string_list(check_item: Check, *, max_items: int = MAX_LIST_ITEMS, max_bytes
             raise InvalidValue(f"may have at most {max_items} items, not {len(value)}")
         items = [run_check(check_one, item, location.item(index)) for index, item in enumerate(value)]
         if max_bytes is not None and sum(len(item.encode()) + 1 for item in items if item is not None) > max_bytes:
-            raise InvalidValue(f"must have at most {max_bytes} bytes in all")
+            raise InvalidValue(f"must have at most {max_bytes} bytes in total")
         return items
 
     return check
 
 
-def json_size(max_bytes: int) -> Check:
-    """Return a check of the size of any object as JSON, as it is printed in a callback."""
+def any_object(max_bytes: int) -> Check:
+    """Return a check of an object with any content.
+
+    Args:
+        max_bytes: The limit of the object as `codec.to_json` prints it.
+    """
 
     def check(value: Any, location: Location) -> dict[str, Any]:
-        fields = json_object(value)
-        # The exact form takes seconds for megabytes. json.dumps is fast, and its result is at most four times as long
-        # ("-0.0" for "0").
-        rough = len(json.dumps(fields, ensure_ascii=False, separators=(",", ":")))
-        if rough > 4 * max_bytes or len(javascript_json.dumps(fields)) > max_bytes:
+        values = as_object(value)
+        if len(codec.to_json(values)) > max_bytes:
             raise InvalidValue(f"must have at most {max_bytes} bytes as JSON")
-        return fields
+        return values
 
     return check
 
 
+def metadata(value: Any, location: Location) -> dict[str, Any]:
+    """Check an object with any content by its bytes in the callback, which are what a receiver limits."""
+    values = as_object(value)
+    # `javascript_json` takes seconds for megabytes. `to_json` is fast and at most four times as long ("-0.0" for "0").
+    is_far_too_large = len(codec.to_json(values)) > 4 * MAX_METADATA_BYTES
+    if is_far_too_large or len(javascript_json.dumps(values)) > MAX_METADATA_BYTES:
+        raise InvalidValue(f"must have at most {MAX_METADATA_BYTES} bytes as JSON")
+    return values
+
+
 def glob_patterns(value: Any, location: Location) -> list[Any]:
-    """Check glob patterns and the patterns that their braces expand to, before the agent has done its work."""
+    """Check glob patterns and their brace expansions, so that an invalid pattern fails before the agent runs."""
     patterns: list[Any] = string_list(relative_path)(value, location)
     expanded: list[str] = []
     for index, pattern in enumerate(patterns):
@@ -216,7 +237,7 @@ def _expand(pattern: str, location: Location) -> list[str]:
         raise InvalidValue(error.message) from None
 
 
-# --- numbers, flags and strings ---
+# --- booleans, numbers and strings -----------------------------------------------------------------------------------
 
 
 def boolean(value: Any, location: Location) -> bool:
@@ -230,67 +251,70 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def integer(low: int, high: int) -> Check:
-    """Return a check of a whole number. `6.0` is accepted: JSON has one type of number, and some serializers print it so."""
+def integer(minimum: int, maximum: int) -> Check:
+    """Return a check of a whole number. `6.0` is one: JSON has one kind of number, and some serializers print it so."""
 
     def check(value: Any, location: Location) -> int:
-        if not (_is_number(value) and low <= value <= high and value == int(value)):
-            raise InvalidValue(f"must be a whole number from {low} to {high}")
+        if not (_is_number(value) and minimum <= value <= maximum and value == int(value)):
+            raise InvalidValue(f"must be a whole number from {minimum} to {maximum}")
         return int(value)
 
     return check
 
 
-def positive_number(high: float) -> Check:
-    """Return a check of a number above 0 and at most `high`."""
+def positive_number(maximum: float) -> Check:
+    """Return a check of a number above 0."""
 
     def check(value: Any, location: Location) -> float:
-        if not (_is_number(value) and 0 < value <= high):
-            raise InvalidValue(f"must be a number above 0 and at most {high:g}")
+        if not (_is_number(value) and 0 < value <= maximum):
+            raise InvalidValue(f"must be a number above 0 and at most {maximum:g}")
         return float(value)
 
     return check
 
 
-def string(value: Any, *, max_bytes: int) -> str:
-    """Check a string that may become an argument, a variable or a file, where a NUL would end it."""
+def as_string(value: Any, *, max_bytes: int) -> str:
+    """Return the value if it is a string that can become an argument, an environment variable or a file.
+
+    Raises:
+        InvalidValue: It is not a string, is too long in UTF-8, or contains a NUL, which would truncate it.
+    """
     if not isinstance(value, str):
         raise InvalidValue(f"must be a string, not {json_type(value)}")
     if "\0" in value:
-        raise InvalidValue("may not hold a NUL character")
+        raise InvalidValue("may not contain a NUL character")
     if (size := len(value.encode())) > max_bytes:
         raise InvalidValue(f"must have at most {max_bytes} bytes in UTF-8, not {size}")
     return value
 
 
 def text(max_bytes: int) -> Check:
-    """Return a check of a string with at most this many bytes in UTF-8."""
-    return lambda value, location: string(value, max_bytes=max_bytes)
+    """Return a check of a string with any content but NUL."""
+    return lambda value, location: as_string(value, max_bytes=max_bytes)
 
 
-def matching(pattern: str, rule: str, *, max_bytes: int) -> Check:
-    """Return a check of a string against a regular expression; `rule` is the error message."""
+def _matching(pattern: str, rule: str, *, max_bytes: int) -> Check:
     compiled = re.compile(pattern)
 
     def check(value: Any, location: Location) -> str:
-        if compiled.fullmatch(string(value, max_bytes=max_bytes)) is None:
+        if compiled.fullmatch(as_string(value, max_bytes=max_bytes)) is None:
             raise InvalidValue(rule)
         return str(value)
 
     return check
 
 
-#: A leading hyphen would turn an argument into an option.
-model: Final = matching(
-    r"(?!-)[\x21-\x7e]+", "must be printable ASCII without blanks and may not start with a dash", max_bytes=256
+#: Checks of arguments of the CLI. One that starts with a hyphen would be read as an option.
+model: Final = _matching(
+    r"(?!-)[\x21-\x7e]+", "must be printable ASCII without spaces and may not start with a hyphen", max_bytes=256
 )
-tool: Final = matching(
-    r"(?!-)[^\x00-\x1f\x7f-\x9f]+", "may not hold control characters or start with a dash", max_bytes=4096
+tool: Final = _matching(
+    r"(?!-)[^\x00-\x1f\x7f-\x9f]+", "may not contain control characters or start with a hyphen", max_bytes=4096
 )
 
 
 def one_of(allowed: tuple[str, ...]) -> Check:
-    """Return a check of a string against a list of values."""
+    """Return a check of an enumeration."""
 
     def check(value: Any, location: Location) -> str:
         if value not in allowed:
@@ -301,50 +325,50 @@ def one_of(allowed: tuple[str, ...]) -> Check:
 
 
 def credential(value: Any, location: Location) -> str:
-    """Check a key or token. It becomes part of an HTTP header, where a line break would start another header."""
-    stripped = string(value, max_bytes=MAX_CREDENTIAL_BYTES).strip()
+    """Check a key or token, and strip it. It becomes part of an HTTP header, which a line break would split."""
+    stripped = as_string(value, max_bytes=MAX_CREDENTIAL_BYTES).strip()
     if re.fullmatch(r"[\x21-\x7e]+", stripped) is None:
-        raise InvalidValue("may hold printable ASCII characters only, and no blanks")
+        raise InvalidValue("may contain only printable ASCII characters and no spaces")
     return stripped
 
 
 def task_id(value: Any, location: Location) -> str:
     """Check a task ID."""
-    text = string(value, max_bytes=task.MAX_TASK_ID_CHARS)
-    if task.TASK_ID_PATTERN.fullmatch(text) is None:
+    given = as_string(value, max_bytes=MAX_TASK_ID_CHARS)
+    if TASK_ID_PATTERN.fullmatch(given) is None:
         raise InvalidValue("must be URL-safe (alphanumeric, underscore, hyphen only)")
-    return text
+    return given
 
 
 def relative_path(value: Any, location: Location) -> str:
-    """Check a path or glob pattern inside the workspace. No alternative in braces may have a `..` either."""
-    path = string(value, max_bytes=MAX_PATH_BYTES)
+    """Check a path or glob pattern inside the workspace. `..` is rejected inside braces too."""
+    path = as_string(value, max_bytes=MAX_PATH_BYTES)
     if path.startswith(("/", "-", "~")) or re.search(r"(^|[/{,])\.\.($|[/},])|[\x00-\x1f\x7f]", path):
         raise InvalidValue("must be a relative path inside the workspace, without `..`")
     return path
 
 
 def object_prefix(value: Any, location: Location) -> str:
-    """Check the prefix of object names."""
+    """Check a prefix of object names."""
     prefix = relative_path(value, location)
     if "\\" in prefix:
-        raise InvalidValue("may not hold a backslash: folders are told apart by slashes")
+        raise InvalidValue("may not contain a backslash: separate directories by slashes")
     return prefix
 
 
-#: What git-check-ref-format(1) rejects anywhere in a name, and what it rejects at its ends.
+#: What git-check-ref-format(1) rejects anywhere in a name, and what it rejects at its start and end.
 INVALID_IN_BRANCH: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)|^[-./]|[./]$|^(@|HEAD)$")
 
 
 def branch(value: Any, location: Location) -> str:
     """Check the name of a branch."""
-    branch = string(value, max_bytes=MAX_BRANCH_BYTES)
-    if INVALID_IN_BRANCH.search(branch):
+    name = as_string(value, max_bytes=MAX_BRANCH_BYTES)
+    if INVALID_IN_BRANCH.search(name):
         raise InvalidValue("is not a valid branch name")
-    return branch
+    return name
 
 
-# --- URLs and credentials of git ---
+# --- URLs ------------------------------------------------------------------------------------------------------------
 
 
 def callback_url(value: Any, location: Location) -> str:
@@ -355,14 +379,14 @@ def callback_url(value: Any, location: Location) -> str:
 
 
 def git_repo(value: Any, location: Location, *, local: bool) -> GitUrl:
-    """Check the URL of a repository. No error repeats it, since it may hold a token.
+    """Check the URL of a repository. No error repeats it, since it may contain a token.
 
     Args:
         local: Whether http and file URLs are allowed.
     """
     allowed = "must be an https or SSH URL or git@host:path" + (", or an http or file URL" if local else "")
     try:
-        url = parse_git_url(string(value, max_bytes=MAX_URL_CHARS))
+        url = parse_git_url(as_string(value, max_bytes=MAX_URL_CHARS))
     except InvalidGitUrl as error:
         message = str(error)
         raise InvalidValue(message if message.startswith("may not") else allowed) from None

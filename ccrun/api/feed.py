@@ -1,7 +1,7 @@
-"""The feed: one tail for each task that is followed in this process, for any number of readers.
+"""The events of a task for any number of readers, with one poller for each task and process.
 
-A tail polls the storage for new chunks. Readers have cursors and get chunks from the tail, which reads each chunk once for all
-readers that need it at about the same time. A slow reader slows only itself.
+The poller finds new chunks in the storage, and readers read chunks through it, so that each chunk is read once for all readers
+that need it at about the same time. A slow reader delays no other.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from ccrun.task import TaskId, TaskRecord
 
 log = structlog.get_logger()
 
-#: Bytes of events that a tail caches for its readers. A chunk has at most about 1 MiB, unless it has a longer line.
+#: Bytes of formatted chunks that a poller caches. A chunk has at most about 1 MiB, unless one line is longer.
 WINDOW_BYTES: Final = 8 * 1024 * 1024
-#: Names of chunks that a tail remembers. A reader further back lists them again.
-MAX_NAMES: Final = 5000
-#: The interval of polls as a share of the time without a change, so that it delays an event by at most this share.
-IDLE_SHARE: Final = 0.25
+#: Chunks whose names a poller caches. For a reader that is further back, the name is listed again.
+MAX_CACHED_NAMES: Final = 5000
+#: The delay of a poll, as a share of the time since the last change. So an event is late by at most this share of that time.
+POLL_DELAY_RATIO: Final = 0.25
 #: Seconds for which reading a chunk is retried before the stream is aborted.
 READ_RETRY_SECONDS: Final = 30.0
 
 
 @attrs.frozen(kw_only=True)
 class PollPolicy:
-    """The minimum and maximum interval of polls, and the time without a change after which a task is settled, in seconds."""
+    """How often a task is polled.
+
+    Args:
+        min_seconds: The minimum delay between two polls.
+        max_seconds: The maximum delay between two polls.
+        settle_seconds: The time without changes after which the poller checks whether the execution is lost.
+    """
 
     min_seconds: float
     max_seconds: float
@@ -45,24 +51,24 @@ class PollPolicy:
 
 @attrs.frozen(kw_only=True)
 class Lines:
-    """Some lines of the log as events."""
+    """Some lines of the log, formatted as events."""
 
-    frames: bytes = attrs.field(repr=False)
+    events: bytes = attrs.field(repr=False)
 
 
 @attrs.frozen(kw_only=True)
 class CaughtUp:
-    """All lines that were stored when the reader connected have been read. What follows is live."""
+    """The reader has all lines that were stored when it started; later lines are new."""
 
 
 @attrs.frozen(kw_only=True)
 class Idle:
-    """There was nothing new for some time."""
+    """There was no other item for some time."""
 
 
 @attrs.frozen(kw_only=True)
 class Finished:
-    """The task is final, and its complete log has been read."""
+    """The task is final and its log has been read to the end."""
 
     record: TaskRecord
 
@@ -72,92 +78,105 @@ Item = Lines | CaughtUp | Idle | Finished
 
 
 class Feed:
-    """The tails of this process."""
+    """The pollers of this process.
+
+    Args:
+        policy: How often a task is polled.
+        settle: Called when a task has not changed for `PollPolicy.settle_seconds`: its execution may be lost.
+        window_bytes: See `WINDOW_BYTES`.
+    """
 
     def __init__(
         self, store: Store, policy: PollPolicy, *, settle: Settle | None = None, window_bytes: int = WINDOW_BYTES
     ) -> None:
-        """Create the feed of a store.
-
-        Args:
-            policy: How often a tail polls.
-            settle: Called for a task without a change for `PollPolicy.settle_seconds`, since its worker may be lost.
-            window_bytes: See `WINDOW_BYTES`.
-        """
         self._store = store
         self._policy = policy
         self._settle = settle
         self._window_bytes = window_bytes
-        self._tails: dict[TaskId, _Tail] = {}
+        self._pollers: dict[TaskId, TaskPoller] = {}
 
     def readers(self, task_id: TaskId) -> int:
         """Return the number of readers of a task in this process."""
-        tail = self._tails.get(task_id)
-        return tail.readers if tail else 0
+        poller = self._pollers.get(task_id)
+        return poller.readers if poller else 0
 
     @contextlib.asynccontextmanager
     async def follow(self, task_id: TaskId, *, after: Cursor | None) -> AsyncIterator[FeedReader]:
-        """Follow a task while the context is open, after a cursor, or with None from the end of what is stored.
+        """Return a reader of a task.
+
+        Args:
+            task_id: The task.
+            after: Where to start; None for the end of what is stored.
 
         Raises:
             TaskNotFound: There is no such task.
             StorageError: The storage failed.
         """
-        tail = self._tails.get(task_id)
-        if tail is None:
-            tail = self._tails[task_id] = _Tail(self._store, task_id, self._policy, self._settle, self._window_bytes)
-        tail.readers += 1
+        poller = self._pollers.get(task_id)
+        if poller is None:
+            poller = TaskPoller(self._store, task_id, self._policy, self._settle, self._window_bytes)
+            self._pollers[task_id] = poller
+        poller.readers += 1
         try:
-            await tail.ready()
-            yield FeedReader(tail, after)
+            await poller.ready()
+            yield FeedReader(poller, after)
         finally:
-            tail.readers -= 1
-            if not tail.readers:
-                del self._tails[task_id]
-                await tail.close()
+            poller.readers -= 1
+            if not poller.readers:
+                del self._pollers[task_id]
+                await poller.close()
 
 
 class FeedReader:
-    """One reader of a task."""
+    """A position in the log of a task."""
 
-    def __init__(self, tail: _Tail, after: Cursor | None) -> None:
-        self._tail = tail
-        self._boundary = tail.head
-        self._cursor = Cursor(tail.head + 1, 0) if after is None else max(after, Cursor(1, 0))
+    def __init__(self, poller: TaskPoller, after: Cursor | None) -> None:
+        self._poller = poller
+        #: The last chunk that was stored when the reader started.
+        self._last_stored = poller.head
+        self._cursor = Cursor(poller.head + 1, 0) if after is None else max(after, Cursor(1, 0))
 
     @property
     def record(self) -> TaskRecord:
-        """The task record as of the last poll."""
-        return self._tail.record
+        """The task record, as of the last poll."""
+        return self._poller.record
 
     async def items(self, *, idle_seconds: float) -> AsyncIterator[Item]:
-        """Yield what is new, `Finished` last, and `Idle` whenever there was nothing for this time."""
+        """Yield the items of the task in order, `Finished` last.
+
+        Args:
+            idle_seconds: The time without an item after which `Idle` is yielded.
+
+        Raises:
+            StorageError: A chunk could not be read.
+            TaskNotFound: The task was deleted.
+        """
         chunk, caught_up = self._cursor.chunk, False
         after_line = self._cursor.line
         while True:
-            if not caught_up and chunk > self._boundary:
+            if not caught_up and chunk > self._last_stored:
                 caught_up = True
                 yield CaughtUp()
-            pulse = self._tail.pulse
-            if chunk <= self._tail.head:
-                frames = await self._tail.frames(chunk, after_line=after_line)
+            changed = self._poller.changed
+            if chunk <= self._poller.head:
+                events = await self._poller.events(chunk, after_line=after_line)
                 chunk, after_line = chunk + 1, 0
-                if frames:
-                    yield Lines(frames=frames)
-            elif self._tail.is_over:
+                if events:
+                    yield Lines(events=events)
+            elif self._poller.is_finished:
                 yield Finished(record=self.record)
                 return
             else:
-                self._tail.check()
+                self._poller.check()
                 try:
                     async with asyncio.timeout(idle_seconds):
-                        await pulse.wait()
+                        await changed.wait()
                 except TimeoutError:
                     yield Idle()
 
 
-class _Tail:
-    """The end of the log of one task, and its chunks near the positions of its readers."""
+class TaskPoller:
+    """Polls one task while it has readers, and caches its chunks near the positions of the readers."""
 
     record: TaskRecord
 
@@ -170,58 +189,72 @@ class _Tail:
         self._policy = policy
         self._window_bytes = window_bytes
         self.readers = 0
-        #: The last chunk without a gap before it.
+        #: The number of the last chunk that readers may read: all chunks before it are stored.
         self.head = 0
-        self.is_over = False
-        #: Set, and replaced by a new event, at each change.
-        self.pulse = asyncio.Event()
+        #: Whether the task is final and `head` is its last chunk.
+        self.is_finished = False
+        #: Set, and replaced by a new event, when the task has changed.
+        self.changed = asyncio.Event()
         self._generation: int | None = None
         self._names: OrderedDict[int, ChunkRef] = OrderedDict()
         self._window: OrderedDict[int, bytes] = OrderedDict()
         self._reads: dict[int, asyncio.Task[bytes]] = {}
-        self._first_look = asyncio.create_task(self._poll_once())
+        self._first_poll = asyncio.create_task(self.poll())
         self._polling: asyncio.Task[None] | None = None
 
     async def ready(self) -> None:
-        """Wait for the first poll of the task, whose result all readers share."""
-        await asyncio.shield(self._first_look)
+        """Wait for the first poll, whose result all readers share, then poll periodically.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            StorageError: The storage failed.
+        """
+        await asyncio.shield(self._first_poll)
         if self._polling is None:
-            self._polling = asyncio.create_task(self._poll())
-            self._polling.add_done_callback(lambda _: self._tell())
+            self._polling = asyncio.create_task(self._poll_until_finished())
+            self._polling.add_done_callback(lambda _: self._notify())
 
     def check(self) -> None:
-        """Raise the exception that has stopped the polling, so that readers do not wait for it."""
+        """Raise the exception that stopped the polling, if any, since its readers would otherwise wait indefinitely."""
         if self._polling is not None and self._polling.done():
             self._polling.result()
 
     async def close(self) -> None:
-        """Cancel all tasks of the tail."""
-        tasks = [task for task in (self._first_look, self._polling, *self._reads.values()) if task is not None]
+        """Cancel the polling and all reads."""
+        tasks = [task for task in (self._first_poll, self._polling, *self._reads.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def frames(self, number: int, *, after_line: int = 0) -> bytes:
-        """Return the events of a chunk, none for a chunk that was deleted."""
+    async def events(self, number: int, *, after_line: int = 0) -> bytes:
+        """Return a chunk as events. A chunk that does not exist, because it was deleted, has none.
+
+        Args:
+            number: The number of the chunk.
+            after_line: The number of lines to skip.
+
+        Raises:
+            StorageError: The chunk could not be read for `READ_RETRY_SECONDS`.
+        """
         if after_line:
-            # At most once for each connection, so it is not cached.
-            return sse.lines(number, await self._read(number), after_line=after_line)
+            # Not cached, since this happens at most once for each connection.
+            return sse.line_events(number, await self._read(number), after_line=after_line)
         if number in self._window:
             self._window.move_to_end(number)
             return self._window[number]
         if number not in self._reads:
-            read = self._reads[number] = asyncio.create_task(self._spell(number))
+            read = self._reads[number] = asyncio.create_task(self._read_into_window(number))
             read.add_done_callback(lambda _: self._reads.pop(number, None))
         return await asyncio.shield(self._reads[number])
 
-    async def _spell(self, number: int) -> bytes:
+    async def _read_into_window(self, number: int) -> bytes:
         content = await self._read(number)
-        # In a thread, since a line may have many megabytes.
-        frames = await asyncio.to_thread(sse.lines, number, content)
-        self._window[number] = frames
+        # In a thread, since a line can have many megabytes.
+        events = await asyncio.to_thread(sse.line_events, number, content)
+        self._window[number] = events
         while len(self._window) > 1 and sum(map(len, self._window.values())) > self._window_bytes:
             self._window.popitem(last=False)
-        return frames
+        return events
 
     async def _read(self, number: int) -> bytes:
         async for attempt in stamina.retry_context(on=_is_transient, attempts=None, timeout=READ_RETRY_SECONDS):
@@ -236,52 +269,60 @@ class _Tail:
     def _remember(self, chunks: Sequence[ChunkRef]) -> None:
         for chunk in chunks:
             self._names[chunk.number] = chunk
-        while len(self._names) > MAX_NAMES:
+        while len(self._names) > MAX_CACHED_NAMES:
             self._names.popitem(last=False)
 
-    async def _poll(self) -> None:
-        """Poll until the task is final. When its objects are deleted, polling and readers stop."""
+    async def _poll_until_finished(self) -> None:
+        """Poll until the task is final. Fails when the task was deleted, which stops its readers."""
         loop = asyncio.get_running_loop()
-        news_at = settled_at = loop.time()
+        changed_at = settled_at = loop.time()
         try:
-            while not self.is_over:
-                quiet = loop.time() - news_at
-                await asyncio.sleep(max(self._policy.min_seconds, min(self._policy.max_seconds, quiet * IDLE_SHARE)))
+            while not self.is_finished:
+                delay = (loop.time() - changed_at) * POLL_DELAY_RATIO
+                await asyncio.sleep(max(self._policy.min_seconds, min(self._policy.max_seconds, delay)))
                 try:
-                    if await self._poll_once():
-                        news_at = settled_at = loop.time()
+                    if await self.poll():
+                        changed_at = settled_at = loop.time()
                     elif self._settle is not None and loop.time() - settled_at > self._policy.settle_seconds:
                         settled_at = loop.time()
                         await self._settle(self.record)
                 except StorageError as error:
                     log.warning("poll_failed", message="Poll failed", taskId=self._task_id, error=error.message)
         finally:
-            self._tell()
+            self._notify()
 
-    async def _poll_once(self) -> bool:
-        """Poll the task once. Return whether something has changed.
+    async def poll(self) -> bool:
+        """Read the state of the task once; return whether it has changed.
 
-        The record is read before the chunks: a final record is written after the last chunk, so chunks that are listed after
-        it are complete.
+        The record is read first and the chunks second. A final record is written after the last chunk, so the listing that
+        follows it has all chunks.
+
+        Raises:
+            TaskNotFound: There is no such task.
+            StorageError: The storage failed.
         """
         head, generation = self.head, self._generation
-        # The first poll always reads the record.
-        seen = None if generation is None else await self._advance()
-        if seen is None or seen != generation:
-            read_versioned = await self._store.read_versioned(self._task_id)
-            self.record = read_versioned.record
-            is_over = read_versioned.record.status.is_final
-            if is_over or generation is None:
-                await self._advance(skip_gaps=is_over)
-            self.is_over = is_over
-            self._generation = read_versioned.generation
-        news = (head, generation) != (self.head, self._generation)
-        if news:
-            self._tell()
-        return news
+        # The first poll reads the record in any case, so it needs no listing before.
+        listed = None if generation is None else await self._advance()
+        if listed is None or listed != generation:
+            versioned = await self._store.read_versioned(self._task_id)
+            self.record = versioned.record
+            is_final = versioned.record.status.is_final
+            if is_final or generation is None:
+                await self._advance(skip_gaps=is_final)
+            self.is_finished = is_final
+            self._generation = versioned.generation
+        has_changed = (head, generation) != (self.head, self._generation)
+        if has_changed:
+            self._notify()
+        return has_changed
 
     async def _advance(self, *, skip_gaps: bool = False) -> int | None:
-        """List new chunks, and return the generation of the record. A chunk after a gap waits for the missing one."""
+        """Move `head` to the end of the log; return the generation of the record, None if it was not listed.
+
+        Args:
+            skip_gaps: Whether to pass missing chunks. Otherwise a chunk waits for those before it.
+        """
         while True:
             listing = await self._store.listing(self._task_id, first=self.head + 1)
             before = self.head
@@ -292,9 +333,9 @@ class _Tail:
             if listing.record_generation is not None or self.head == before:
                 return listing.record_generation
 
-    def _tell(self) -> None:
-        self.pulse.set()
-        self.pulse = asyncio.Event()
+    def _notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
 
 
 def _is_transient(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """The format of server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html. Pure.
 
-No other module formats events. `aiohttp-sse` formats single events; here a chunk of a log is formatted once for all readers.
+The only module that formats them. `aiohttp-sse` formats one event at a time; here a whole log chunk is formatted once for all
+readers.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import attrs
 
 from ccrun import codec
 
-#: Milliseconds after which a browser reconnects.
-RETRY_MS: Final = 1000
-#: A comment, which keeps proxies from closing the stream and reveals readers that have left.
+#: The start of a stream: a browser reconnects after this many milliseconds.
+RETRY: Final = b"retry: 1000\n\n"
+#: A comment, which keeps proxies from closing an idle stream and reveals readers that have left.
 HEARTBEAT: Final = b": heartbeat\n\n"
-#: The ID of the last event. A reader that reconnects with it has everything.
+#: The ID of the last event. A reader that reconnects with it has received all events.
 LAST_ID: Final = "end"
 
 _CURSOR: Final = re.compile(r"([0-9]{1,15}):([0-9]{1,15})")
@@ -34,36 +35,43 @@ class Cursor:
 
 
 def parse_cursor(text: str) -> Cursor | None:
-    """Return the position that an event ID names, None if it is not an ID of this service."""
+    """Return the position that an event ID stands for; None if it is not an ID of a line."""
     match = _CURSOR.fullmatch(text)
     return Cursor(int(match[1]), int(match[2])) if match else None
 
 
 def event(name: str, data: bytes, *, event_id: str | None = None) -> bytes:
-    """Return an event whose data is one line."""
-    identity = b"" if event_id is None else b"id: %b\n" % event_id.encode()
-    return b"%bevent: %b\ndata: %b\n\n" % (identity, name.encode(), data)
+    """Return an event.
+
+    Args:
+        name: The type of the event.
+        data: Must not contain a line break.
+        event_id: The ID of the event.
+    """
+    id_field = b"" if event_id is None else b"id: %b\n" % event_id.encode()
+    return b"%bevent: %b\ndata: %b\n\n" % (id_field, name.encode(), data)
 
 
 def json_event(name: str, data: dict[str, Any]) -> bytes:
-    """Return an event whose data is an object."""
+    """Return an event whose data is a JSON object."""
     return event(name, codec.to_json(data))
 
 
-def opening() -> bytes:
-    """Return the start of a stream."""
-    return b"retry: %d\n\n" % RETRY_MS
+def line_events(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
+    """Return an event of the default type for each line of a chunk, with its cursor as ID.
 
-
-def lines(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
-    """Return the lines of a chunk as events of the default type, each with its cursor as ID."""
-    frames = []
+    Args:
+        chunk: The number of the chunk.
+        content: The lines of the chunk.
+        after_line: The number of lines to skip.
+    """
+    events = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if line and number > after_line:
-            frames.append(b"id: %d:%d\ndata: %b\n\n" % (chunk, number, line if b"\r" not in line else _as_text(line)))
-    return b"".join(frames)
+            events.append(b"id: %d:%d\ndata: %b\n\n" % (chunk, number, line if b"\r" not in line else _as_text(line)))
+    return b"".join(events)
 
 
 def _as_text(line: bytes) -> bytes:
-    """Wrap a line with a carriage return, which would break the format. ccrun writes no such line."""
+    """Wrap a line that contains a carriage return, which would end the field. ccrun writes no such lines."""
     return codec.to_json({"type": "text", "content": line.decode(errors="replace")})

@@ -99,22 +99,22 @@ class StreamRoutes:
                 await response.prepare(request)
                 async with response:
                     if request.method != hdrs.METH_HEAD:
-                        async for frames in self._frames(reader):
-                            await self._write(response, frames)
+                        async for events in self._events(reader):
+                            await self._write(response, events)
                 await response.write_eof()
                 return response
         finally:
             self._streams.discard(stream)
 
-    async def _frames(self, reader: FeedReader) -> AsyncIterator[bytes]:
+    async def _events(self, reader: FeedReader) -> AsyncIterator[bytes]:
         record = reader.record
-        yield sse.opening() + sse.json_event(
+        yield sse.RETRY + sse.json_event(
             "task", {"taskId": record.task_id, "status": record.status, "logsPath": record.logs_path}
         )
         async for item in reader.items(idle_seconds=self._deps.timeouts.heartbeat):
             match item:
                 case Lines():
-                    yield item.frames
+                    yield item.events
                 case CaughtUp():
                     yield sse.json_event("caught_up", {})
                 case Idle():

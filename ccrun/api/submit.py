@@ -66,7 +66,7 @@ class SubmitRoutes:
                 self.background.spawn(self._cancel_abandoned(submission))
             raise
 
-    async def _submit(self, request: web.Request, kind: TaskType) -> asyncio.Task[Submitted]:
+    async def _submit(self, request: web.Request, task_type: TaskType) -> asyncio.Task[Submitted]:
         """Validate a request and submit its task. The submission continues when the client disconnects."""
         idempotency = self._idempotency(request)
         body = await _read_body(request, seconds=self.deps.timeouts.body)
@@ -74,7 +74,7 @@ class SubmitRoutes:
         spec = await asyncio.to_thread(
             parse_request,
             body,
-            type=kind,
+            task_type=task_type,
             task_id=idempotency.task_id if idempotency else TaskId(str(uuid.uuid4())),
             defaults=self.deps.defaults,
         )

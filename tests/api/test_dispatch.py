@@ -53,17 +53,17 @@ URL = "https://user:made-up-password@example.com:8443/hook?token=made-up-token"
 
 
 class WatchedBlobs(DirectoryBlobs):
-    """A folder that lets a test act before a record is written, or hold a new one back."""
+    """A directory that can call a function before a record is replaced, or delay the creation of records."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.before_replace: Callable[[], object] | None = None
-        self.records = asyncio.Event()
-        self.records.set()
+        self.may_store_records = asyncio.Event()
+        self.may_store_records.set()
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
         if name.endswith("metadata.json"):
-            await self.records.wait()
+            await self.may_store_records.wait()
         return await super().create(name, content)
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
@@ -73,8 +73,8 @@ class WatchedBlobs(DirectoryBlobs):
         return await super().replace(name, content, generation=generation)
 
 
-class NotedJobs:
-    """A place that runs workers, of which only the wishes are noted."""
+class RecordingJobs:
+    """A backend that records launches and cancellations, and starts no workers."""
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
@@ -82,16 +82,16 @@ class NotedJobs:
     def __init__(self) -> None:
         self.launched: list[TaskId] = []
         self.cancelled: list[TaskId] = []
-        self.fault: CcrunError | None = None
-        self.at_launch: Callable[[], object] | None = None
+        self.error: CcrunError | None = None
+        self.before_launch: Callable[[], object] | None = None
 
     def check_capacity(self) -> None: ...
 
     async def launch(self, task_id: TaskId) -> str | None:
-        if self.at_launch is not None:
-            await asyncio.to_thread(self.at_launch)
-        if self.fault is not None:
-            raise self.fault
+        if self.before_launch is not None:
+            await asyncio.to_thread(self.before_launch)
+        if self.error is not None:
+            raise self.error
         self.launched.append(task_id)
         return f"executions/{task_id}"
 
@@ -107,50 +107,50 @@ class NotedJobs:
 
 @pytest.fixture
 def blobs(tmp_path: Path) -> WatchedBlobs:
-    """Where the objects of a test are."""
+    """The objects."""
     return WatchedBlobs(tmp_path / "blobs")
 
 
 @pytest.fixture
 def store(blobs: WatchedBlobs) -> Store:
-    """The store of a test."""
+    """The store."""
     return Store(blobs)
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Store:
-    """The same tasks as another process sees them."""
+def other_store(tmp_path: Path) -> Store:
+    """The same store, used by another process."""
     return Store(DirectoryBlobs(tmp_path / "blobs"))
 
 
 @pytest.fixture
 def wrapper(tmp_path: Path) -> LocalKey:
-    """The key service of a test."""
+    """The key service."""
     return LocalKey(tmp_path / "sealing.key")
 
 
 @pytest.fixture
-def jobs() -> NotedJobs:
-    """The workers that were wished for."""
-    return NotedJobs()
+def jobs() -> RecordingJobs:
+    """The recorded launches and cancellations."""
+    return RecordingJobs()
 
 
 @pytest.fixture
 def owed() -> list[str]:
-    """One entry each time that a callback became due."""
+    """One entry for each time that a callback became due."""
     return []
 
 
 @pytest.fixture
-def dispatcher(store: Store, jobs: NotedJobs, wrapper: LocalKey, owed: list[str]) -> Dispatcher:
-    """The use cases."""
+def dispatcher(store: Store, jobs: RecordingJobs, wrapper: LocalKey, owed: list[str]) -> Dispatcher:
+    """The operations under test."""
     return Dispatcher(
         store=store, jobs=jobs, wrapper=wrapper, callback_owed=lambda: owed.append("owed"), creation_wait_seconds=0.2
     )
 
 
 def spec(task_id: str = "t-1", *, prompt: str = "made-up prompt", callback_url: str | None = None) -> TaskSpec:
-    """Return a request as it comes from `wire`."""
+    """Return a request."""
     return TaskSpec(
         task_id=TaskId(task_id),
         type=TaskType.ASYNC,
@@ -163,13 +163,13 @@ def spec(task_id: str = "t-1", *, prompt: str = "made-up prompt", callback_url: 
     )
 
 
-async def everything(blobs: DirectoryBlobs) -> dict[str, bytes]:
-    """Return all objects."""
+async def all_objects(blobs: DirectoryBlobs) -> dict[str, bytes]:
+    """Return the content of all objects by name."""
     return {entry.name: (await blobs.read(entry.name)).content for entry in await blobs.entries("", limit=1000)}
 
 
-async def run_to_the_end(store: Store, outcome: Outcome = SUCCESS) -> TaskRecord:
-    """Do with the store what a worker does."""
+async def finish_task(store: Store, outcome: Outcome = SUCCESS) -> TaskRecord:
+    """Change the store as a worker does that starts and finishes the task."""
     await store.update(TASK, lambda record: start(record, at=NOW))
     await store.delete_payload(TASK)
     return await store.update(TASK, lambda record: finish(record, outcome, at=NOW))
@@ -178,8 +178,8 @@ async def run_to_the_end(store: Store, outcome: Outcome = SUCCESS) -> TaskRecord
 # --- submitting ------------------------------------------------------------------------------------------------------
 
 
-async def test_task_is_stored_and_launched(dispatcher: Dispatcher, store: Store, jobs: NotedJobs) -> None:
-    """A submitted task has a pending record, just as it was answered, a place in the list, a mark and an execution."""
+async def test_task_is_stored_and_launched(dispatcher: Dispatcher, store: Store, jobs: RecordingJobs) -> None:
+    """A submitted task has a pending record equal to the response, a place in the list, a mark and an execution."""
     submitted = await dispatcher.submit(spec())
     stored = await store.record(TASK)
     assert Submitted(record=attrs.evolve(stored, execution_name="executions/t-1"), is_replay=False) == submitted
@@ -188,25 +188,25 @@ async def test_task_is_stored_and_launched(dispatcher: Dispatcher, store: Store,
     assert [TASK] == [mark.task_id for mark in await store.active()]
 
 
-async def test_payload_is_the_request(dispatcher: Dispatcher, store: Store, wrapper: LocalKey) -> None:
-    """What the worker opens is the whole request."""
+async def test_payload_is_the_whole_request(dispatcher: Dispatcher, store: Store, wrapper: LocalKey) -> None:
+    """The worker opens exactly the request that was submitted."""
     await dispatcher.submit(spec(callback_url=URL))
     content = await unseal(wrapper, await store.payload(TASK), task_id=TASK, purpose=Purpose.PAYLOAD)
     assert spec(callback_url=URL) == codec.spec_from_bytes(content)
 
 
-async def test_nothing_secret_is_stored_unsealed(dispatcher: Dispatcher, blobs: WatchedBlobs, tmp_path: Path) -> None:
-    """Neither a credential, nor the prompt, nor the secret parts of the callback URL stand anywhere in the storage."""
+async def test_secrets_are_stored_only_sealed(dispatcher: Dispatcher, blobs: WatchedBlobs, tmp_path: Path) -> None:
+    """No object contains a credential, the prompt or the secret parts of the callback URL in plain text."""
     await dispatcher.submit(spec(callback_url=URL))
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     secrets = [b"made-up-key", b"made-up-secret", b"made-up prompt", b"made-up-password", b"made-up-token"]
     assert [] == [secret for secret in secrets for content in files if secret in content]
 
 
-async def test_callback_url_is_kept_sealed_and_shown_in_part(
+async def test_record_has_the_callback_url_sealed_and_redacted(
     dispatcher: Dispatcher, store: Store, wrapper: LocalKey
 ) -> None:
-    """The record shows where the callback goes, and holds the whole URL for whoever may open it."""
+    """The record has the callback URL without its secret parts, and sealed in full."""
     await dispatcher.submit(spec(callback_url=URL))
     record = await store.record(TASK)
     assert record.callback_url == "https://example.com:8443/hook"
@@ -216,7 +216,7 @@ async def test_callback_url_is_kept_sealed_and_shown_in_part(
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    ("url", "redacted"),
     [
         ("https://example.com", "https://example.com"),
         ("https://u:p@example.com/a/b?c=d#e", "https://example.com/a/b"),
@@ -226,124 +226,128 @@ async def test_callback_url_is_kept_sealed_and_shown_in_part(
         ("https://example.com/a;b=c", "https://example.com/a;b=c"),
     ],
 )
-def test_shown_url_has_no_secret_parts(url: str, shown: str) -> None:
-    """User, password, query and fragment of a callback URL are not shown."""
-    assert shown == redacted_url(url)
+def test_redacted_url_has_no_secret_parts(url: str, redacted: str) -> None:
+    """User, password, query and fragment are removed."""
+    assert redacted == redacted_url(url)
 
 
-async def test_everything_is_stored_before_the_launch(dispatcher: Dispatcher, jobs: NotedJobs, tmp_path: Path) -> None:
-    """When the worker is started, all that it and a sweep need is there, whatever dies next."""
-    there: list[set[str]] = []
-    jobs.at_launch = lambda: there.append(
+async def test_task_is_stored_before_the_launch(dispatcher: Dispatcher, jobs: RecordingJobs, tmp_path: Path) -> None:
+    """When the worker starts, mark, payload and record exist, so that a killed process leaves nothing that a sweep misses."""
+    stored: list[set[str]] = []
+    jobs.before_launch = lambda: stored.append(
         {entry.name for entry in asyncio.run(DirectoryBlobs(tmp_path / "blobs").entries("", limit=10))}
     )
     await dispatcher.submit(spec())
-    assert {active_name(TASK), payload_name(TASK), record_name(TASK)} < there[0]
+    assert {active_name(TASK), payload_name(TASK), record_name(TASK)} < stored[0]
 
 
-async def test_what_is_half_born_is_marked(dispatcher: Dispatcher, blobs: WatchedBlobs) -> None:
-    """A payload never stands without a mark, so a sweep finds what a submission that died has left."""
-    blobs.records.clear()
+async def test_incomplete_task_is_marked(dispatcher: Dispatcher, blobs: WatchedBlobs) -> None:
+    """A payload never exists without a mark, so a sweep finds what a killed process left."""
+    blobs.may_store_records.clear()
     submitting = asyncio.create_task(dispatcher.submit(spec()))
     async with asyncio.timeout(10):
-        while payload_name(TASK) not in await everything(blobs):
+        while payload_name(TASK) not in await all_objects(blobs):
             await asyncio.sleep(0.001)
-    assert active_name(TASK) in await everything(blobs)
+    assert active_name(TASK) in await all_objects(blobs)
     submitting.cancel()
     await asyncio.wait([submitting])
 
 
-async def test_one_of_many_with_an_id_wins(
-    dispatcher: Dispatcher, store: Store, jobs: NotedJobs, wrapper: LocalKey, blobs: WatchedBlobs
+async def test_one_of_several_requests_with_an_id_is_accepted(
+    dispatcher: Dispatcher, store: Store, jobs: RecordingJobs, wrapper: LocalKey, blobs: WatchedBlobs
 ) -> None:
-    """Of twenty requests at once with one task ID one is taken, nineteen are refused, and nothing of it is mixed."""
+    """Of twenty concurrent requests with one task ID, one is accepted and the others leave nothing behind."""
     outcomes = await asyncio.gather(
         *(dispatcher.submit(spec(prompt=f"prompt {number}")) for number in range(20)), return_exceptions=True
     )
-    winners = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Submitted)]
-    assert (1, 19) == (len(winners), sum(isinstance(outcome, TaskExists) for outcome in outcomes))
+    accepted = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Submitted)]
+    assert (1, 19) == (len(accepted), sum(isinstance(outcome, TaskExists) for outcome in outcomes))
     content = await unseal(wrapper, await store.payload(TASK), task_id=TASK, purpose=Purpose.PAYLOAD)
-    assert f"prompt {winners[0]}" == codec.spec_from_bytes(content).prompt
+    assert f"prompt {accepted[0]}" == codec.spec_from_bytes(content).prompt
     assert [TASK] == jobs.launched
-    assert len(await everything(blobs)) == 4
+    assert len(await all_objects(blobs)) == 4
 
 
-async def test_taken_id_changes_nothing(dispatcher: Dispatcher, blobs: WatchedBlobs, jobs: NotedJobs) -> None:
-    """A request with the ID of a task that waits, or runs and has its payload opened, leaves no trace."""
+async def test_rejected_request_changes_nothing(
+    dispatcher: Dispatcher, blobs: WatchedBlobs, jobs: RecordingJobs
+) -> None:
+    """A request with the ID of a pending or running task changes no object, whether the payload still exists or not."""
     await dispatcher.submit(spec())
     store = Store(blobs)
     for step in (lambda: store.update(TASK, lambda record: start(record, at=NOW)), lambda: store.delete_payload(TASK)):
-        before = await everything(blobs)
+        before = await all_objects(blobs)
         with pytest.raises(TaskExists, match="The task ID t-1 is in use"):
             await dispatcher.submit(spec(prompt="another"))
-        assert before == await everything(blobs)
+        assert before == await all_objects(blobs)
         await step()
-    before = await everything(blobs)
+    before = await all_objects(blobs)
     with pytest.raises(TaskExists):
         await dispatcher.submit(spec(prompt="another"))
-    assert before == await everything(blobs)
+    assert before == await all_objects(blobs)
     assert [TASK] == jobs.launched
 
 
-async def test_id_of_a_task_that_is_over_stays_taken(dispatcher: Dispatcher, store: Store, jobs: NotedJobs) -> None:
-    """The ID of a finished task is not used again; its record stays as it was, and no payload is left."""
+async def test_id_of_a_finished_task_cannot_be_reused(
+    dispatcher: Dispatcher, store: Store, jobs: RecordingJobs
+) -> None:
+    """A request with the ID of a finished task changes neither its record nor leaves a payload."""
     await dispatcher.submit(spec())
-    ended = await run_to_the_end(store)
+    finished = await finish_task(store)
     with pytest.raises(TaskExists):
         await dispatcher.submit(spec())
-    assert ended == await store.record(TASK)
+    assert finished == await store.record(TASK)
     with pytest.raises(BlobNotFound):
         await store.payload(TASK)
     assert [TASK] == jobs.launched
 
 
-@pytest.mark.parametrize("fault", [LaunchFailed("No image."), Busy("It is full.", retry_after=7)])
+@pytest.mark.parametrize("error", [LaunchFailed("No image."), Busy("It is full.", retry_after=7)])
 async def test_launch_that_fails_leaves_a_failed_record(
-    dispatcher: Dispatcher, store: Store, jobs: NotedJobs, blobs: WatchedBlobs, fault: CcrunError
+    dispatcher: Dispatcher, store: Store, jobs: RecordingJobs, blobs: WatchedBlobs, error: CcrunError
 ) -> None:
-    """A task that cannot be launched is kept as failed, with the reason, without payload, mark or debt."""
-    jobs.fault = fault
-    with pytest.raises(type(fault)) as caught:
+    """A task that cannot be launched is stored as failed with the error, without payload, mark or owed callback."""
+    jobs.error = error
+    with pytest.raises(type(error)) as caught:
         await dispatcher.submit(spec(callback_url=URL))
-    assert fault is caught.value
+    assert error is caught.value
     record = await store.record(TASK)
-    assert (Status.FAILED, Reason.LAUNCH_FAILED, 1, fault.message, False) == (
+    assert (Status.FAILED, Reason.LAUNCH_FAILED, 1, error.message, False) == (
         record.status,
         record.reason,
         record.exit_code,
         record.error,
         record.owes_callback,
     )
-    assert {payload_name(TASK), active_name(TASK)}.isdisjoint(await everything(blobs))
+    assert {payload_name(TASK), active_name(TASK)}.isdisjoint(await all_objects(blobs))
 
 
-async def test_launch_whose_answer_is_lost_is_no_failure(
-    dispatcher: Dispatcher, store: Store, jobs: NotedJobs, blobs: WatchedBlobs
+async def test_task_is_not_failed_if_its_worker_started(
+    dispatcher: Dispatcher, store: Store, jobs: RecordingJobs, blobs: WatchedBlobs
 ) -> None:
-    """A worker that has begun although the launch seemed to fail keeps its task, and its payload."""
+    """If a worker has started the task although the launch seemed to fail, the task and its payload remain."""
 
-    def begin() -> None:
+    def start_task() -> None:
         asyncio.run(store.update(TASK, lambda record: lifecycle.start(record, at=dt.datetime.now(dt.UTC))))
 
-    jobs.at_launch, jobs.fault = begin, LaunchFailed("Cloud Run did not confirm the launch.")
+    jobs.before_launch, jobs.error = start_task, LaunchFailed("Cloud Run did not confirm the launch.")
     submitted = await dispatcher.submit(spec())
     assert Status.RUNNING == submitted.record.status == (await store.record(TASK)).status
-    assert payload_name(TASK) in await everything(blobs)
+    assert payload_name(TASK) in await all_objects(blobs)
 
 
 # --- idempotency -----------------------------------------------------------------------------------------------------
 
 
-def test_key_names_the_task() -> None:
-    """One key of one caller always gives one task ID, other keys and other callers others."""
+def test_key_and_caller_determine_the_task_id() -> None:
+    """Equal keys of one caller give one task ID; other keys and other callers give others."""
     keys = [Idempotency(key=key, caller=caller) for caller in ("one", "two") for key in ("a", "b")]
     assert len({key.task_id for key in keys}) == 4
     assert Idempotency(key="a", caller="one").task_id == keys[0].task_id
     assert all(TASK_ID_PATTERN.fullmatch(key.task_id) for key in keys)
 
 
-def test_digest_tells_bodies_apart() -> None:
-    """The digest is that of this body under this key of this caller."""
+def test_digest_depends_on_body_key_and_caller() -> None:
+    """The digest differs when the body, the key or the caller differs."""
     digests = {
         Idempotency(key=key, caller=caller).digest(body)
         for key, caller, body in itertools.product(("a", "b"), ("one", "two"), (b"1", b"2"))
@@ -352,51 +356,51 @@ def test_digest_tells_bodies_apart() -> None:
     assert Idempotency(key="a", caller="one").digest(b"1") in digests
 
 
-async def test_repeat_gets_the_same_task(dispatcher: Dispatcher, store: Store, jobs: NotedJobs) -> None:
-    """The same request again answers with the same task, also when that is long over, and starts nothing."""
+async def test_retry_returns_the_same_task(dispatcher: Dispatcher, store: Store, jobs: RecordingJobs) -> None:
+    """A retry returns the same task, even after it has finished, and launches nothing."""
     first = await dispatcher.submit(spec(), idempotency_digest="d")
-    again = await dispatcher.submit(spec(), idempotency_digest="d")
-    assert (False, True) == (first.is_replay, again.is_replay)
-    assert await store.record(TASK) == again.record
-    ended = await run_to_the_end(store)
-    assert Submitted(record=ended, is_replay=True) == await dispatcher.submit(spec(), idempotency_digest="d")
+    retry = await dispatcher.submit(spec(), idempotency_digest="d")
+    assert (False, True) == (first.is_replay, retry.is_replay)
+    assert await store.record(TASK) == retry.record
+    finished = await finish_task(store)
+    assert Submitted(record=finished, is_replay=True) == await dispatcher.submit(spec(), idempotency_digest="d")
     with pytest.raises(BlobNotFound):
         await store.payload(TASK)
     assert [TASK] == jobs.launched
 
 
 @pytest.mark.parametrize("first_digest", ["other", None])
-async def test_other_request_under_the_key_is_refused(dispatcher: Dispatcher, first_digest: str | None) -> None:
-    """Another body under the same key, or a task that no key made, is no replay."""
+async def test_other_request_with_the_key_is_rejected(dispatcher: Dispatcher, first_digest: str | None) -> None:
+    """A request with the same key and another body is rejected; so is one for a task that was submitted without a key."""
     await dispatcher.submit(spec(), idempotency_digest=first_digest)
     with pytest.raises(TaskExists, match="This Idempotency-Key was used with another request"):
         await dispatcher.submit(spec(), idempotency_digest="d")
 
 
-async def test_many_repeats_at_once_make_one_task(dispatcher: Dispatcher, jobs: NotedJobs) -> None:
-    """Of twenty equal requests at once one starts the task, and all get it."""
+async def test_concurrent_retries_launch_one_task(dispatcher: Dispatcher, jobs: RecordingJobs) -> None:
+    """Of twenty equal concurrent requests one launches the task, and all return it."""
     outcomes = await asyncio.gather(*(dispatcher.submit(spec(), idempotency_digest="d") for _ in range(20)))
     assert [False] + [True] * 19 == sorted(outcome.is_replay for outcome in outcomes)
     assert [TASK] == jobs.launched
     assert {TASK} == {outcome.record.task_id for outcome in outcomes}
 
 
-async def test_repeat_waits_for_the_first(dispatcher: Dispatcher, blobs: WatchedBlobs) -> None:
-    """A repeat that comes while the first request is on its way gets its task."""
-    blobs.records.clear()
+async def test_retry_waits_for_the_first_request(dispatcher: Dispatcher, blobs: WatchedBlobs) -> None:
+    """A retry that arrives before the first request is stored returns its task."""
+    blobs.may_store_records.clear()
     first = asyncio.create_task(dispatcher.submit(spec(), idempotency_digest="d"))
     async with asyncio.timeout(10):
-        while payload_name(TASK) not in await everything(blobs):
+        while payload_name(TASK) not in await all_objects(blobs):
             await asyncio.sleep(0.001)
     second = asyncio.create_task(dispatcher.submit(spec(), idempotency_digest="d"))
-    blobs.records.set()
+    blobs.may_store_records.set()
     assert (False, True) == ((await first).is_replay, (await second).is_replay)
 
 
-async def test_repeat_of_a_request_that_died_is_asked_to_come_back(dispatcher: Dispatcher, store: Store) -> None:
-    """When the first request never gets its record, a repeat is told when it makes sense to try again."""
-    half = await dispatcher.wrapper.wrap(b"")
-    await store.add_payload(TASK, half)  # type: ignore[arg-type]
+async def test_retry_of_an_incomplete_request_is_busy(dispatcher: Dispatcher, store: Store) -> None:
+    """If the first request is never completed, a retry fails with the time after which to retry."""
+    wrapped = await dispatcher.wrapper.wrap(b"")
+    await store.add_payload(TASK, wrapped)  # type: ignore[arg-type]
     with pytest.raises(Busy) as caught:
         await dispatcher.submit(spec(), idempotency_digest="d")
     assert caught.value.retry_after == 300
@@ -405,32 +409,32 @@ async def test_repeat_of_a_request_that_died_is_asked_to_come_back(dispatcher: D
 # --- cancelling ------------------------------------------------------------------------------------------------------
 
 
-async def test_pending_task_is_cancelled_at_once(
-    dispatcher: Dispatcher, store: Store, jobs: NotedJobs, blobs: WatchedBlobs, owed: list[str]
+async def test_pending_task_is_cancelled_immediately(
+    dispatcher: Dispatcher, store: Store, jobs: RecordingJobs, blobs: WatchedBlobs, owed: list[str]
 ) -> None:
-    """A task that has not begun is over with its cancel: no payload, its execution ended, its callback due."""
+    """A cancelled pending task is final: its payload is deleted, its execution cancelled and its callback due."""
     await dispatcher.submit(spec(callback_url=URL))
     cancelled = await dispatcher.cancel(TASK)
     assert (Status.CANCELLED, False) == (cancelled.record.status, cancelled.was_already_requested)
     assert cancelled.record.owes_callback
     assert ([TASK], ["owed"]) == (jobs.cancelled, owed)
-    assert payload_name(TASK) not in await everything(blobs)
+    assert payload_name(TASK) not in await all_objects(blobs)
     assert [TASK] == [mark.task_id for mark in await store.active()]
 
 
-async def test_cancelled_task_without_callback_is_done_with(
+async def test_cancelled_task_without_callback_has_no_mark(
     dispatcher: Dispatcher, store: Store, owed: list[str]
 ) -> None:
-    """A task that is cancelled before it begins and has no callback needs no sweep."""
+    """A pending task without a callback needs no sweep after it was cancelled."""
     await dispatcher.submit(spec())
     await dispatcher.cancel(TASK)
     assert ([], []) == (await store.active(), owed)
 
 
-async def test_running_task_is_left_to_its_worker(
-    dispatcher: Dispatcher, store: Store, jobs: NotedJobs, owed: list[str]
+async def test_running_task_is_cancelled_by_its_worker(
+    dispatcher: Dispatcher, store: Store, jobs: RecordingJobs, owed: list[str]
 ) -> None:
-    """A task that runs is marked, and its worker asked to end it; asking again is told apart and harmless."""
+    """For a running task, the cancellation is recorded and its worker asked to stop; a second request is reported as such."""
     await dispatcher.submit(spec(callback_url=URL))
     await store.update(TASK, lambda record: start(record, at=NOW))
     first, second = await dispatcher.cancel(TASK), await dispatcher.cancel(TASK)
@@ -440,25 +444,25 @@ async def test_running_task_is_left_to_its_worker(
 
 
 @pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])
-async def test_task_that_is_over_is_not_cancelled(
-    dispatcher: Dispatcher, store: Store, jobs: NotedJobs, status: Status
+async def test_finished_task_cannot_be_cancelled(
+    dispatcher: Dispatcher, store: Store, jobs: RecordingJobs, status: Status
 ) -> None:
-    """A cancel that comes too late says how the task ended, and changes nothing."""
+    """Cancelling a finished task fails with its status, and changes nothing."""
     await dispatcher.submit(spec())
-    ended = await run_to_the_end(store, attrs.evolve(SUCCESS, status=status))
+    finished = await finish_task(store, attrs.evolve(SUCCESS, status=status))
     with pytest.raises(TaskAlreadyFinished, match=f"Task t-1 is already {status}"):
         await dispatcher.cancel(TASK)
-    assert (ended, []) == (await store.record(TASK), jobs.cancelled)
+    assert (finished, []) == (await store.record(TASK), jobs.cancelled)
 
 
-async def test_unknown_task_is_not_cancelled(dispatcher: Dispatcher) -> None:
-    """A cancel of what is not there says so."""
+async def test_unknown_task_cannot_be_cancelled(dispatcher: Dispatcher) -> None:
+    """Cancelling a task that does not exist fails."""
     with pytest.raises(TaskNotFound):
         await dispatcher.cancel(TASK)
 
 
 class Turns:
-    """Who may call the storage next, as long as the order says it; then everybody may."""
+    """Decides which party may use the storage next. When the order is exhausted, both may."""
 
     def __init__(self, order: Sequence[str]) -> None:
         self._order = deque(order)
@@ -480,7 +484,7 @@ class Turns:
 
 
 class OrderedBlobs(DirectoryBlobs):
-    """A folder as one party uses it, each call of the record in its turn."""
+    """A directory that one party uses only in its turn."""
 
     def __init__(self, root: Path, party: str, turns: Turns) -> None:
         super().__init__(root)
@@ -496,13 +500,13 @@ class OrderedBlobs(DirectoryBlobs):
 
 
 @pytest.mark.parametrize("order", ["".join(order) for order in itertools.product("cw", repeat=5)])
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("is_running", [False, True])
 async def test_cancel_and_worker_agree_in_every_order(
-    dispatcher: Dispatcher, store: Store, tmp_path: Path, order: str, begun: bool
+    dispatcher: Dispatcher, store: Store, tmp_path: Path, order: str, is_running: bool
 ) -> None:
-    """However the steps of a cancel and of a worker fall between each other, there is one end that fits both answers."""
+    """In every order of the steps of a cancellation and of a worker, the final status agrees with what both were told."""
     await dispatcher.submit(spec())
-    if begun:
+    if is_running:
         await store.update(TASK, lambda record: start(record, at=NOW))
     turns = Turns(order)
 
@@ -519,7 +523,7 @@ async def test_cancel_and_worker_agree_in_every_order(
     async def work() -> TaskRecord | None:
         mine = Store(OrderedBlobs(tmp_path / "blobs", "w", turns))
         try:
-            if not begun:
+            if not is_running:
                 await mine.update(TASK, lambda record: start(record, at=NOW))
             return await mine.update(TASK, lambda record: finish(record, SUCCESS, at=NOW))
         except IllegalTransition:
@@ -527,26 +531,26 @@ async def test_cancel_and_worker_agree_in_every_order(
         finally:
             await turns.leave("w")
 
-    was_cancelled, ended = await asyncio.gather(cancel(), work())
+    was_cancelled, finished = await asyncio.gather(cancel(), work())
     record = await store.record(TASK)
     assert record.status is (Status.CANCELLED if was_cancelled else Status.COMPLETED)
-    assert ended in (None, record)
-    assert (ended is None) <= (was_cancelled and not begun)
+    assert finished in (None, record)
+    assert (finished is None) <= (was_cancelled and not is_running)
 
 
 # --- delivering again ------------------------------------------------------------------------------------------------
 
 
-async def deliver(store: Store) -> None:
-    """Note a delivery as a courier does."""
+async def record_successful_delivery(store: Store) -> None:
+    """Record a delivery as the worker does."""
     await store.update(TASK, lambda record: record_delivery(record, delivered=True, attempts=1, error=None, at=NOW))
 
 
 async def test_delivered_callback_becomes_due_again(dispatcher: Dispatcher, store: Store, owed: list[str]) -> None:
-    """A caller's wish makes the callback due now, and sweeps look at the task again."""
+    """After `redeliver`, a delivered callback is due and the task is marked for sweeps."""
     await dispatcher.submit(spec(callback_url=URL))
-    await run_to_the_end(store)
-    await deliver(store)
+    await finish_task(store)
+    await record_successful_delivery(store)
     assert await store.active() == []
     await dispatcher.redeliver(TASK)
     record = await store.record(TASK)
@@ -555,26 +559,26 @@ async def test_delivered_callback_becomes_due_again(dispatcher: Dispatcher, stor
     assert [TASK] == [mark.task_id for mark in await store.active()]
 
 
-async def test_task_without_a_due_callback_is_not_delivered_again(dispatcher: Dispatcher, store: Store) -> None:
-    """There is nothing to deliver of a task that is unknown, not over, or named no callback, and no mark is made."""
+async def test_task_without_a_callback_to_deliver_is_rejected(dispatcher: Dispatcher, store: Store) -> None:
+    """A task that does not exist, is not final or has no callback is rejected, and gets no mark."""
     with pytest.raises(TaskNotFound):
         await dispatcher.redeliver(TASK)
     await dispatcher.submit(spec())
     with pytest.raises(NotRedeliverable, match="has not finished yet"):
         await dispatcher.redeliver(TASK)
-    await run_to_the_end(store)
+    await finish_task(store)
     with pytest.raises(NotRedeliverable, match="has no callback"):
         await dispatcher.redeliver(TASK)
     assert await store.active() == []
 
 
-async def test_wish_is_not_forgotten_when_a_sweep_is_just_done(
-    dispatcher: Dispatcher, store: Store, blobs: WatchedBlobs, other: Store
+async def test_mark_survives_a_concurrent_sweep(
+    dispatcher: Dispatcher, store: Store, blobs: WatchedBlobs, other_store: Store
 ) -> None:
-    """When a sweep that saw the task as settled takes its mark away in the middle of the wish, the mark comes back."""
+    """When a sweep that has read the old record deletes the mark during `redeliver`, the mark is written again."""
     await dispatcher.submit(spec(callback_url=URL))
-    await run_to_the_end(store)
-    await deliver(store)
-    blobs.before_replace = lambda: asyncio.run(other.unmark_active(TASK))
+    await finish_task(store)
+    await record_successful_delivery(store)
+    blobs.before_replace = lambda: asyncio.run(other_store.unmark_active(TASK))
     await dispatcher.redeliver(TASK)
     assert [TASK] == [mark.task_id for mark in await store.active()]

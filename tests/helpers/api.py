@@ -1,6 +1,6 @@
-"""The API alone, over real HTTP on a folder, with a place for workers that only notes what it is told.
+"""The API without workers: real HTTP, a directory as storage, and a backend that only records its calls.
 
-For tests of what is said, not of what is run: a test plays the worker by writing to the store itself.
+A test plays the worker by writing to the store.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import aiohttp
 import attrs
 from aiohttp import web
 
-from ccrun import lifecycle
+from ccrun import codec, lifecycle
 from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
@@ -30,39 +30,70 @@ from ccrun.store import Store
 from ccrun.task import Outcome, Reason, Status, TaskId, TaskRecord
 from helpers.service import MADE_UP_KEY, PATIENCE, Event, read_events
 
-#: Bytes of a request body that the API under test takes.
+#: `ApiDependencies.max_request_bytes` of the API under test.
 MAX_REQUEST_BYTES: Final = 256 * 1024
+#: A callback URL that accepts no connections.
+CALLBACK_URL: Final = "http://127.0.0.1:9/"
+TOKEN: Final = "first-token-of-the-tests"
+OTHER_TOKEN: Final = "second-token-of-the-tests"
+#: The error for every exception that is not a `CcrunError`.
+INTERNAL_ERROR: Final = "An internal error occurred; the log of the service has the details."
+#: The routes with a task ID, which replaces `{}`.
+TASK_ROUTES: Final = (
+    ("GET", "/tasks/{}"),
+    ("GET", "/tasks/{}/events"),
+    ("GET", "/tasks/{}/logs"),
+    ("POST", "/tasks/{}/webhook"),
+    ("POST", "/cancel/{}"),
+)
+#: All routes that use the storage.
+STORAGE_ROUTES: Final = (
+    *TASK_ROUTES,
+    ("GET", "/tasks"),
+    ("GET", "/tasks/status"),
+    ("POST", "/run"),
+    ("POST", "/run-async"),
+    ("GET", "/ready"),
+)
 COMPLETED: Final = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0, turns=1)
 FAILED: Final = Outcome(
     status=Status.FAILED, reason=Reason.AGENT_ERROR, exit_code=1, error="Claude process exited with code 1"
 )
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+def bearer(token: str) -> dict[str, str]:
+    """Return the header for a token."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true."""
     async with asyncio.timeout(PATIENCE):
-        while not holds():
+        while not condition():
             await asyncio.sleep(0.005)
 
 
-class Breakable:
-    """Something that raises `fault` as long as there is one, after it has waited for `gate` if there is one."""
+class Faulty:
+    """A dependency of the API that a test can delay and make fail.
+
+    While `gate` is set, each call waits for it; `waiting` counts these calls. While `error` is set, each call then raises it.
+    """
 
     def __init__(self) -> None:
-        self.fault: Exception | None = None
+        self.error: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.waiting = 0
 
-    async def _pass(self) -> None:
+    async def _fail_or_wait(self) -> None:
         if self.gate is not None:
             self.waiting += 1
             await self.gate.wait()
-        if self.fault is not None:
-            raise self.fault
+        if self.error is not None:
+            raise self.error
 
 
-class NotingJobs(Breakable):
-    """A place for workers that starts none."""
+class RecordingJobs(Faulty):
+    """A backend that records its calls and starts no workers."""
 
     max_running: int | None = 2
     start_timeout: dt.timedelta | None = None
@@ -72,12 +103,12 @@ class NotingJobs(Breakable):
         self.launched: list[TaskId] = []
         self.cancelled: list[TaskId] = []
         self.states: dict[TaskId, ExecutionState] = {}
-        self.looks = 0
+        self.state_calls = 0
 
     def check_capacity(self) -> None: ...
 
     async def launch(self, task_id: TaskId) -> str | None:
-        await self._pass()
+        await self._fail_or_wait()
         self.launched.append(task_id)
         return f"executions/{task_id}"
 
@@ -85,66 +116,66 @@ class NotingJobs(Breakable):
         self.cancelled.append(task_id)
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
-        self.looks += 1
-        await self._pass()
+        self.state_calls += 1
+        await self._fail_or_wait()
         return self.states.get(task_id, ExecutionState.RUNNING)
 
     async def clear(self, task_id: TaskId) -> None:
-        await self._pass()
+        await self._fail_or_wait()
 
 
-class BreakableKey(Breakable):
-    """A key service that can be made to fail."""
+class FaultyKey(Faulty):
+    """A key service that can fail, and cannot unwrap keys."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._key = LocalKey(path)
 
     async def wrap(self, key: bytes) -> bytes:
-        await self._pass()
+        await self._fail_or_wait()
         return await self._key.wrap(key)
 
     async def unwrap(self, wrapped: bytes) -> bytes:
-        raise AssertionError("the API never opens anything")
+        raise AssertionError("the API must not open payloads")
 
     async def check(self) -> None:
-        await self._pass()
+        await self._fail_or_wait()
         await self._key.check()
 
 
-class BreakableBlobs(DirectoryBlobs, Breakable):
-    """A folder that can be made to fail, and that notes what is read."""
+class FaultyBlobs(DirectoryBlobs, Faulty):
+    """A directory that can fail, and records the names of the objects that are read."""
 
     def __init__(self, root: Path) -> None:
         DirectoryBlobs.__init__(self, root)
-        Breakable.__init__(self)
+        Faulty.__init__(self)
         self.names_read: list[str] = []
 
     async def read(self, name: str) -> Blob:
-        await self._pass()
+        await self._fail_or_wait()
         self.names_read.append(name)
         return await super().read(name)
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
-        await self._pass()
+        await self._fail_or_wait()
         return await super().create(name, content)
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
-        await self._pass()
+        await self._fail_or_wait()
         return await super().replace(name, content, generation=generation)
 
     async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
-        await self._pass()
+        await self._fail_or_wait()
         return await super().entries(prefix, after=after, before=before, limit=limit)
 
     async def check(self) -> None:
-        await self._pass()
+        await self._fail_or_wait()
         await super().check()
 
 
 @attrs.frozen(kw_only=True)
-class Answer:
-    """What the API said to one request."""
+class ApiResponse:
+    """A response that has been read completely. `body` is the parsed JSON, None if there is none."""
 
     status: int
     body: Any
@@ -154,50 +185,66 @@ class Answer:
 
 @attrs.frozen(kw_only=True)
 class Api:
-    """A running API and what is behind it."""
+    """A running API and its dependencies. `owed` has an entry for each callback that became due."""
 
     url: str
     port: int
-    folder: Path
+    directory: Path
     http: aiohttp.ClientSession
     store: Store
     feed: Feed
-    blobs: BreakableBlobs
-    jobs: NotingJobs
-    key: BreakableKey
+    blobs: FaultyBlobs
+    jobs: RecordingJobs
+    key: FaultyKey
     owed: list[None]
 
     def body(self, **fields: Any) -> dict[str, Any]:
-        """Return a request body that works, with these fields."""
+        """Return a valid request body with these fields."""
         return {"prompt": "Do it.", "anthropicApiKey": MADE_UP_KEY, **fields}
 
-    async def call(self, method: str, path: str, **request: Any) -> Answer:
-        """Send one request."""
+    async def call(self, method: str, path: str, **request: Any) -> ApiResponse:
+        """Send a request and read the response."""
         async with self.http.request(method, self.url + path, allow_redirects=False, **request) as response:
             text = await response.text()
             body = await response.json() if response.content_type == "application/json" and text else None
-            return Answer(status=response.status, body=body, text=text, headers=response.headers)
+            return ApiResponse(status=response.status, body=body, text=text, headers=response.headers)
+
+    async def run_async(self, *, headers: dict[str, str] | None = None, **fields: Any) -> ApiResponse:
+        """Send `POST /run-async` with a valid body and these fields."""
+        fields.setdefault("callbackUrl", CALLBACK_URL)
+        return await self.call("POST", "/run-async", json=self.body(**fields), headers=headers)
 
     async def submit(self, **fields: Any) -> TaskId:
         """Submit a task over `POST /run-async`; return its ID."""
-        fields.setdefault("callbackUrl", "http://127.0.0.1:9/")
-        answer = await self.call("POST", "/run-async", json=self.body(**fields))
-        assert answer.status == 202, answer.text
-        return TaskId(answer.body["taskId"])
+        response = await self.run_async(**fields)
+        assert response.status == 202, response.text
+        return TaskId(response.body["taskId"])
 
-    async def begin(self, task_id: TaskId) -> TaskRecord:
-        """Do what a worker does when it takes up a task."""
+    async def start(self, task_id: TaskId) -> TaskRecord:
+        """Change the record as a worker does that starts the task."""
         return await self.store.update(task_id, lambda record: lifecycle.start(record, at=dt.datetime.now(dt.UTC)))
 
-    async def write(self, task_id: TaskId, number: int, *lines: bytes) -> None:
-        """Write one chunk of a task's log, as its worker does."""
+    async def add_chunk(self, task_id: TaskId, number: int, *lines: bytes) -> None:
+        """Write a chunk of the log, as the worker does."""
         await self.store.add_chunk(task_id, number, lines, dt.datetime.now(dt.UTC))
 
-    async def end(self, task_id: TaskId, outcome: Outcome = COMPLETED) -> TaskRecord:
-        """Write a task's final record, as its worker does."""
+    async def finish(self, task_id: TaskId, outcome: Outcome = COMPLETED) -> TaskRecord:
+        """Write the final record, as the worker does."""
         return await self.store.update(
             task_id, lambda record: lifecycle.finish(record, outcome, at=dt.datetime.now(dt.UTC))
         )
+
+    async def submit_started(self, **fields: Any) -> TaskId:
+        """Return the ID of a running task."""
+        task_id = await self.submit(**fields)
+        await self.start(task_id)
+        return task_id
+
+    async def submit_finished(self, outcome: Outcome = COMPLETED, **fields: Any) -> TaskId:
+        """Return the ID of a task that has finished with this outcome."""
+        task_id = await self.submit_started(**fields)
+        await self.finish(task_id, outcome)
+        return task_id
 
     async def events(self, path: str, **request: Any) -> list[Event]:
         """Return all events of a stream that ends."""
@@ -205,8 +252,13 @@ class Api:
             assert response.status == 200, await response.text()
             return [event async for event in read_events(response)]
 
+    async def done_event(self, task_id: TaskId) -> bytes:
+        """Return the last event of the stream of a finished task."""
+        body = codec.callback_body(await self.store.record(task_id))
+        return b"id: end\nevent: done\ndata: %b\n\n" % body
+
     async def raw(self, request: bytes) -> bytes:
-        """Send these very bytes on a connection of their own; return all that comes until it is closed."""
+        """Send bytes on a new connection; return all bytes until the server closes it."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(request)
@@ -219,12 +271,18 @@ class Api:
 
 
 @contextlib.asynccontextmanager
-async def api_on(folder: Path, *, host: str = "127.0.0.1", **deps: Any) -> AsyncIterator[Api]:
-    """Serve the API on a folder, with these parts instead of the usual ones."""
-    blobs, jobs, key = BreakableBlobs(folder), NotingJobs(), BreakableKey(folder / ".keys" / "sealing.key")
+async def api_on(directory: Path, *, host: str = "127.0.0.1", **deps: Any) -> AsyncIterator[Api]:
+    """Serve the API on a directory.
+
+    Args:
+        directory: The root of the storage. The key is in it too.
+        host: The address to listen on.
+        deps: Fields of `ApiDependencies` that differ from the defaults here.
+    """
+    blobs, jobs, key = FaultyBlobs(directory), RecordingJobs(), FaultyKey(directory / ".keys" / "sealing.key")
     store = Store(blobs)
     owed: list[None] = []
-    usual = ApiDependencies(
+    defaults = ApiDependencies(
         store=store,
         jobs=jobs,
         wrapper=key,
@@ -234,21 +292,21 @@ async def api_on(folder: Path, *, host: str = "127.0.0.1", **deps: Any) -> Async
         max_request_bytes=MAX_REQUEST_BYTES,
         backend="local",
     )
-    app = make_app(attrs.evolve(usual, **deps))
+    app = make_app(attrs.evolve(defaults, **deps))
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, 0).start()
         port = runner.addresses[0][1]
-        shown = f"[{host}]" if ":" in host else host
+        url_host = f"[{host}]" if ":" in host else host
         async with aiohttp.ClientSession() as http:
             yield Api(
-                url=f"http://{shown}:{port}",
+                url=f"http://{url_host}:{port}",
                 port=port,
-                folder=folder,
+                directory=directory,
                 http=http,
                 store=store,
-                feed=usual.feed,
+                feed=defaults.feed,
                 blobs=blobs,
                 jobs=jobs,
                 key=key,

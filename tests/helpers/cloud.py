@@ -36,7 +36,7 @@ from ccrun.settle import settle
 from ccrun.store import Store
 from ccrun.sweep import Sweeper, SweepReport
 from ccrun.task import Secret, TaskId, TaskRecord
-from helpers.api import Answer
+from helpers.api import ApiResponse
 from helpers.service import (
     CALLBACK_SECRET,
     MADE_UP_KEY,
@@ -106,14 +106,14 @@ class Cloud:
         """The tasks, seen past what goes wrong."""
         return self.place.store
 
-    async def call(self, method: str, path: str, **request: Any) -> Answer:
+    async def call(self, method: str, path: str, **request: Any) -> ApiResponse:
         """Send one request."""
         async with self.http.request(method, self.url + path, **request) as response:
-            return Answer(
+            return ApiResponse(
                 status=response.status, body=await response.json(), text=await response.text(), headers=response.headers
             )
 
-    async def ask(self, *, headers: dict[str, str] | None = None, **fields: Any) -> Answer:
+    async def ask(self, *, headers: dict[str, str] | None = None, **fields: Any) -> ApiResponse:
         """Ask for a task over `POST /run-async`."""
         body = {"prompt": "Hang.", "anthropicApiKey": MADE_UP_KEY, "callbackUrl": "http://127.0.0.1:9/", **fields}
         return await self.call("POST", "/run-async", json=body, headers=headers)

@@ -15,7 +15,7 @@ from helpers.sides import Call, Door, Sides, open_door, open_sides
 from standins.gcs import BUCKET, Gcs
 from standins.kms import Kms
 
-from ccrun.api.feed import Feed, PollPolicy, _Tail
+from ccrun.api.feed import Feed, PollPolicy, TaskPoller
 from ccrun.api.sse import Cursor
 from ccrun.backends.gcp.blobs import open_blobs
 from ccrun.lifecycle import finish, start
@@ -77,9 +77,9 @@ async def bucket() -> AsyncIterator[Bucket]:
 
 
 @pytest.fixture
-async def tail(bucket: Bucket) -> AsyncIterator[_Tail]:
+async def tail(bucket: Bucket) -> AsyncIterator[TaskPoller]:
     """A tail that has had its first look; what it costs is counted from here on."""
-    tail = _Tail(bucket.read, TASK, NEVER, None, window_bytes=1024)
+    tail = TaskPoller(bucket.read, TASK, NEVER, None, window_bytes=1024)
     await tail.ready()
     assert Counter({"objects.list": 1, "objects.get": 1}) == bucket.take_calls()
     yield tail
@@ -121,30 +121,30 @@ async def test_a_payload_is_deleted_once(sides: Sides, receiver: Receiver) -> No
     assert (1, 0) == (sides.worker.calls[payload], sides.api.calls[payload])
 
 
-async def test_poll_without_news_is_one_call(bucket: Bucket, tail: _Tail) -> None:
+async def test_poll_without_news_is_one_call(bucket: Bucket, tail: TaskPoller) -> None:
     """A tail of a silent task lists once a poll and reads nothing."""
     for _ in range(5):
-        assert not await tail._poll_once()
+        assert not await tail.poll()
         assert LISTING == bucket.take_calls()
 
 
-async def test_poll_with_new_chunks_is_one_call_more_a_chunk(bucket: Bucket, tail: _Tail) -> None:
+async def test_poll_with_new_chunks_is_one_call_more_a_chunk(bucket: Bucket, tail: TaskPoller) -> None:
     """One listing shows all new chunks; each is read once, for however many readers."""
     await bucket.add_chunks(4, 8)
-    assert await tail._poll_once()
+    assert await tail.poll()
     assert LISTING == bucket.take_calls()
-    await asyncio.gather(*(tail.frames(number) for number in range(4, 9) for _ in range(20)))
+    await asyncio.gather(*(tail.events(number) for number in range(4, 9) for _ in range(20)))
     assert Counter({"objects.get": 5}) == bucket.take_calls()
 
 
-async def test_changed_record_is_one_call_more(bucket: Bucket, tail: _Tail) -> None:
+async def test_changed_record_is_one_call_more(bucket: Bucket, tail: TaskPoller) -> None:
     """The listing of a poll tells that the record changed; then it is read, and at the end the log is listed once more."""
     await bucket.store.update(TASK, lambda record: attrs.evolve(record, cancelled_at=NOW))
-    assert await tail._poll_once()
+    assert await tail.poll()
     assert Counter({"objects.list": 1, "objects.get": 1}) == bucket.take_calls()
     await bucket.end()
-    assert await tail._poll_once()
-    assert tail.is_over
+    assert await tail.poll()
+    assert tail.is_finished
     assert Counter({"objects.list": 2, "objects.get": 1}) == bucket.take_calls()
 
 
