@@ -258,9 +258,9 @@ def every_act(blobs: GcsBlobs) -> list[Awaitable[object]]:
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        (Fault(status=503), "Cloud Storage is out of order (503): try again later."),
-        (Fault(status=429), "Cloud Storage takes no more calls for now: check the quotas of the project."),
-        (HANG, "Cloud Storage does not answer in time: check the network."),
+        (Fault(status=503), "Cloud Storage is temporarily unavailable (503): try again later."),
+        (Fault(status=429), "Cloud Storage limits the rate of calls: check the quotas of the project."),
+        (HANG, "Cloud Storage did not respond in time: check the network."),
         (Fault(reset="before"), "Cloud Storage cannot be reached: check the network."),
     ],
     ids=["503", "429", "hang", "reset"],
@@ -279,9 +279,9 @@ async def test_lasting_fault_is_told_in_bounded_time(gcs: Gcs, blobs: GcsBlobs, 
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (400, f"Cloud Storage refuses the call (400): check the bucket {BUCKET}."),
-        (401, "Cloud Storage does not accept the credentials: check the service account."),
-        (403, f"Cloud Storage refuses: check that the service account has PERMISSION on the bucket {BUCKET}."),
+        (400, f"Cloud Storage rejected the call (400): check the bucket {BUCKET}."),
+        (401, "Cloud Storage rejected the credentials: check the service account."),
+        (403, f"Cloud Storage denied access: check that the service account has PERMISSION on the bucket {BUCKET}."),
     ],
 )
 async def test_refusal_is_told_at_once(gcs: Gcs, blobs: GcsBlobs, status: int, sentence: str) -> None:
@@ -309,7 +309,7 @@ async def test_missing_bucket_is_told(gcs: Gcs) -> None:
         for run in (blobs.create("name", b""), blobs.entries("", limit=1), blobs.check()):
             with pytest.raises(StorageError) as caught:
                 await run
-            assert "Cloud Storage does not know the bucket no-such-bucket: check GCS_LOGS_BUCKET." == str(caught.value)
+            assert "Cloud Storage cannot find the bucket no-such-bucket: check GCS_LOGS_BUCKET." == str(caught.value)
 
 
 @pytest.mark.parametrize("body", ["<html>Log in first</html>", '{"items": [{}]}'])
@@ -318,7 +318,7 @@ async def test_another_server_is_not_cloud_storage(gcs: Gcs, blobs: GcsBlobs, bo
     for method in (CREATE, GET, LIST):
         gcs.fail_always(method, Fault(status=200, body=body))
     for run in every_act(blobs):
-        with pytest.raises(StorageError, match=r"What answers is not Cloud Storage: check the network\."):
+        with pytest.raises(StorageError, match=r"The response is not from Cloud Storage: check the network\."):
             await run
 
 
@@ -504,7 +504,7 @@ async def test_upload_that_is_forgotten_begins_anew(gcs: Gcs, blobs: GcsBlobs, s
 async def test_upload_that_is_forgotten_again_and_again_is_given_up(gcs: Gcs, blobs: GcsBlobs) -> None:
     """A service that loses each upload is told as what it is."""
     gcs.fail_always(PART, Fault(status=410))
-    with pytest.raises(StorageError, match=r"Cloud Storage lost the upload several times: retry later\."):
+    with pytest.raises(StorageError, match=r"Cloud Storage lost the upload 3 times: try again later\."):
         await create_content(blobs)
     assert 3 == gcs.calls[CREATE]
 
@@ -557,17 +557,17 @@ async def test_file_that_changes_makes_no_object_in_the_end(gcs: Gcs, blobs: Gcs
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        (Fault(status=503), "Cloud Storage is out of order (503): try again later."),
-        (HANG, "Cloud Storage does not answer in time: check the network."),
+        (Fault(status=503), "Cloud Storage is temporarily unavailable (503): try again later."),
+        (HANG, "Cloud Storage did not respond in time: check the network."),
         (Fault(reset="before"), "Cloud Storage cannot be reached: check the network."),
-        (Fault(status=308), "Cloud Storage does not answer in time: check the network."),
-        (Fault(status=308, headers={"Range": f"bytes=0-{GRAIN - 1}"}), "Cloud Storage does not answer in time: check"),
-        (Fault(status=200, body="<html>"), "What answers is not Cloud Storage: check the network."),
-        (Fault(status=302, headers={"Location": "/"}), "What answers is not Cloud Storage: check the network."),
-        (Fault(status=400), f"Cloud Storage refuses the call (400): check the bucket {BUCKET}."),
+        (Fault(status=308), "Cloud Storage did not respond in time: check the network."),
+        (Fault(status=308, headers={"Range": f"bytes=0-{GRAIN - 1}"}), "Cloud Storage did not respond in time: check"),
+        (Fault(status=200, body="<html>"), "The response is not from Cloud Storage: check the network."),
+        (Fault(status=302, headers={"Location": "/"}), "The response is not from Cloud Storage: check the network."),
+        (Fault(status=400), f"Cloud Storage rejected the call (400): check the bucket {BUCKET}."),
         (
             Fault(status=403),
-            f"Cloud Storage refuses: check that the service account has {CREATE} on the bucket {BUCKET}.",
+            f"Cloud Storage denied access: check that the service account has {CREATE} on the bucket {BUCKET}.",
         ),
     ],
     ids=["503", "hang", "reset", "308", "308 with a range", "200", "302", "400", "403"],
@@ -588,7 +588,7 @@ async def test_missing_bucket_is_told_for_a_large_file(gcs: Gcs) -> None:
     """An upload in parts to a bucket that is not there says which setting to look at."""
     gcs.fail_always(CREATE, Fault(status=404))
     async with open_blobs("no-such-bucket", emulator=gcs.url, part_bytes=GRAIN) as blobs:
-        with pytest.raises(StorageError, match="Cloud Storage does not know the bucket no-such-bucket: check GCS_LOGS"):
+        with pytest.raises(StorageError, match="Cloud Storage cannot find the bucket no-such-bucket: check GCS_LOGS"):
             await create_content(blobs)
 
 

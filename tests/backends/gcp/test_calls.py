@@ -17,12 +17,12 @@ from pytest_aiohttp import AiohttpServer
 from standins.gcs import BUCKET, Fault, Gcs
 
 from ccrun.backends.gcp.blobs import GcsBlobs
-from ccrun.backends.gcp.calls import CallPolicy, Credentials, Target, call, credentials
+from ccrun.backends.gcp.calls import CallPolicy, CallTarget, Credentials, call, credentials
 from ccrun.backends.gcp.upload import PART_BYTES, ResumableStorage
 from ccrun.errors import ConfigError, StorageError
 
 HASTY = CallPolicy(attempt_seconds=0.4, attempts=4, total_seconds=2.0, first_delay_seconds=0.001)
-TARGET = Target(service="Cloud Storage", resource="the bucket logs", settings="GCS_LOGS_BUCKET", error=StorageError)
+TARGET = CallTarget(service="Cloud Storage", resource="the bucket logs", settings="GCS_LOGS_BUCKET", error=StorageError)
 TOKEN = "a-made-up-access-token"
 
 
@@ -119,7 +119,7 @@ async def test_lasting_fault_of_credentials_is_told(tokens: Tokens, found: Crede
     with pytest.raises(StorageError) as caught:
         await get(found)
     assert (
-        "Google's credentials cannot be had: check the service account, or run `gcloud auth application-default login`."
+        "There are no Google credentials: check the service account, or run `gcloud auth application-default login`."
         == str(caught.value)
     )
     assert 1 == tokens.calls
@@ -138,7 +138,7 @@ async def test_token_that_never_comes_is_told_in_bounded_time(tokens: Tokens, fo
     tokens.delay_seconds = 3.0
     policy = attrs.evolve(HASTY, attempt_seconds=0.05)
     async with asyncio.timeout(2):
-        with pytest.raises(StorageError, match="Cloud Storage does not answer in time"):
+        with pytest.raises(StorageError, match="Cloud Storage did not respond in time"):
             await get(found, policy)
 
 
@@ -154,4 +154,4 @@ async def test_unusable_file_of_credentials_is_told(
     async with aiohttp.ClientSession() as session:
         with pytest.raises(ConfigError) as caught:
             await credentials(session, emulated=False)
-    assert "GOOGLE_APPLICATION_CREDENTIALS must name a readable file of credentials." == str(caught.value)
+    assert "GOOGLE_APPLICATION_CREDENTIALS must be the path of a readable credentials file." == str(caught.value)

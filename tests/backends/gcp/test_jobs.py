@@ -165,7 +165,7 @@ async def test_a_launch_that_may_have_had_its_effect_is_not_made_again(stage: St
     async with stage.set() as (server, jobs):
         server.fail("RunJob", fault)
         async with asyncio.timeout(HASTY.launch_seconds + 2):
-            with pytest.raises(LaunchFailed, match="Cloud Run did not confirm that it runs the job"):
+            with pytest.raises(LaunchFailed, match="Cloud Run did not confirm that it started the job"):
                 await jobs.launch(TASK)
         assert (1, int(fault.reset == "after")) == (server.calls["RunJob"], len(server.executions))
 
@@ -187,9 +187,9 @@ async def test_an_exhausted_quota_says_when_to_come_back(
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        (StatusCode.PERMISSION_DENIED, r"has run\.jobs\.run and run\.jobs\.runWithOverrides on it"),
-        (StatusCode.UNAUTHENTICATED, "does not accept the credentials: check the service account"),
-        (StatusCode.FAILED_PRECONDITION, r"Cloud Run cannot run the job .*: The test wants it so\."),
+        (StatusCode.PERMISSION_DENIED, r"has run\.jobs\.run and run\.jobs\.runWithOverrides"),
+        (StatusCode.UNAUTHENTICATED, "rejected the credentials: check the service account"),
+        (StatusCode.FAILED_PRECONDITION, r"Cloud Run could not start the job .*: The test wants it so\."),
     ],
 )
 async def test_a_refusal_says_what_to_check(stage: Stage, code: StatusCode, sentence: str) -> None:

@@ -92,21 +92,21 @@ async def test_a_passing_fault_is_not_noticed(server: Kms, key: KmsKey, fault: F
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        (Fault(status=401), "Cloud KMS does not accept the credentials: check the service account."),
+        (Fault(status=401), "Cloud KMS rejected the credentials: check the service account."),
         (
             Fault(status=403),
-            f"Cloud KMS refuses: check that the service account has {MAY_ENCRYPT} on {THE_KEY}.",
+            f"Cloud KMS denied access: check that the service account has {MAY_ENCRYPT} on {THE_KEY}.",
         ),
         (
             Fault(status=404),
-            f"Cloud KMS does not know {THE_KEY}: check {SETTINGS}.",
+            f"Cloud KMS cannot find {THE_KEY}: check {SETTINGS}.",
         ),
-        (Fault(status=429), "Cloud KMS takes no more calls for now: check the quotas of the project."),
-        (Fault(status=503), "Cloud KMS is out of order (503): try again later."),
+        (Fault(status=429), "Cloud KMS limits the rate of calls: check the quotas of the project."),
+        (Fault(status=503), "Cloud KMS is temporarily unavailable (503): try again later."),
         (Fault(reset="before"), "Cloud KMS cannot be reached: check the network."),
-        (HANG, "Cloud KMS does not answer in time: check the network."),
-        (Fault(status=200, body="<html>"), "What answers is not Cloud KMS: check the network."),
-        (Fault(status=200, body='{"ciphertext": "?"}'), "What answers is not Cloud KMS: check the network."),
+        (HANG, "Cloud KMS did not respond in time: check the network."),
+        (Fault(status=200, body="<html>"), "The response is not from Cloud KMS: check the network."),
+        (Fault(status=200, body='{"ciphertext": "?"}'), "The response is not from Cloud KMS: check the network."),
     ],
     ids=str,
 )

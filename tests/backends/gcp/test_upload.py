@@ -31,7 +31,7 @@ class Service:
 
 @pytest.fixture
 async def service() -> AsyncIterator[tuple[Service, ResumableStorage, str]]:
-    """A service, a client of it, and the address of an upload."""
+    """A service, a client of it, and the url of an upload."""
     service = Service()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", service.handle)
@@ -62,18 +62,18 @@ async def test_an_answer_tells_how_far_it_has_come(
     progress: UploadProgress,
 ) -> None:
     """Nothing yet, some bytes, or all of them: 308 is no redirection here."""
-    server, storage, address = service
+    server, storage, url = service
     server.answer = web.json_response(body, status=status, headers=headers)
-    assert progress == await storage.send_part(address, b"abc", start=10, size=26, timeout=SILENCE)
+    assert progress == await storage.send_part(url, b"abc", start=10, size=26, timeout=SILENCE)
     [(path, sent, content)] = server.asked
     assert ("/upload?id=a%2Fb", "bytes 10-12/26", b"abc") == (path, sent["Content-Range"], content)
 
 
 async def test_progress_is_asked_without_content(service: tuple[Service, ResumableStorage, str]) -> None:
     """With the size of the whole."""
-    server, storage, address = service
+    server, storage, url = service
     server.answer = web.Response(status=308)
-    assert UploadProgress(0) == await storage.ask_progress(address, size=26, timeout=SILENCE)
+    assert UploadProgress(0) == await storage.get_progress(url, size=26, timeout=SILENCE)
     [(_, sent, content)] = server.asked
     assert ("bytes */26", b"") == (sent["Content-Range"], content)
 
@@ -81,8 +81,8 @@ async def test_progress_is_asked_without_content(service: tuple[Service, Resumab
 @pytest.mark.parametrize("status", [404, 410, 412, 503])
 async def test_a_refusal_is_raised(service: tuple[Service, ResumableStorage, str], status: int) -> None:
     """What it means is for the caller to say."""
-    server, storage, address = service
+    server, storage, url = service
     server.answer = web.Response(status=status)
     with pytest.raises(aiohttp.ClientResponseError) as caught:
-        await storage.ask_progress(address, size=26, timeout=SILENCE)
+        await storage.get_progress(url, size=26, timeout=SILENCE)
     assert status == caught.value.status

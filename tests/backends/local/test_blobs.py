@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from standins.gcs import BUCKET, Gcs
 
 from ccrun.backends.gcp.blobs import open_blobs
-from ccrun.backends.local.blobs import LOCK_FILES, PIECE_BYTES, DirectoryBlobs
+from ccrun.backends.local.blobs import COPY_BYTES, LOCK_FILES, DirectoryBlobs
 from ccrun.blobs import MAX_NAME_BYTES, Blob, Blobs, check_name
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, FileUnreadable, StorageError
 
 #: Bytes of a file that go to a bucket at once: the least that Cloud Storage takes.
 PART = 256 * 1024
 #: What takes several of them, and of those that are copied at once in a folder.
-LARGE = 2 * PIECE_BYTES + 1
+LARGE = 2 * COPY_BYTES + 1
 #: Examples of one test must not see each other's objects.
 fresh = itertools.count()
 
@@ -478,13 +478,13 @@ async def test_full_disk_is_told_and_left_clean(tmp_path: Path) -> None:
 async def test_hole_stays_a_hole(tmp_path: Path) -> None:
     """A file that is large only by its size takes no room as an object, and reads the same; also where a hole is its end."""
     (tmp_path / "file").write_bytes(b"begin")
-    size = 50 * PIECE_BYTES + 1
+    size = 50 * COPY_BYTES + 1
     os.truncate(tmp_path / "file", size)
     with (tmp_path / "file").open("rb") as file:
         await DirectoryBlobs(tmp_path / "root").create_from("name", file, size=size)
     status = (tmp_path / "root" / "name").stat()
     assert size == status.st_size
-    assert 5 * PIECE_BYTES > status.st_blocks * 512
+    assert 5 * COPY_BYTES > status.st_blocks * 512
     assert b"begin" + bytes(size - 5) == (tmp_path / "root" / "name").read_bytes()
 
 

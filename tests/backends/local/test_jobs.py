@@ -15,8 +15,7 @@ from helpers.service import PATIENCE
 from standins.cloudrun import JOB, PROJECT, REGION, CloudRun
 
 from ccrun.backends.gcp.jobs import open_cloud_run
-from ccrun.backends.local import jobs as jobs_module
-from ccrun.backends.local.jobs import SubprocessJobs
+from ccrun.backends.local.jobs import MAX_QUEUED, SubprocessJobs
 from ccrun.errors import Busy
 from ccrun.jobs import ExecutionState, Jobs
 from ccrun.process import tree
@@ -43,13 +42,16 @@ MakeJobs = Callable[..., SubprocessJobs]
 async def make_jobs(tmp_path: Path) -> AsyncIterator[MakeJobs]:
     """Return what makes a place for workers; those that still run at the end are told to end."""
 
-    def make(max_running: int = 2, command: tuple[str, ...] | None = None) -> SubprocessJobs:
+    def make(
+        max_running: int = 2, max_queued: int = MAX_QUEUED, command: tuple[str, ...] | None = None
+    ) -> SubprocessJobs:
         return SubprocessJobs(
             command=command or (sys.executable, "-c", WORKER, str(tmp_path)),
             environment=dict(os.environ),
-            sign_of_life=lambda task_id: tmp_path / "signs" / task_id,
+            pid_file=lambda task_id: tmp_path / "signs" / task_id,
             marker=lambda task_id: f"{tmp_path}/{task_id}",
             max_running=max_running,
+            max_queued=max_queued,
         )
 
     yield make
@@ -202,23 +204,22 @@ async def test_every_end_is_told(tmp_path: Path) -> None:
     async with SubprocessJobs(
         command=(sys.executable, "-c", ""),
         environment=dict(os.environ),
-        sign_of_life=lambda task_id: tmp_path / task_id,
+        pid_file=lambda task_id: tmp_path / task_id,
         marker=lambda task_id: f"{tmp_path}/{task_id}",
         max_running=1,
-        worker_ended=told.set,
+        on_worker_exit=told.set,
     ) as jobs:
         await jobs.launch(A)
         async with asyncio.timeout(PATIENCE):
             await told.wait()
 
 
-async def test_the_queue_has_a_bound(make_jobs: MakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task beyond the bound is refused with a wish for later, not taken and forgotten."""
-    monkeypatch.setattr(jobs_module, "MAX_QUEUED", 1)
-    async with make_jobs(max_running=1) as jobs:
+async def test_queue_is_limited(make_jobs: MakeJobs) -> None:
+    """When the queue is full, a launch fails and the caller is asked to retry."""
+    async with make_jobs(max_running=1, max_queued=1) as jobs:
         await jobs.launch(A)
         await jobs.launch(B)
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"1 tasks are already queued\."):
             await jobs.launch(C)
         await jobs.cancel(B, None)
 
