@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from standins.kms import Kms, key_of
+from standins.kms import Kms, open_key
 
 from ccrun.backends.local.key import LocalKey
 from ccrun.errors import KeyServiceError
@@ -40,7 +40,7 @@ async def open_wrapper(name: str, tmp_path: Path) -> AsyncIterator[KeyWrapper]:
         case "local":
             yield LocalKey(tmp_path / "keys" / "sealing.key")
         case "kms":
-            async with Kms() as server, key_of(server) as key:
+            async with Kms() as server, open_key(server) as key:
                 yield key
         case _:
             raise AssertionError
