@@ -1,6 +1,7 @@
 """The port to object storage: bytes under names, with generations.
 
-Defines what an adapter must do. Nothing here knows what an object means.
+Defines what an adapter must do, and holds the functions that all adapters share. Nothing here depends on what an object
+means.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 @attrs.frozen
 class Blob:
-    """The content of an object, and its generation."""
+    """The content of an object, and the generation it has."""
 
     content: bytes = attrs.field(repr=False)
     generation: int
@@ -30,7 +31,7 @@ class Blob:
 
 @attrs.frozen
 class BlobInfo:
-    """An object in a listing."""
+    """An object as a listing shows it."""
 
     name: str
     generation: int
@@ -38,82 +39,110 @@ class BlobInfo:
 
 
 class Blobs(Protocol):
-    """An object storage.
+    """Object storage.
 
-    An adapter must guarantee:
+    An adapter must:
 
-    - A write is atomic: no reader sees a part of it.
-    - `create` succeeds for one of several concurrent callers; the others get `BlobExists`.
-    - `replace` succeeds only for the given generation (otherwise `BlobChanged`), and each write creates a new generation.
-    - Reads and listings after a write see that write (strong consistency).
-    - A listing is in the order of the names' UTF-8 bytes.
-    - `create_from` holds only a part of the file in memory, and does not use it after the call, even when it is cancelled.
-    - When the storage fails, a call raises `StorageError` within a bounded time; the message has no local path.
+    - Write atomically: no reader sees a partly written object.
+    - Let exactly one of any number of concurrent `create` calls for a name succeed. The others raise `BlobExists`.
+    - Give an object a new generation with each write. `replace` succeeds only if the object still has the generation
+      that the caller names; otherwise it raises `BlobChanged`.
+    - Be strongly consistent: a read or listing that starts after a write has returned sees that write.
+    - List objects in the order of the UTF-8 bytes of their names.
+    - Pass every name to `check_name`, so that no name refers to anything outside the adapter's root.
+    - Raise `StorageError` within a bounded time when the storage is unavailable. The message must not contain a local
+      path.
     """
 
     async def read(self, name: str) -> Blob:
         """Return an object.
 
         Raises:
-            BlobNotFound: There is no such object.
+            BlobNotFound: There is no object with this name.
+            StorageError: The storage is unavailable.
         """
         ...
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
         """Write a new object and return its generation.
 
+        Args:
+            name: Its name.
+            content: Its content, in one part or several.
+
         Raises:
-            BlobExists: There is an object with this name.
+            BlobExists: There is already an object with this name.
+            StorageError: The storage is unavailable.
         """
         ...
 
     async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
-        """Write a new object from the rest of a file, and return its generation.
+        """Write a new object with the rest of a file as its content, and return its generation.
+
+        The adapter must hold only a part of the file in memory. It must not use the file after the call has returned,
+        raised or been cancelled.
 
         Args:
-            file: Buffered and seekable, as `open(…, "rb")` returns it.
-            size: The bytes that are left in the file.
+            name: The object's name.
+            file: Buffered and seekable, as `open(…, "rb")` returns it. The content starts at its current position.
+            size: Bytes from the current position to the end of the file.
 
         Raises:
-            BlobExists: There is an object with this name.
-            FileUnreadable: The file cannot be read, or has another size. No object is written.
+            BlobExists: There is already an object with this name.
+            FileUnreadable: The file cannot be read or does not have this size. No object was created.
+            StorageError: The storage is unavailable.
         """
         ...
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
-        """Replace this generation of an object, and return the new one.
+        """Replace an object that has this generation, and return the new generation.
 
         Raises:
-            BlobChanged: The object has another generation, or does not exist.
+            BlobChanged: The object has another generation or was deleted.
+            StorageError: The storage is unavailable.
         """
         ...
 
     async def delete(self, name: str) -> None:
-        """Delete an object, if it exists."""
+        """Delete an object. If there is none with this name, do nothing.
+
+        Raises:
+            StorageError: The storage is unavailable.
+        """
         ...
 
     async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
-        """Return the first `limit` objects whose names start with `prefix` and sort after `after` and before `before`."""
+        """Return the first objects whose names start with a prefix.
+
+        Args:
+            prefix: The prefix.
+            after: Only names that sort after this one.
+            before: Only names that sort before this one; None means no upper end.
+            limit: The maximum number of objects to return.
+
+        Raises:
+            StorageError: The storage is unavailable.
+        """
         ...
 
     def url(self, name: str) -> str:
-        """Return the URL of an object."""
+        """Return the URL under which users and other programs find an object."""
         ...
 
     async def check(self) -> None:
-        """Check that objects can be written and read.
+        """Check that the storage can be used now.
 
         Raises:
-            StorageError: They cannot.
+            StorageError: It cannot.
         """
         ...
 
 
 def check_name(name: str) -> str:
-    """Return the name of an object.
+    """Return the name if it is valid for an object.
 
     Raises:
-        ValueError: It leads out of the root, or into what an adapter has there.
+        ValueError: The name could refer to a file outside the root or to an adapter's internal files.
     """
     segments = name.split("/")
     if (
@@ -126,35 +155,40 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_piece(file: BinaryIO, size: int, *, is_last: bool) -> bytes:
+def read_part(file: BinaryIO, size: int, *, is_last: bool) -> bytes:
     """Return the next `size` bytes of a file.
 
     Args:
-        is_last: Whether the file must end after them.
+        file: The file.
+        size: The exact number of bytes.
+        is_last: Whether the file must end after this part.
 
     Raises:
         FileUnreadable: The file is shorter or longer, or cannot be read.
     """
     try:
-        piece = file.read(size)
-        if len(piece) == size and not (is_last and file.read(1)):
-            return piece
+        part = file.read(size)
+        if len(part) == size and not (is_last and file.read(1)):
+            return part
     except OSError as error:
         raise FileUnreadable(f"The file cannot be read: {error.strerror}.") from error
     raise FileUnreadable("The file changed while it was read.")
 
 
-async def run_in_thread(work: Callable[[], T], *, give_up: Callable[[], None] = lambda: None) -> T:
-    """Run blocking work in a thread. Return only when it has ended, even when cancelled, so that it no longer uses anything.
+async def run_in_thread(work: Callable[[], T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
+    """Run a blocking function in a thread.
+
+    Unlike `asyncio.to_thread`, a cancelled call returns only after the function has returned. The function no longer uses
+    its resources then.
 
     Args:
-        work: The blocking call.
-        give_up: Called when cancelled, to make the work end soon.
+        work: The blocking function.
+        on_cancel: Called on cancellation, to make `work` return early.
     """
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        give_up()
+        on_cancel()
         await asyncio.gather(working, return_exceptions=True)
         raise

@@ -1,6 +1,6 @@
-"""The port to the platform that runs workers: launch one for a task, cancel it, report its state.
+"""The port to what runs workers: start the worker of a task, cancel it, return its state.
 
-Knows the ID of a task and nothing else; the worker reads the rest from the store.
+A task is only an ID here. The worker reads the rest from the store.
 """
 
 from __future__ import annotations
@@ -13,70 +13,81 @@ from ccrun.task import TaskId
 
 
 class ExecutionState(enum.StrEnum):
-    """The state of the execution of a task."""
+    """The state of the execution that runs a task's worker."""
 
     QUEUED = "queued"
     RUNNING = "running"
-    #: It has finished, for an unknown reason. The three states below have a reason.
+    #: It stopped, for an unknown reason or for none that the three states below describe.
     FINISHED = "finished"
     OUT_OF_MEMORY = "out_of_memory"
-    #: It was stopped at the time limit of the platform.
+    #: It reached the backend's own maximum duration.
     TIMED_OUT = "timed_out"
-    #: By ccrun, or by a person at the platform.
+    #: It was cancelled by ccrun, or by an operator in the backend.
     CANCELLED = "cancelled"
-    #: The platform does not know it: it never started, or finished long ago.
+    #: The backend has no such execution: it never started, or finished so long ago that the backend has forgotten it.
     UNKNOWN = "unknown"
-    #: The platform does not answer.
+    #: The backend does not respond.
     UNREACHABLE = "unreachable"
 
 
 class Jobs(Protocol):
-    """A platform that runs workers.
+    """What runs workers.
 
-    An adapter must guarantee:
+    An adapter must:
 
-    - `launch` returns when the execution has started or will start. A second worker for a task is harmless: it finds the task
-      claimed.
-    - `cancel` gives the worker 10 s to stop. It does not fail when there is no worker or it cannot be reached, since the worker
-      also polls its record.
-    - `state` returns `UNREACHABLE` when the platform does not answer.
+    - Give the worker the environment variables `TASK_ID` and `ENCRYPTED_PAYLOAD_PATH` (`ccrun.names.payload_name`).
+    - Return from `launch` when the execution has started or is certain to start. A second worker for the same task is
+      harmless: it finds that the task was taken, and exits.
+    - Send SIGTERM on `cancel`, and let the worker run for 10 s more. `cancel` must not raise when there is no such
+      execution or the backend is unreachable: the worker also polls its task's record for a cancel request.
+    - Return `UNREACHABLE` from `state` when the state cannot be determined now, instead of raising.
     """
 
     @property
     def max_running(self) -> int | None:
-        """How many workers may run concurrently, None when the platform has the limit."""
+        """How many workers can run at the same time; None if the backend sets that limit."""
         ...
 
     @property
     def start_timeout(self) -> dt.timedelta | None:
-        """How long a worker may take from its launch to its start, None for no limit."""
+        """The maximum time from the launch until the worker takes its task; None if it can stay queued indefinitely."""
         ...
 
     def check_capacity(self) -> None:
-        """Check that a launch has a chance, before a task is stored.
+        """Check whether a launch is already known to fail, before the caller creates the task.
 
         Raises:
-            Busy: There is no capacity.
+            Busy: There is no capacity now.
         """
         ...
 
     async def launch(self, task_id: TaskId) -> str | None:
-        """Start a worker for a task. Return the name of the execution, if it has one yet.
+        """Start a worker for a task, and return the execution's name, or None if the backend does not name executions.
 
         Raises:
-            Busy: There is no capacity.
+            Busy: There is no capacity now.
             LaunchFailed: The worker cannot be started.
         """
         ...
 
     async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
-        """Ask the worker of a task to stop."""
+        """Request that a task's worker stops.
+
+        Args:
+            task_id: The task.
+            execution_name: What `launch` returned for it.
+        """
         ...
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
-        """Return the state of the execution of a task."""
+        """Return the state of a task's execution.
+
+        Args:
+            task_id: The task.
+            execution_name: What `launch` returned for it.
+        """
         ...
 
     async def clear(self, task_id: TaskId) -> None:
-        """Remove the processes and files that a lost worker has left."""
+        """Remove what a lost worker left behind: processes and files."""
         ...

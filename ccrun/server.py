@@ -117,10 +117,10 @@ async def _open_jobs(
         # -P: modules in the current directory are not imported.
         command=(sys.executable, "-P", "-m", "ccrun.worker"),
         environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
-        sign_of_life=functools.partial(pid_file, config.data_dir),
+        pid_file=functools.partial(pid_file, config.data_dir),
         marker=functools.partial(process_marker, config.data_dir),
         max_running=config.max_concurrent_tasks,
-        worker_ended=worker_ended,
+        on_worker_exit=worker_ended,
     )
     async with subprocesses:
         yield subprocesses

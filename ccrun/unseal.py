@@ -1,4 +1,4 @@
-"""Opening sealed envelopes. The API must not import this module: only workers and sweeps open envelopes."""
+"""Opens sealed envelopes. The API must not import this module: only workers and sweeps open envelopes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ccrun.task import TaskId
 
 
 async def unseal(wrapper: KeyWrapper, sealed: bytes, *, task_id: TaskId, purpose: Purpose) -> bytes:
-    """Return what was sealed, with one call of the key service.
+    """Return the plaintext of an envelope. Calls the key service once.
 
     Raises:
         SealError: The bytes are not an envelope of this version, were changed, or belong to another task or purpose.
-        KeyServiceError: The key service does not answer.
+        KeyServiceError: The key service is unavailable.
     """
     wrapped, nonce, ciphertext = _split(sealed)
     key = await wrapper.unwrap(wrapped)
@@ -33,5 +33,5 @@ def _split(sealed: bytes) -> tuple[bytes, bytes, bytes]:
     start = len(MAGIC) + LENGTH_BYTES
     end = start + int.from_bytes(sealed[len(MAGIC) : start], "big")
     if len(sealed) < end + NONCE_BYTES:
-        raise SealError("The sealed payload is cut short.")
+        raise SealError("The sealed payload is truncated.")
     return sealed[start:end], sealed[end : end + NONCE_BYTES], sealed[end + NONCE_BYTES :]

@@ -1,1 +1,1 @@
-"""The backends: one package for each, with adapters for the same ports."""
+"""The adapters: one package for each backend, all behind the same ports (`ccrun.blobs`, `ccrun.jobs`, `ccrun.seal`)."""

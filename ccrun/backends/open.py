@@ -1,4 +1,7 @@
-"""Opening the adapters that a `Config` names. All other code is the same on every backend."""
+"""Opens the backend that a `Config` selects.
+
+The API, the worker, the feed and the callbacks are the same code on every backend.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import attrs
 from ccrun.backends.local import key
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.backends.local.key import LocalKey
-from ccrun.backends.local.layout import callback_secret_file
+from ccrun.backends.local.layout import callback_secret_file, sealing_key_file
 from ccrun.callbacks import deliver, guard
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.config import Config
@@ -25,30 +28,27 @@ from ccrun.seal import KeyWrapper
 from ccrun.store import Store
 from ccrun.task import Secret
 
-#: As long as the output of HMAC-SHA-256; a longer key adds no strength.
+#: The output size of HMAC-SHA-256. A longer secret adds no strength.
 CALLBACK_SECRET_BYTES: Final = 32
-#: The policy of a worker that other tasks wait for.
+#: For a worker on a machine with a limited number of workers: a slow receiver must not delay queued tasks.
 SINGLE_ATTEMPT: Final = deliver.RetryPolicy(attempts=1, attempt_seconds=5.0, total_seconds=5.0)
 
 
 @attrs.frozen(kw_only=True)
 class OpenBackend:
-    """The adapters of a backend.
-
-    Args:
-        callback_secret: None when callbacks cannot be signed.
-    """
+    """The open adapters of a backend, and what the delivery of callbacks needs."""
 
     store: Store
     wrapper: KeyWrapper
+    #: Signs callbacks. None: the service does not support callbacks.
     callback_secret: Secret | None
     guard: guard.CallbackGuard
 
     def callbacks(self, *, single_attempt: bool = False) -> OwedCallbacks | None:
-        """Return what delivers callbacks, None when they cannot be signed.
+        """Return what delivers owed callbacks; None if there is no secret to sign them.
 
         Args:
-            single_attempt: Whether a delivery has one attempt, and leaves the rest to a sweep.
+            single_attempt: Whether to make only one attempt. A sweep that runs continuously makes the others.
         """
         if self.callback_secret is None:
             return None
@@ -64,32 +64,34 @@ class OpenBackend:
 
 @contextlib.asynccontextmanager
 async def open_backend(config: Config) -> AsyncIterator[OpenBackend]:
-    """Open the backend that a config names.
+    """Open the backend that a config selects, and close it on exit.
 
     Raises:
         ConfigError: The data directory cannot be created, or Google's libraries or credentials are missing.
-        KeyServiceError: A secret can be neither read nor created.
+        KeyServiceError: The callback secret can be neither read nor created.
     """
     async with _open_local(config) if config.is_local else _open_gcp(config) as backend:
         yield backend
 
 
 async def load_modules(*modules: str) -> None:
-    """Import modules that use Google's libraries, which the local backend neither needs nor waits for.
+    """Import modules that import Google's libraries.
+
+    The local backend does not call this function: it works without these libraries, which are slow to load.
 
     Raises:
         ConfigError: The libraries are not installed.
     """
     for module in modules:
         try:
-            # In a thread, since an import reads many files.
+            # An import reads many files, so it runs in a thread.
             await asyncio.to_thread(importlib.import_module, module)
         except ModuleNotFoundError:
             raise ConfigError("CCRUN_BACKEND=gcp needs Google's libraries: install ccrun[gcp].") from None
 
 
 def missing_setting(config: Config) -> str | None:
-    """Return the error for all requests when a setting is missing, else None."""
+    """Return an error message if a setting is missing that every task needs, otherwise None."""
     if config.is_local:
         return None
     needed = {"GCS_LOGS_BUCKET": config.gcs_logs_bucket, "PROJECT_ID": config.project_id}
@@ -99,10 +101,10 @@ def missing_setting(config: Config) -> str | None:
 
 @contextlib.asynccontextmanager
 async def _open_local(config: Config) -> AsyncIterator[OpenBackend]:
-    await asyncio.to_thread(_make_private, config.data_dir)
+    await asyncio.to_thread(_create_data_dir, config.data_dir)
     yield OpenBackend(
         store=Store(DirectoryBlobs(config.data_dir)),
-        wrapper=LocalKey(config.data_dir / ".keys" / "sealing.key"),
+        wrapper=LocalKey(sealing_key_file(config.data_dir)),
         callback_secret=config.callback_secret or await asyncio.to_thread(_callback_secret, config.data_dir),
         guard=guard.CallbackGuard(everywhere=True),
     )
@@ -116,7 +118,7 @@ async def _open_gcp(config: Config) -> AsyncIterator[OpenBackend]:
     from ccrun.backends.gcp.key import KmsKey
 
     async with (
-        # When these two are missing, requests are rejected with `missing_setting`.
+        # `missing_setting` makes the API reject all tasks when one of the two settings is missing.
         open_blobs(config.gcs_logs_bucket or "", emulator=config.storage_emulator_host) as blobs,
         aiohttp.ClientSession() as session,
     ):
@@ -137,7 +139,7 @@ async def _open_gcp(config: Config) -> AsyncIterator[OpenBackend]:
         )
 
 
-def _make_private(data_dir: Path) -> None:
+def _create_data_dir(data_dir: Path) -> None:
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

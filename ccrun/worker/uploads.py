@@ -89,7 +89,7 @@ async def upload_files(
         except OSError as error:
             return Uploads(errors=(f"The workspace {_reason(error)}",))
         search = _Search(tree, lambda path: upload_name(task_id, prefix + path), frozenset(never), errors, given_up)
-        found = await run_in_thread(lambda: search.find(globs.root), give_up=given_up.set)
+        found = await run_in_thread(lambda: search.find(globs.root), on_cancel=given_up.set)
         if not found.paths and not errors.number:
             errors.add("No file matches globPatterns.")
         callbacks = _Uploader(store, task_id, prefix, tree, found.links, errors)

@@ -1,8 +1,8 @@
 """What ccrun adds to the bare CLI, stage by stage: `.venv/bin/python tests/bench/main_job.py [RUNS]`.
 
-Each run asks the scripted model once through the bare CLI and once through `POST /run` of a real service, in turn, so that a
-machine that grows slower meanwhile slows both. Times are in seconds, the median of all runs; the ratio is the median of the
-pairs' ratios.
+Each run calls the scripted model once through the bare CLI and once through `POST /run` of a real service. The two alternate, so
+that a machine that becomes slower affects both. Times are in seconds, as the median of all runs. The ratio is the median of
+the ratios of the pairs.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ DEFAULT_RUNS: Final = 7
 
 @attrs.frozen(kw_only=True)
 class Bare:
-    """One run of the CLI by itself: seconds until its first line and until it has ended."""
+    """A run of the CLI alone: the seconds until its first line and until its exit."""
 
     first_line: float
-    whole: float
+    total: float
 
 
 @attrs.frozen(kw_only=True)
 class Served:
-    """One run over `/run`: seconds since the request was sent."""
+    """A run through `/run`: the seconds since the request was sent."""
 
     stream_opened: float
     worker_claimed: float
     cli_spawned: float
     first_line: float
-    whole: float
+    total: float
 
 
-async def run_bare(model: ScriptedModel, folder: Path) -> Bare:
-    """Run the CLI as a worker would, with nothing around it."""
-    workspace = {name: folder / name for name in ("home", "config", "tmp", "work")}
-    for room in workspace.values():
-        room.mkdir(parents=True)
+async def run_bare(model: ScriptedModel, directory: Path) -> Bare:
+    """Run the CLI with the arguments and the environment that a worker gives it."""
+    workspace = {name: directory / name for name in ("home", "config", "tmp", "work")}
+    for path in workspace.values():
+        path.mkdir(parents=True)
     spec = TaskSpec(task_id=TaskId("bare"), type=TaskType.SYNC, prompt="Do it.", timeout_minutes=1.0)
     environment = claude.environment(
         spec,
@@ -71,55 +71,58 @@ async def run_bare(model: ScriptedModel, folder: Path) -> Bare:
         marker="bare",
     )
     argv = claude.argv(spec, cli=find_cli(None, ""), files={})
-    began = time.monotonic()
+    started = time.monotonic()
     first_line = 0.0
     async with spawn(argv, env=environment, cwd=workspace["work"], stdin=spec.prompt.encode()) as child:
         async for _ in child.lines():
-            first_line = first_line or time.monotonic() - began
+            first_line = first_line or time.monotonic() - started
         await child.wait()
-    return Bare(first_line=first_line, whole=time.monotonic() - began)
+    return Bare(first_line=first_line, total=time.monotonic() - started)
 
 
 async def run_served(http: aiohttp.ClientSession, url: str, log: Path) -> Served:
-    """Run the same over HTTP."""
-    began, began_at = time.monotonic(), dt.datetime.now(dt.UTC)
+    """Run the same prompt through the service."""
+    started, started_at = time.monotonic(), dt.datetime.now(dt.UTC)
     first_line = 0.0
     body = {"prompt": "Do it.", "anthropicApiKey": MADE_UP_KEY}
     async with http.post(f"{url}/run", json=body) as response:
-        opened = time.monotonic() - began
+        opened = time.monotonic() - started
         async for event in read_events(response):
             if event.name == "message":
-                first_line = first_line or time.monotonic() - began
-        whole = time.monotonic() - began
+                first_line = first_line or time.monotonic() - started
+        total = time.monotonic() - started
         task_id = response.headers["X-Task-Id"]
-    said = {}
+    logged = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         if entry.get("taskId") == task_id:
-            said[entry["event"]] = (dt.datetime.fromisoformat(entry["time"]) - began_at).total_seconds()
+            logged[entry["event"]] = (dt.datetime.fromisoformat(entry["time"]) - started_at).total_seconds()
     return Served(
         stream_opened=opened,
-        worker_claimed=said["task_started"],
-        cli_spawned=said["agent_started"],
+        worker_claimed=logged["task_started"],
+        cli_spawned=logged["agent_started"],
         first_line=first_line,
-        whole=whole,
+        total=total,
     )
 
 
 async def main(runs: int) -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     bare: list[Bare] = []
     served: list[Served] = []
     with tempfile.TemporaryDirectory() as name:
-        folder, log = Path(name), Path(name, "serve.log")
+        directory, log = Path(name), Path(name, "serve.log")
         async with (
             ScriptedModel(sequence(Say("Done."))) as model,
-            serve_process(folder / "data", log_file=log, ANTHROPIC_BASE_URL=model.url) as service,
+            serve_process(directory / "data", log_file=log, ANTHROPIC_BASE_URL=model.url) as service,
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as http,
         ):
             for number in range(-1, runs):
-                one, other = await run_bare(model, folder / f"bare{number}"), await run_served(http, service.url, log)
-                # The first of each warms the caches of the disk.
+                one, other = (
+                    await run_bare(model, directory / f"bare{number}"),
+                    await run_served(http, service.url, log),
+                )
+                # The first pair only fills the disk cache.
                 if number >= 0:
                     bare.append(one)
                     served.append(other)
@@ -131,7 +134,7 @@ async def main(runs: int) -> None:
         ("CLI spawned", "cli_spawned"),
     ):
         print(f"{label:<34}{'':>10}{median(getattr(run, field) for run in served):>10.3f}")
-    for label, field in (("first line of the CLI", "first_line"), ("whole task", "whole")):
+    for label, field in (("first line of the CLI", "first_line"), ("total task", "total")):
         pairs = [(getattr(one, field), getattr(other, field)) for one, other in zip(bare, served, strict=True)]
         print(
             f"{label:<34}{median(one for one, _ in pairs):>10.3f}{median(other for _, other in pairs):>10.3f}"

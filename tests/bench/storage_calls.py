@@ -1,9 +1,9 @@
-"""What ccrun calls of Google's, beside its bounds: `.venv/bin/python tests/bench/storage_calls.py [RUNS]`.
+"""Counts the calls of Google's services and checks them against limits: `.venv/bin/python tests/bench/storage_calls.py [RUNS]`.
 
-Counted at doors before the stand-ins, by the API unless another side is named. The latencies are those of requests against those
-of bare clients that make the same calls in the same order on the same servers, in turn, so that a machine that grows slower
-meanwhile slows both; the ratio is the median of the pairs' ratios. No call leaves loopback, so a real one, which takes longer,
-has a smaller ratio. Exit status 1 when a bound is broken.
+The calls are those of the API, unless another side is named. The benchmark also compares the latency of requests with that of
+bare clients that make the same calls in the same order to the same servers. The two alternate, so that a machine that becomes
+slower affects both. The ratio is the median of the ratios of the pairs. All servers are on loopback; real calls take longer, so
+the real ratio is smaller. The exit status is 1 if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from ccrun.task import Status, TaskId
 from ccrun.testing.model import Conversation, Hang, Reply, Say
 
 DEFAULT_RUNS: Final = 20
-#: Seconds for which a silent task is followed.
+#: How long a task without output is followed.
 SILENT_SECONDS: Final = 3.0
-#: Submissions, and active tasks of a sweep.
+#: The number of submissions, and of active tasks of a sweep.
 TASKS: Final = 10
 COLUMNS: Final = ("writes", "reads", "lists", "deletes", "KMS", "RunJob", "other")
 GROUPS: Final = {
@@ -61,47 +61,54 @@ GROUPS: Final = {
 
 @attrs.define
 class Report:
-    """Prints a line an operation, and remembers whether a bound was broken."""
+    """Prints one line per operation, and records whether a limit was exceeded."""
 
-    is_broken: bool = False
+    has_failed: bool = False
 
     def head(self) -> None:
-        """Print the titles of the columns."""
-        print(f"{'operation':<44}" + "".join(f"{column:>9}" for column in COLUMNS) + "   bound")
+        """Print the column titles."""
+        print(f"{'operation':<44}" + "".join(f"{column:>9}" for column in COLUMNS) + "   limit")
 
-    def line(self, operation: str, door: Door, *, times: int = 1, **bounds: float) -> None:
-        """Print the calls of one operation that was done so many times, and begin to count anew."""
+    def line(self, operation: str, door: Door, *, times: int = 1, **limits: float) -> None:
+        """Print the calls of an operation, and reset the counts.
+
+        Args:
+            operation: Its description.
+            door: Where the calls were counted.
+            times: How often the operation was done.
+            limits: The maximum number of calls of one operation, by column.
+        """
         counts: Counter[str] = Counter()
         for call, number in door.calls.items():
             counts[GROUPS.get(call.method, "other")] += number
         door.calls.clear()
-        broken = [column for column, bound in bounds.items() if counts[column] > bound * times]
-        self.is_broken |= bool(broken)
-        bound_text = ", ".join(f"{column} ≤ {bound:g}" for column, bound in bounds.items())
-        verdict = f"   {bound_text}{'  BROKEN: ' + ', '.join(broken) if broken else ''}" if bounds else ""
+        exceeded = [column for column, limit in limits.items() if counts[column] > limit * times]
+        self.has_failed |= bool(exceeded)
+        limit_text = ", ".join(f"{column} ≤ {limit:g}" for column, limit in limits.items())
+        verdict = f"   {limit_text}{'  EXCEEDED: ' + ', '.join(exceeded) if exceeded else ''}" if limits else ""
         print(f"{operation:<44}" + "".join(f"{counts[column] / times:>9.3g}" for column in COLUMNS) + verdict)
 
 
 def script(conversation: Conversation) -> Reply:
-    """Wait for ever when told to, else be done."""
+    """Hang if the prompt says `Wait`, otherwise finish."""
     return Hang() if "Wait" in conversation.prompt else Say("Done.")
 
 
 @asynccontextmanager
 async def open_receiver() -> AsyncIterator[str]:
-    """Open a receiver of callbacks that takes them all; gives its URL."""
+    """Start a receiver that accepts all callbacks, and yield its URL."""
 
-    async def take(_: web.Request) -> web.Response:
+    async def receive(_: web.Request) -> web.Response:
         return web.Response()
 
     app = web.Application()
-    app.router.add_post("/hook", take)
+    app.router.add_post("/hook", receive)
     async with TestServer(app) as server:
         yield str(server.make_url("/hook"))
 
 
 async def count(report: Report, sides: Sides, receiver: str) -> None:
-    """Do each operation once and count its calls."""
+    """Do each operation once, and count its calls."""
     service, api = sides.service, sides.api
     report.head()
     sides.place.cloud_run.launch_seconds = float("inf")
@@ -118,7 +125,7 @@ async def count(report: Report, sides: Sides, receiver: str) -> None:
     await service.run(taskId="done", callbackUrl=receiver)
     report.line("POST /run, followed to its end", api)
     [execution] = (each for each in sides.place.cloud_run.executions.values() if each.overrides["TASK_ID"] == "done")
-    await execution.ended.wait()
+    await execution.finished.wait()
     chunks = len((await sides.place.store.listing(TaskId("done"), first=1)).chunks)
     report.line(f"a task with a callback, {chunks} chunks (worker)", sides.worker, writes=3 + chunks, lists=0, KMS=1)
     await service.events("done")
@@ -146,14 +153,14 @@ async def count(report: Report, sides: Sides, receiver: str) -> None:
     report.line("POST /cancel of a running task", api, writes=1, reads=1)
 
 
-# --- latency ---------------------------------------------------------------------------------------------------------------
+# --- latency ---------------------------------------------------------------------------------------------------------
 
 
 class Bare:
-    """The clients of Google's services as they are, making the calls of a submission."""
+    """Google's clients without ccrun, which make the calls of a submission."""
 
     def __init__(self, http: aiohttp.ClientSession, channel: grpc.aio.Channel, door: Door) -> None:
-        shared: Any = http  # The libraries annotate what their twins for requests take.
+        shared: Any = http  # The libraries annotate the session type of their synchronous variants.
         token = Token(service_file=io.StringIO("{}"), session=shared)
         self._storage = Storage(
             session=shared, token=token, api_root=door.environment["STORAGE_EMULATOR_HOST"], api_is_dev=True
@@ -182,7 +189,7 @@ class Bare:
         await self._jobs.run_job(run_v2.RunJobRequest(name=job))
 
     async def open_stream(self, task_id: str) -> None:
-        """Make those that `/run` makes further, until its stream is open."""
+        """Make the further calls of `/run` until its stream is open."""
         await (await self._storage.download_stream(BUCKET, f"sessions/{task_id}/metadata.json")).read()
         await self._storage.list_objects(BUCKET, params={"prefix": f"sessions/{task_id}/"})
 
@@ -199,34 +206,34 @@ class Bare:
 
 @asynccontextmanager
 async def open_bare(sides: Sides) -> AsyncIterator[Bare]:
-    """Open the clients, at the API's door."""
-    address = sides.api.environment["CLOUD_RUN_EMULATOR_HOST"]
-    async with aiohttp.ClientSession() as http, grpc.aio.insecure_channel(address) as channel:
+    """Open the clients on the addresses that the API uses."""
+    target = sides.api.environment["CLOUD_RUN_EMULATOR_HOST"]
+    async with aiohttp.ClientSession() as http, grpc.aio.insecure_channel(target) as channel:
         yield Bare(http, channel, sides.api)
 
 
 async def measure(sides: Sides, runs: int) -> None:
-    """Time submissions over HTTP and by bare clients, in turn."""
+    """Measure submissions to the service and by bare clients, alternately."""
     service, job = sides.service, sides.place.cloud_run.job
-    # No worker begins, for it would take the processor.
+    # Workers would use the processor, so none is started.
     sides.place.cloud_run.launch_seconds = float("inf")
     pairs: dict[str, list[tuple[float, float]]] = {"POST /run-async, answered": [], "POST /run, stream open": []}
     async with open_bare(sides) as bare:
         for number in range(-1, runs):
-            began = time.monotonic()
+            started = time.monotonic()
             await bare.submit(f"bare{number}", job)
-            submitted = time.monotonic() - began
+            submitted = time.monotonic() - started
             await bare.open_stream(f"bare{number}")
-            opened = time.monotonic() - began
-            began = time.monotonic()
+            opened = time.monotonic() - started
+            started = time.monotonic()
             await service.submit(taskId=f"async{number}")
-            asynchronous = time.monotonic() - began
-            began = time.monotonic()
+            asynchronous = time.monotonic() - started
+            started = time.monotonic()
             body = service.body(taskId=f"sync{number}")
             async with service.http.post(f"{service.url}/run", json=body) as response:
                 await response.content.readline()
-                synchronous = time.monotonic() - began
-            # The first of each opens connections.
+                synchronous = time.monotonic() - started
+            # The first pair only opens connections.
             if number >= 0:
                 pairs["POST /run-async, answered"].append((submitted, asynchronous))
                 pairs["POST /run, stream open"].append((opened, synchronous))
@@ -240,13 +247,13 @@ async def measure(sides: Sides, runs: int) -> None:
 
 
 async def main(runs: int) -> bool:
-    """Count, measure, print; return whether all bounds hold."""
+    """Run the benchmark and print the results. Return whether no limit was exceeded."""
     log.configure(LogFormat.JSON, "ERROR")
     report = Report()
     async with open_receiver() as receiver, open_sides(script) as sides:
         await count(report, sides, receiver)
         await measure(sides, runs)
-    return not report.is_broken
+    return not report.has_failed
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The API on stand-ins of Google Cloud, with little patience, so that what fails for good does so within a second.
+"""The API on stand-ins for Google Cloud, with short delays, so that permanent faults become errors within a second.
 
-Workers are real processes; the CLI is a script that does what the prompt says: see `CLI`.
+Workers are real processes. The CLI is the script `CLI`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import attrs
 from aiohttp import web
 from standins.cloudrun import JOB, REGION, Execution
 from standins.gcs import BUCKET
-from standins.kms import PROJECT, key_of
+from standins.kms import PROJECT, open_key
 
 from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies
@@ -48,7 +48,7 @@ from helpers.service import (
     until_record,
 )
 
-#: Does what the prompt says: `Hang.`, or `Write N.` lines and end well, one a millisecond.
+#: With the prompt `Hang.` it hangs. With `Write N.` it prints N lines, one per millisecond, and succeeds.
 CLI: Final = """
 import json, sys, time
 def say(**line):
@@ -62,8 +62,8 @@ for number in range(int(words[1])):
     time.sleep(0.001)
 say(type="result", is_error=False, num_turns=1, result="Done.")
 """
-HASTY: Final = calls.CallPolicy(attempt_seconds=10.0, attempts=2, total_seconds=10.0, first_delay_seconds=0.01)
-HASTY_JOBS: Final = jobs.LaunchPolicy(
+CALL_POLICY: Final = calls.CallPolicy(attempt_seconds=10.0, attempts=2, total_seconds=10.0, first_delay_seconds=0.01)
+LAUNCH_POLICY: Final = jobs.LaunchPolicy(
     connect_seconds=0.5,
     launch_seconds=10.0,
     attempt_seconds=10.0,
@@ -71,29 +71,29 @@ HASTY_JOBS: Final = jobs.LaunchPolicy(
     total_seconds=10.0,
     first_delay_seconds=0.01,
 )
-#: Of a callback: the sweeps of a test are to end soon.
-ONE_TRY: Final = deliver.RetryPolicy(attempts=1, attempt_seconds=5.0, total_seconds=5.0)
-#: Longer than any answer of the stand-ins takes.
+#: One attempt, so that a sweep is short.
+CALLBACK_POLICY: Final = deliver.RetryPolicy(attempts=1, attempt_seconds=5.0, total_seconds=5.0)
+#: Longer than any response of the stand-ins takes.
 SETTLE_SECONDS: Final = 0.3
 
 
 class Receiver:
-    """Takes callbacks, and answers with `status`."""
+    """Receives callbacks, and responds with `status`."""
 
     def __init__(self) -> None:
-        self.got: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
         self.status = 200
         self.url = ""
 
-    async def take(self, request: web.Request) -> web.Response:
-        """Note what came."""
-        self.got.append(await request.json())
+    async def handle(self, request: web.Request) -> web.Response:
+        """Record a callback."""
+        self.received.append(await request.json())
         return web.Response(status=self.status)
 
 
 @attrs.frozen(kw_only=True)
 class Cloud:
-    """An instance of the API and the cloud that it stands on."""
+    """An instance of the API, and the stand-ins that it uses."""
 
     place: CloudPlace
     url: str
@@ -103,32 +103,32 @@ class Cloud:
 
     @property
     def store(self) -> Store:
-        """The tasks, seen past what goes wrong."""
+        """The tasks, read without injected faults."""
         return self.place.store
 
     async def call(self, method: str, path: str, **request: Any) -> ApiResponse:
-        """Send one request."""
+        """Send a request to the API."""
         async with self.http.request(method, self.url + path, **request) as response:
             return ApiResponse(
                 status=response.status, body=await response.json(), text=await response.text(), headers=response.headers
             )
 
-    async def ask(self, *, headers: dict[str, str] | None = None, **fields: Any) -> ApiResponse:
-        """Ask for a task over `POST /run-async`."""
+    async def post_task(self, *, headers: dict[str, str] | None = None, **fields: Any) -> ApiResponse:
+        """Send `POST /run-async`."""
         body = {"prompt": "Hang.", "anthropicApiKey": MADE_UP_KEY, "callbackUrl": "http://127.0.0.1:9/", **fields}
         return await self.call("POST", "/run-async", json=body, headers=headers)
 
     async def submit(self, **fields: Any) -> TaskId:
-        """Submit a task; return its ID."""
-        answer = await self.ask(**fields)
-        assert answer.status == 202, answer.text
-        return TaskId(answer.body["taskId"])
+        """Submit a task, and return its ID."""
+        response = await self.post_task(**fields)
+        assert response.status == 202, response.text
+        return TaskId(response.body["taskId"])
 
     async def get(self, task_id: str) -> dict[str, Any]:
-        """Return what the API tells of a task."""
-        answer = await self.call("GET", f"/tasks/{task_id}")
-        assert answer.status == 200, answer.text
-        return dict(answer.body)
+        """Return the response to `GET /tasks/{taskId}`."""
+        response = await self.call("GET", f"/tasks/{task_id}")
+        assert response.status == 200, response.text
+        return dict(response.body)
 
     async def events(self, task_id: str) -> list[Event]:
         """Return all events of a task."""
@@ -136,20 +136,20 @@ class Cloud:
             assert response.status == 200, await response.text()
             return [event async for event in read_events(response)]
 
-    async def until(self, task_id: str, holds: Callable[[TaskRecord], bool]) -> TaskRecord:
-        """Wait until something holds of a task's record."""
-        return await until_record(self.store, task_id, holds)
+    async def until(self, task_id: str, condition: Callable[[TaskRecord], bool]) -> TaskRecord:
+        """Wait until a task's record fulfils a condition, and return it."""
+        return await until_record(self.store, task_id, condition)
 
-    async def until_over(self, task_id: str) -> TaskRecord:
-        """Wait until a task is over."""
+    async def until_final(self, task_id: str) -> TaskRecord:
+        """Wait until the status of a task is final, and return its record."""
         return await self.until(task_id, lambda record: record.status.is_final)
 
     async def until_running(self, task_id: str) -> TaskRecord:
-        """Wait until a worker has taken a task up."""
+        """Wait until a worker has started a task, and return its record."""
         return await self.until(task_id, lambda record: record.started_at is not None)
 
-    async def until_at_work(self, task_id: str) -> None:
-        """Wait until the worker of a task has opened its payload."""
+    async def until_payload_opened(self, task_id: str) -> None:
+        """Wait until the worker of a task has opened and deleted its payload."""
         await self.until_running(task_id)
         async with asyncio.timeout(PATIENCE):
             while "encrypted-payload.bin" in await self.names(task_id):
@@ -160,17 +160,17 @@ class Cloud:
         every = self.place.cloud_run.executions.values()
         return [execution for execution in every if execution.overrides["TASK_ID"] == task_id]
 
-    async def until_ended(self, task_id: str) -> None:
-        """Wait until the platform sees every execution of a task as over."""
+    async def until_executions_finished(self, task_id: str) -> None:
+        """Wait until all executions of a task have finished."""
         async with asyncio.timeout(PATIENCE):
-            await asyncio.gather(*(execution.ended.wait() for execution in self.executions(task_id)))
+            await asyncio.gather(*(execution.finished.wait() for execution in self.executions(task_id)))
 
     async def sweep(self) -> SweepReport:
-        """Sweep once, under the worker's identity."""
+        """Run a sweep."""
         return await self.sweeper.sweep()
 
     async def names(self, task_id: str) -> set[str]:
-        """Return the names of all objects of a task, wherever they are: `sessions/{taskId}/` is left out of them."""
+        """Return the names of a task's objects: without `sessions/{taskId}/`, and only the first segment of any other name."""
         found = set()
         async with self.http.get(f"{self.place.gcs.direct}/storage/v1/b/{BUCKET}/o") as response:
             for item in (await response.json()).get("items", []):
@@ -180,16 +180,20 @@ class Cloud:
         return found
 
 
-class OpenCloud(Protocol):
-    """Opens an instance of the API; on a cloud of its own, or on that of another instance."""
+class StartCloud(Protocol):
+    """Starts an instance of the API."""
 
     def __call__(self, place: CloudPlace | None = None) -> AbstractAsyncContextManager[Cloud]:
-        """Open it while the context lasts."""
+        """Start an instance, and stop it on exit.
+
+        Args:
+            place: The stand-ins to use; new ones by default.
+        """
 
 
 @contextlib.asynccontextmanager
-async def cloud_of(cli: Path, place: CloudPlace | None = None) -> AsyncIterator[Cloud]:
-    """Open an instance of the API, see `OpenCloud`."""
+async def start_cloud(cli: Path, place: CloudPlace | None = None) -> AsyncIterator[Cloud]:
+    """Start an instance of the API, as `StartCloud` describes."""
     async with contextlib.AsyncExitStack() as stack:
         if place is None:
             environment = {
@@ -200,17 +204,17 @@ async def cloud_of(cli: Path, place: CloudPlace | None = None) -> AsyncIterator[
                 "FLUSH_SECONDS": "0.05",
             }
             place = await stack.enter_async_context(cloud_place(environment))
-        store = Store(await stack.enter_async_context(open_blobs(BUCKET, emulator=place.gcs.url, policy=HASTY)))
-        key = await stack.enter_async_context(key_of(place.kms, policy=HASTY))
+        store = Store(await stack.enter_async_context(open_blobs(BUCKET, emulator=place.gcs.url, policy=CALL_POLICY)))
+        key = await stack.enter_async_context(open_key(place.kms, policy=CALL_POLICY))
         executions = await stack.enter_async_context(
-            open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=place.cloud_run.host, policy=HASTY_JOBS)
+            open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=place.cloud_run.host, policy=LAUNCH_POLICY)
         )
         callbacks = OwedCallbacks(
             store=store,
             wrapper=key,
             secret=Secret(CALLBACK_SECRET),
             guard=guard.CallbackGuard(allowed_hosts=frozenset({"127.0.0.1"})),
-            policy=ONE_TRY,
+            policy=CALLBACK_POLICY,
         )
         app = make_app(
             ApiDependencies(

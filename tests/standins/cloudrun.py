@@ -1,4 +1,4 @@
-"""Cloud Run Admin v2 on a loopback socket: runs a job as a local process, with the faults that a test asks for.
+"""A stand-in for the Cloud Run Admin API v2 on a loopback socket: runs a job as a local process, with injected faults.
 
 https://cloud.google.com/run/docs/reference/rpc/google.cloud.run.v2
 """
@@ -31,12 +31,12 @@ PROJECT: Final = "test-project"
 REGION: Final = "us-central1"
 JOB: Final = "claude-code-job"
 
-#: What the platform says of how an execution ended, in the condition `Completed`.
+#: What the message of the condition `Completed` contains, depending on why an execution failed.
 EXITED: Final = "The container exited with an error."
 OUT_OF_MEMORY: Final = "The configured memory limit was reached."
 TIMED_OUT: Final = "The configured timeout was reached."
 
-# gRPC ends a thread, and waits for that, when the last of its objects is collected, be it in the middle of another test.
+# Without this, gRPC stops a thread and waits for it when its last object is collected, which may be during another test.
 grpc.aio.init_grpc_aio()
 
 State = run_v2.Condition.State
@@ -45,58 +45,58 @@ ExecutionReason = run_v2.Condition.ExecutionReason
 
 @attrs.frozen(kw_only=True)
 class Fault:
-    """What goes wrong with one call.
+    """A fault of one call.
 
     Args:
-        code: The status of the answer.
-        retry_seconds: What the status says about when to try again.
-        reset: Whether the connection is reset, `before` the effect or `after` it.
-        delay_seconds: How late the call has its effect.
-        silence_seconds: How late the answer to it comes.
+        code: The status of the response.
+        retry_seconds: The delay before a retry that the status asks for.
+        reset: When the connection is reset: `before` the call takes effect, or `after` it.
+        delay_seconds: The delay before the call takes effect.
+        response_delay_seconds: The delay between the effect and the response.
     """
 
     code: grpc.StatusCode | None = None
     retry_seconds: float | None = None
     reset: str | None = None
     delay_seconds: float = 0.0
-    silence_seconds: float = 0.0
+    response_delay_seconds: float = 0.0
 
 
-#: Longer than any test waits.
+#: Longer than any test takes.
 HANG: Final = Fault(delay_seconds=3600.0)
 
 
 class Execution:
-    """An execution of the job: one task, one container, here one process."""
+    """An execution of the job, which has one container. Here this is a process."""
 
     def __init__(self, name: str, overrides: Mapping[str, str]) -> None:
         self.name = name
-        #: The environment that the request put over the job's own.
+        #: The variables that the request added to the job's environment.
         self.overrides = dict(overrides)
-        #: Set by whoever cancels.
+        #: Set to cancel the execution.
         self.cancelled = asyncio.Event()
-        self.ended = asyncio.Event()
-        #: None when the container never ran.
+        self.finished = asyncio.Event()
+        #: None if the container never ran.
         self.exit_code: int | None = None
-        #: What the platform says of a failure.
+        #: What the message of the condition says about a failure.
         self.fault = EXITED
         self._process: asyncio.subprocess.Process | None = None
         self._created_at = dt.datetime.now(dt.UTC)
         self._started_at: dt.datetime | None = None
-        self._ended_at: dt.datetime | None = None
+        self._finished_at: dt.datetime | None = None
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - Lives as long as the execution.
 
     @property
     def short_name(self) -> str:
-        """The name without the job's; what the container finds in `CLOUD_RUN_EXECUTION`."""
+        """The name without that of the job. It is also in the container's environment, as `CLOUD_RUN_EXECUTION`."""
         return self.name.rpartition("/")[2]
 
     @property
     def output(self) -> str:
-        """What the container printed so far."""
+        """The output of the container so far."""
         return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace")
 
-    async def live(
+    async def run(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
@@ -105,9 +105,9 @@ class Execution:
         task_timeout_seconds: float,
         term_grace_seconds: float,
     ) -> None:
-        """Run the container to its end, and end it by force when it must."""
+        """Run the container, and stop it when it is cancelled or times out."""
         cancelled = asyncio.create_task(self.cancelled.wait())
-        # A container's files go with it, however it ends.
+        # The files of a container are removed with it.
         disk = await asyncio.to_thread(tempfile.mkdtemp)
         try:
             await asyncio.wait({cancelled}, timeout=launch_seconds)
@@ -134,11 +134,11 @@ class Execution:
         finally:
             cancelled.cancel()
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, disk, ignore_errors=True))
-            self._ended_at = dt.datetime.now(dt.UTC)
-            self.ended.set()
+            self._finished_at = dt.datetime.now(dt.UTC)
+            self.finished.set()
 
     def kill(self) -> None:
-        """Kill everything in the container, as its kernel would."""
+        """Kill all processes of the container."""
         if self._process is None or self._process.returncode is not None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -148,30 +148,30 @@ class Execution:
                     process.kill()
 
     def close(self) -> None:
-        """Let go of what the container printed."""
+        """Discard the output."""
         self._output.close()
 
     def message(self) -> run_v2.Execution:
-        """Return what the API tells of this execution."""
-        is_over = self.ended.is_set()
-        has_failed = is_over and self.exit_code != 0
+        """Return the API's description of this execution."""
+        is_finished = self.finished.is_set()
+        has_failed = is_finished and self.exit_code != 0
         return run_v2.Execution(
             name=self.name,
             job=self.name.partition("/executions/")[0].rpartition("/")[2],
             create_time=self._created_at,
             start_time=self._started_at,
-            completion_time=self._ended_at,
+            completion_time=self._finished_at,
             task_count=1,
             parallelism=1,
-            running_count=int(self._started_at is not None and not is_over),
-            succeeded_count=int(is_over and not has_failed),
+            running_count=int(self._started_at is not None and not is_finished),
+            succeeded_count=int(is_finished and not has_failed),
             failed_count=int(has_failed and not self.cancelled.is_set()),
             cancelled_count=int(has_failed and self.cancelled.is_set()),
-            conditions=[self._completed(is_over=is_over, has_failed=has_failed)],
+            conditions=[self._completed(is_finished=is_finished, has_failed=has_failed)],
         )
 
-    def _completed(self, *, is_over: bool, has_failed: bool) -> run_v2.Condition:
-        if not is_over:
+    def _completed(self, *, is_finished: bool, has_failed: bool) -> run_v2.Condition:
+        if not is_finished:
             return run_v2.Condition(type_="Completed", state=State.CONDITION_RECONCILING)
         if not has_failed:
             text = "Execution completed successfully."
@@ -185,7 +185,7 @@ class Execution:
 
 
 class CloudRun:
-    """A region with one job; `calls` counts what came in, by method."""
+    """A server with one job."""
 
     def __init__(
         self,
@@ -196,17 +196,18 @@ class CloudRun:
         task_timeout_seconds: float = 3600.0,
         term_grace_seconds: float = 10.0,
     ) -> None:
-        """Make the region.
+        """Create the server.
 
         Args:
-            command: What the job's container runs.
-            environment: The job's own.
-            launch_seconds: Between the call and the start of the container; infinite for never.
-            task_timeout_seconds: What the job allows a task.
-            term_grace_seconds: Between SIGTERM and SIGKILL.
+            command: The command of the container.
+            environment: The environment of the container.
+            launch_seconds: The time between the call and the start of the container; infinite if it must never start.
+            task_timeout_seconds: The timeout of the job.
+            term_grace_seconds: The time between SIGTERM and SIGKILL.
         """
         self.job = f"projects/{PROJECT}/locations/{REGION}/jobs/{JOB}"
         self.executions: dict[str, Execution] = {}
+        #: How many calls the server received.
         self.calls: Counter[str] = Counter()
         self.launch_seconds = launch_seconds
         self.task_timeout_seconds = task_timeout_seconds
@@ -214,30 +215,30 @@ class CloudRun:
         self.host = ""
         self._command = tuple(command)
         self._environment = dict(environment)
-        self._errors: defaultdict[str, deque[Fault]] = defaultdict(deque)
-        #: Those that are pruned too.
+        self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
+        #: Including pruned executions.
         self._all: list[Execution] = []
-        self._lives: list[asyncio.Task[None]] = []
+        self._runs: list[asyncio.Task[None]] = []
         self._connections: set[asyncio.StreamWriter] = set()
 
     def fail(self, method: str, fault: Fault, *, times: int = 1) -> None:
-        """Let the next calls of a method (`RunJob`, `GetExecution`, `CancelExecution`) go wrong."""
-        self._errors[method].extend(itertools.repeat(fault, times))
+        """Inject a fault into the next calls of a method (`RunJob`, `GetExecution`, `CancelExecution`)."""
+        self._faults[method].extend(itertools.repeat(fault, times))
 
     def cancel(self, name: str) -> None:
-        """Cancel an execution, as somebody at the console would."""
+        """Cancel an execution, as an operator does in the console."""
         self.executions[name].cancelled.set()
 
     def kill(self, name: str, *, fault: str = EXITED) -> None:
-        """Kill the container of an execution; `fault` is what the platform says of it."""
+        """Kill the container of an execution. The message of its condition then contains `fault`."""
         self.executions[name].fault = fault
         self.executions[name].kill()
 
     def prune(self, name: str) -> None:
-        """Forget an execution, as the platform does with all but the last thousand."""
+        """Remove an execution, as Cloud Run does with all but the last thousand."""
         del self.executions[name]
 
-    # --- the server ----------------------------------------------------------------------------------------------------
+    # --- the server --------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
         self._server = grpc.aio.server()
@@ -254,7 +255,7 @@ class CloudRun:
         )
         self._port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
-        # gRPC has no way to reset a connection, so clients connect to a relay that has.
+        # gRPC cannot reset a connection, so clients connect to a relay, which can.
         self._relay = await asyncio.start_server(self._relay_connection, "127.0.0.1", 0)
         self.host = f"127.0.0.1:{self._relay.sockets[0].getsockname()[1]}"
         return self
@@ -267,17 +268,17 @@ class CloudRun:
         for execution in self._all:
             execution.cancelled.set()
             execution.kill()
-        await asyncio.gather(*self._lives)
+        await asyncio.gather(*self._runs)
         for execution in self._all:
             execution.close()
 
     def stop_listening(self) -> None:
-        """Be out of reach from now on."""
+        """Make the server unreachable."""
         self._relay.close()
         self.reset_connections()
 
     def reset_connections(self) -> None:
-        """Reset every connection, as maintenance does."""
+        """Reset all connections."""
         for writer in self._connections:
             writer.transport.abort()
 
@@ -297,23 +298,23 @@ class CloudRun:
         self._connections -= pair
 
     def _handler(
-        self, name: str, request_type: Any, answer: Callable[[Any], Awaitable[Any]]
+        self, name: str, request_type: Any, apply: Callable[[Any], Awaitable[Any]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             self.calls[name] += 1
-            errors = self._errors[name]
-            fault = errors.popleft() if errors else Fault()
+            faults = self._faults[name]
+            fault = faults.popleft() if faults else Fault()
             await asyncio.sleep(fault.delay_seconds)
             if fault.code is not None:
-                await _abort(context, fault.code, "The test wants it so.", retry_seconds=fault.retry_seconds)
+                await _abort(context, fault.code, "Requested by the test.", retry_seconds=fault.retry_seconds)
             if fault.reset == "before":
                 self.reset_connections()
                 await asyncio.Future()
             try:
-                response = await answer(request)
-            except _Refused as refused:
-                await _abort(context, refused.code, refused.message)
-            await asyncio.sleep(fault.silence_seconds)
+                response = await apply(request)
+            except _Rejected as rejected:
+                await _abort(context, rejected.code, rejected.message)
+            await asyncio.sleep(fault.response_delay_seconds)
             if fault.reset == "after":
                 self.reset_connections()
                 await asyncio.Future()
@@ -323,11 +324,11 @@ class CloudRun:
             handle, request_deserializer=request_type.deserialize, response_serializer=_serialize
         )
 
-    # --- the methods ---------------------------------------------------------------------------------------------------
+    # --- the methods -------------------------------------------------------------------------------------------------
 
     async def _run_job(self, request: run_v2.RunJobRequest) -> operations_pb2.Operation:
         if request.name != self.job:
-            raise _Refused(grpc.StatusCode.NOT_FOUND, f"Resource '{request.name}' of kind 'JOB' does not exist.")
+            raise _Rejected(grpc.StatusCode.NOT_FOUND, f"Resource '{request.name}' of kind 'JOB' does not exist.")
         container = request.overrides.container_overrides[0] if request.overrides.container_overrides else None
         overrides = {variable.name: variable.value for variable in container.env} if container else {}
         execution = Execution(f"{self.job}/executions/{JOB}-{secrets.token_hex(3)}", overrides)
@@ -342,8 +343,8 @@ class CloudRun:
             "CLOUD_RUN_TASK_ATTEMPT": "0",
             "CLOUD_RUN_TASK_COUNT": "1",
         }
-        life = asyncio.create_task(
-            execution.live(
+        run = asyncio.create_task(
+            execution.run(
                 self._command,
                 environment,
                 launch_seconds=self.launch_seconds,
@@ -352,7 +353,7 @@ class CloudRun:
             )
         )
         self._all.append(execution)
-        self._lives.append(life)
+        self._runs.append(run)
         return _operation(execution)
 
     async def _get_execution(self, request: run_v2.GetExecutionRequest) -> run_v2.Execution:
@@ -360,20 +361,20 @@ class CloudRun:
 
     async def _cancel_execution(self, request: run_v2.CancelExecutionRequest) -> operations_pb2.Operation:
         execution = self._find(request.name)
-        if execution.ended.is_set():
-            raise _Refused(grpc.StatusCode.FAILED_PRECONDITION, f"Execution '{request.name}' is already completed.")
+        if execution.finished.is_set():
+            raise _Rejected(grpc.StatusCode.FAILED_PRECONDITION, f"Execution '{request.name}' is already completed.")
         execution.cancelled.set()
         return _operation(execution)
 
     def _find(self, name: str) -> Execution:
         execution = self.executions.get(name.rpartition("/")[2])
         if execution is None or execution.name != name:
-            raise _Refused(grpc.StatusCode.NOT_FOUND, f"Resource '{name}' of kind 'EXECUTION' does not exist.")
+            raise _Rejected(grpc.StatusCode.NOT_FOUND, f"Resource '{name}' of kind 'EXECUTION' does not exist.")
         return execution
 
 
-class _Refused(Exception):
-    """The answer to a call is an error."""
+class _Rejected(Exception):
+    """The response to a call is an error."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         self.code = code

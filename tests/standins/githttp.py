@@ -1,4 +1,4 @@
-"""A git host over HTTP on a loopback socket: aiohttp in front of the real `git http-backend`.
+"""A stand-in for a git host over HTTP on a loopback socket: aiohttp in front of the real `git http-backend`.
 
 https://git-scm.com/docs/http-protocol
 """
@@ -34,10 +34,10 @@ from standins.repos import CHUNK_BYTES, Repos, backend, environment, pump
 
 TOKEN: Final = "made-up-token-of-the-tests"
 REALM: Final = 'Basic realm="Git"'
-#: All that a client of the smart protocol asks for.
+#: The paths of the smart protocol.
 SERVICE: Final = re.compile(r"/(info/refs|git-upload-pack|git-receive-pack)$")
 
-#: Some systems have it in a package of its own.
+#: Some distributions have it in a separate package.
 needs_backend: Final = pytest.mark.skipif(
     not Path(subprocess.check_output(["git", "--exec-path"], text=True).strip(), "git-http-backend").exists(),
     reason="git-http-backend is not installed: git cannot be served over HTTP",
@@ -45,16 +45,16 @@ needs_backend: Final = pytest.mark.skipif(
 
 
 class Mode(enum.Enum):
-    """How the server treats requests from now on."""
+    """How the server handles requests."""
 
     SERVE = enum.auto()
-    #: Takes a request and never answers.
+    #: Never respond to a request.
     HANG = enum.auto()
 
 
 @attrs.frozen(kw_only=True)
 class Redirect:
-    """Where every request is sent on to: another server with the same path."""
+    """A redirect of every request to the same path on another server."""
 
     base: str
     status: int = 302
@@ -62,73 +62,74 @@ class Redirect:
 
 @attrs.frozen(kw_only=True)
 class Request:
-    """What a client sent."""
+    """A request that the server received."""
 
     method: str
-    #: With the query.
+    #: Including the query.
     path: str
-    #: The header as it came.
+    #: The header `Authorization`.
     authorization: str | None
     headers: dict[str, str]
 
     @property
     def credential(self) -> tuple[str, str] | None:
-        """User name and password of Basic authentication."""
+        """The user name and the password of Basic authentication."""
         return _credential(self.authorization)
 
 
 class GitHttp:
-    """A server of the repositories of `repos`.
+    """A server for repositories.
 
     Args:
-        token: The password for whatever user name; None asks nobody for one.
-        public: Whether one may fetch without.
-        tls: Whether it speaks https, with a certificate that nobody trusts who does not trust `ca_file`.
+        repos: The repositories.
+        token: The password, with any user name. None: no authentication is required.
+        public: Whether fetching requires no authentication.
+        tls: Whether the server uses https, with the certificate `ca_file`.
     """
 
     def __init__(self, repos: Repos, *, token: str | None = TOKEN, public: bool = False, tls: bool = False) -> None:
         self.token = token
         self.public = public
         self.mode = Mode.SERVE
-        #: Answers every request with this status, 403 or 503 say, and `message`.
+        #: If set, the status of every response, such as 403 or 503. Its body is `message`.
         self.status: int | None = None
-        self.message = "The test wants it so."
-        #: Headers of such an answer.
+        self.message = "Requested by the test."
+        #: The headers of such a response.
         self.headers: dict[str, str] = {}
         self.redirect: Redirect | None = None
-        #: Old names of repositories and their new ones; answered with 301.
+        #: Old names of repositories, with their new ones. Requests for old names are redirected with 301.
         self.moved: dict[str, str] = {}
-        #: Breaks the connection off after so many bytes of an answer of git's.
+        #: If set, the connection is reset after this many bytes of a response of git.
         self.drop_after_bytes: int | None = None
-        #: Called before git starts, with method and path: what happens meanwhile.
+        #: Called with method and path before git starts.
         self.before: Callable[[str], Awaitable[None]] | None = None
         self.requests: list[Request] = []
         self.port = 0
         self._repos = repos
         self._tls = tls
-        self._folder: Path | None = None
+        self._directory: Path | None = None
         self._open = contextlib.AsyncExitStack()
 
     @property
     def ca_file(self) -> Path:
-        """The certificate to trust, for GIT_SSL_CAINFO or SSL_CERT_FILE. There while the server is."""
-        assert self._folder is not None
-        return self._folder / "certificate.pem"
+        """The certificate, for GIT_SSL_CAINFO or SSL_CERT_FILE. It exists while the server runs."""
+        assert self._directory is not None
+        return self._directory / "certificate.pem"
 
     @property
     def base(self) -> str:
-        """The URL of the server, without a slash at its end."""
+        """The URL of the server, without a trailing slash."""
         return self.base_at("127.0.0.1")
 
     def base_at(self, host: str, *, user: str | None = None) -> str:
-        """Return the URL of the server under another name that this machine has, `localhost` say."""
+        """Return the URL of the server with another host name of this machine, such as `localhost`."""
         return f"http{'s' if self._tls else ''}://{f'{user}@' if user else ''}{host}:{self.port}"
 
     def url(self, name: str, *, user: str | None = None, host: str = "127.0.0.1", suffix: str = ".git") -> str:
-        """Return the URL of a repository. `user` may hold a password, after a colon."""
+        """Return the URL of a repository. `user` may contain a password after a colon."""
         return f"{self.base_at(host, user=user)}/{name}{suffix}"
 
-    def forget(self) -> None:
+    def clear_requests(self) -> None:
         """Forget the requests so far."""
         self.requests.clear()
 
@@ -136,11 +137,11 @@ class GitHttp:
         async with contextlib.AsyncExitStack() as stack:
             context = None
             if self._tls:
-                self._folder = Path(await asyncio.to_thread(tempfile.mkdtemp))
-                stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
-                context = _server_context(self._folder)
-            # git-http-backend unpacks bodies by itself.
-            server = web.Server(self._answer, access_log=None, auto_decompress=False, handler_cancellation=True)
+                self._directory = Path(await asyncio.to_thread(tempfile.mkdtemp))
+                stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
+                context = _server_context(self._directory)
+            # git-http-backend decompresses bodies itself.
+            server = web.Server(self._handle, access_log=None, auto_decompress=False, handler_cancellation=True)
             runner = web.ServerRunner(server, shutdown_timeout=0.05)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -152,7 +153,7 @@ class GitHttp:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._open.aclose()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests.append(
             Request(
                 method=request.method,
@@ -174,9 +175,9 @@ class GitHttp:
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         service = SERVICE.search(request.path)
         if service is None or (service[1] == "info/refs" and "service" not in request.query):
-            return web.Response(status=404, text="Not found. This server speaks git's smart protocol alone.")
+            return web.Response(status=404, text="Not found. This server supports only git's smart protocol.")
         name = request.path[: service.start()].strip("/")
-        if not self._admits(request):
+        if not self._is_authorized(request):
             return web.Response(status=401, headers={"WWW-Authenticate": REALM}, text="Authentication required.")
         moved_to = self.moved.get(name.removesuffix(".git"))
         if moved_to is not None:
@@ -193,7 +194,7 @@ class GitHttp:
         async with backend(["git", "http-backend"], env=environment(**variables)) as git:
             return await self._bridge(request, git)
 
-    def _admits(self, request: web.BaseRequest) -> bool:
+    def _is_authorized(self, request: web.BaseRequest) -> bool:
         is_push = "git-receive-pack" in (request.path.rpartition("/")[2], request.query.get("service"))
         if self.token is None or (self.public and not is_push):
             return True
@@ -204,40 +205,40 @@ class GitHttp:
         assert git.stdin is not None
         assert git.stdout is not None
         assert git.stderr is not None
-        working = [
+        tasks = [
             asyncio.create_task(_feed(request, git.stdin)),
-            # What it says there is for the operator's log; unread it would block.
-            asyncio.create_task(pump(git.stderr, _drop)),
+            # If its stderr were not read, git would block.
+            asyncio.create_task(pump(git.stderr, _discard)),
         ]
         try:
             head = (await git.stdout.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
             headers = {name: value for name, _, value in (line.partition(": ") for line in head if line)}
             response = web.StreamResponse(status=int(headers.pop("Status", "200").split()[0]), headers=headers)
-            # A client that leaves is no error of ours.
+            # A client that disconnects is not an error.
             with contextlib.suppress(ConnectionResetError):
                 await self._send(request, response, git.stdout)
             return response
         finally:
-            for work in working:
-                work.cancel()
-            await asyncio.wait(working)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     async def _send(
         self, request: web.BaseRequest, response: web.StreamResponse, content: asyncio.StreamReader
     ) -> None:
         await response.prepare(request)
         sent = 0
-        while piece := await content.read(CHUNK_BYTES):
-            if self.drop_after_bytes is not None and sent + len(piece) > self.drop_after_bytes:
-                await response.write(piece[: self.drop_after_bytes - sent])
-                _break_off(request)
+        while data := await content.read(CHUNK_BYTES):
+            if self.drop_after_bytes is not None and sent + len(data) > self.drop_after_bytes:
+                await response.write(data[: self.drop_after_bytes - sent])
+                _reset(request)
                 return
-            sent += len(piece)
-            await response.write(piece)
+            sent += len(data)
+            await response.write(data)
 
 
 def _cgi(request: web.BaseRequest, root: Path, path: str) -> dict[str, str]:
-    """Return what git-http-backend(1) reads of a request."""
+    """Return the variables that git-http-backend(1) reads."""
     variables = {
         "GIT_PROJECT_ROOT": str(root),
         "GIT_HTTP_EXPORT_ALL": "1",
@@ -247,7 +248,7 @@ def _cgi(request: web.BaseRequest, root: Path, path: str) -> dict[str, str]:
         "CONTENT_TYPE": request.headers.get("Content-Type", ""),
         "REMOTE_ADDR": request.remote or "",
     }
-    # A chunked body has no length; then the backend reads to the end of its input.
+    # A chunked body has no length. Then the backend reads to the end of its input.
     for variable, header in {
         "CONTENT_LENGTH": "Content-Length",
         "HTTP_CONTENT_ENCODING": "Content-Encoding",
@@ -260,36 +261,36 @@ def _cgi(request: web.BaseRequest, root: Path, path: str) -> dict[str, str]:
 
 async def _feed(request: web.BaseRequest, stdin: asyncio.StreamWriter) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        async for piece in request.content.iter_any():
-            stdin.write(piece)
+        async for data in request.content.iter_any():
+            stdin.write(data)
             await stdin.drain()
-        # Not when the client has left: its request has no end, and git is not to take what there is for all.
+        # Not if the client disconnected: git must not mistake the incomplete request for a complete one.
         stdin.close()
 
 
-async def _drop(piece: bytes) -> None: ...
+async def _discard(data: bytes) -> None: ...
 
 
-def _break_off(request: web.BaseRequest) -> None:
-    """End the connection as a network does: without a farewell."""
+def _reset(request: web.BaseRequest) -> None:
+    """Reset the TCP connection."""
     assert request.transport is not None
     request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     request.transport.abort()
 
 
 def _credential(header: str | None) -> tuple[str, str] | None:
-    scheme, _, spelled = (header or "").partition(" ")
+    scheme, _, encoded = (header or "").partition(" ")
     if scheme.lower() != "basic":
         return None
     try:
-        user, _, password = base64.b64decode(spelled, validate=True).decode().partition(":")
+        user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
     except (binascii.Error, UnicodeDecodeError):
         return None
     return user, password
 
 
-def _server_context(folder: Path) -> ssl.SSLContext:
-    """Make a certificate for this machine that is its own authority."""
+def _server_context(directory: Path) -> ssl.SSLContext:
+    """Return a TLS context with a new self-signed certificate for loopback, which is written into a directory."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "A git host of the tests")])
     now = dt.datetime.now(dt.UTC)
@@ -302,7 +303,7 @@ def _server_context(folder: Path) -> ssl.SSLContext:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    certificate_file, key_file = folder / "certificate.pem", folder / "key.pem"
+    certificate_file, key_file = directory / "certificate.pem", directory / "key.pem"
     certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     key_file.write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())

@@ -1,6 +1,6 @@
-"""A git host over SSH on a loopback socket: asyncssh in front of the real `git-upload-pack` and `git-receive-pack`.
+"""A stand-in for a git host over SSH on a loopback socket: asyncssh in front of the real git commands.
 
-It lets those two run and nothing else, and only on repositories below its root, as the well-known hosts do.
+Like the well-known hosts, it runs only `git-upload-pack` and `git-receive-pack`, and only on repositories below its root.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ needs_ssh: Final = pytest.mark.skipif(
 
 @attrs.frozen(kw_only=True)
 class KeyPair:
-    """A key of somebody who connects, in every form in which people keep one."""
+    """A client's key pair, with the private key in every common format."""
 
-    #: `-----BEGIN OPENSSH PRIVATE KEY-----`, as ssh-keygen writes it.
+    #: `-----BEGIN OPENSSH PRIVATE KEY-----`, the format of ssh-keygen.
     openssh: str
     #: `-----BEGIN PRIVATE KEY-----`
     pkcs8: str
-    #: `-----BEGIN RSA PRIVATE KEY-----`, which only RSA has.
+    #: `-----BEGIN RSA PRIVATE KEY-----`; None for other keys.
     pem: str | None
-    #: `-----BEGIN ENCRYPTED PRIVATE KEY-----`: useless without its passphrase, which nobody has.
+    #: `-----BEGIN ENCRYPTED PRIVATE KEY-----`, protected by a passphrase.
     encrypted: str
-    #: One line, as in `authorized_keys`.
+    #: A line of `authorized_keys`.
     public: str
 
 
 @functools.cache
 def key_pair(kind: Literal["ed25519", "rsa"] = "ed25519", number: int = 0) -> KeyPair:
-    """Return a key pair; another number is another pair. Made once a process, since RSA takes its time."""
+    """Return a key pair, which differs for each number. Cached, since creating an RSA key is slow."""
     key = (
         ed25519.Ed25519PrivateKey.generate()
         if kind == "ed25519"
@@ -71,38 +71,40 @@ def key_pair(kind: Literal["ed25519", "rsa"] = "ed25519", number: int = 0) -> Ke
 
 
 class Mode(enum.Enum):
-    """How the server treats whoever connects from now on."""
+    """How the server handles connections."""
 
     SERVE = enum.auto()
-    #: No key is good enough.
+    #: Reject every key.
     REFUSE_KEYS = enum.auto()
-    #: Takes the connection and never says a word, not even its banner.
+    #: Accept connections but send nothing, not even a banner.
     SILENT = enum.auto()
-    #: Lets one in, takes the command and never answers it.
+    #: Accept a login and a command but never respond to the command.
     HANG = enum.auto()
 
 
 @attrs.frozen(kw_only=True)
 class Session:
-    """What a client asked for once it was let in."""
+    """A session of a client."""
 
     user: str
-    #: As the client spelled it; None when it asked for a shell.
+    #: The command that the client sent; None if it requested a shell.
     command: str | None
-    #: What the client wanted to set.
+    #: The environment variables that the client sent.
     environment: dict[str, str]
-    #: Whether the client offered its agent, with which the server could log in elsewhere.
+    #: Whether the client forwarded its SSH agent.
     agent_forwarded: bool
+    #: Whether the client requested a terminal.
     terminal: bool
 
 
 class GitSsh:
-    """A server of the repositories of `repos`, for whoever holds an authorized key.
+    """A server for repositories.
 
     Args:
-        authorized: Public keys, as in `authorized_keys`; by default that of `key_pair()`.
+        repos: The repositories.
+        authorized: Public keys in the format of `authorized_keys`; by default that of `key_pair()`.
         host_key: An OpenSSH private key; by default a new one.
-        read_only: Keys may fetch, none may push, as deploy keys of GitHub.
+        read_only: Whether pushes are rejected, as for GitHub's deploy keys.
     """
 
     def __init__(
@@ -114,17 +116,17 @@ class GitSsh:
         read_only: bool = False,
     ) -> None:
         self.mode = Mode.SERVE
-        #: Breaks the connection off after so many bytes of an answer of git's.
+        #: If set, the connection is reset after this many bytes of a response of git.
         self.drop_after_bytes: int | None = None
-        #: Called before git starts, with the command: what happens meanwhile.
+        #: Called with the command before git starts.
         self.before: Callable[[str], Awaitable[None]] | None = None
         self.read_only = read_only
-        #: The user names under which clients tried to log in, the latest last.
+        #: The user names with which clients tried to log in, latest last.
         self.users: list[str] = []
-        #: The public keys that were offered, as in `authorized_keys` and without comments.
+        #: The public keys that clients offered, in the format of `authorized_keys` without comments.
         self.offered_keys: list[str] = []
         self.sessions: list[Session] = []
-        #: Connections taken, silent ones among them.
+        #: The number of accepted connections.
         self.connections = 0
         self.host = "127.0.0.1"
         self.port = 0
@@ -143,7 +145,7 @@ class GitSsh:
 
     @property
     def known_hosts(self) -> str:
-        """A line of a known_hosts file that trusts this server's key, and no other, at its address."""
+        """A line for a known_hosts file, with the key of this server."""
         return f"[{self.host}]:{self.port} {self.host_key}\n"
 
     @property
@@ -156,23 +158,26 @@ class GitSsh:
         return f"ssh://{user}@{self.host}:{self.port}/{name}{suffix}"
 
     def client_environment(
-        self, folder: Path, key: str | None = None, *, known_hosts: str | None = None
+        self, directory: Path, key: str | None = None, *, known_hosts: str | None = None
     ) -> dict[str, str]:
-        """Return an environment in which git reaches the server with a private key, `key_pair()`'s by default.
+        """Return an environment in which git connects to the server.
 
         Args:
-            folder: Where the key and the known hosts are kept.
-            known_hosts: Instead of this server's.
+            directory: Where the key file and the known_hosts file are written.
+            key: The private key; by default that of `key_pair()`.
+            known_hosts: The content of the known_hosts file; by default `self.known_hosts`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "key").write_text(key or key_pair().openssh, encoding="utf-8")
-        (folder / "key").chmod(0o600)
-        (folder / "known_hosts").write_text(self.known_hosts if known_hosts is None else known_hosts, encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "key").write_text(key or key_pair().openssh, encoding="utf-8")
+        (directory / "key").chmod(0o600)
+        (directory / "known_hosts").write_text(
+            self.known_hosts if known_hosts is None else known_hosts, encoding="utf-8"
+        )
         options = {
-            "IdentityFile": folder / "key",
+            "IdentityFile": directory / "key",
             "IdentitiesOnly": "yes",
             "IdentityAgent": "none",
-            "UserKnownHostsFile": folder / "known_hosts",
+            "UserKnownHostsFile": directory / "known_hosts",
             "GlobalKnownHostsFile": "/dev/null",
             "StrictHostKeyChecking": "yes",
             "BatchMode": "yes",
@@ -190,7 +195,7 @@ class GitSsh:
     async def __aexit__(self, *exc_info: object) -> None:
         for task in self._tasks:
             task.cancel()
-        # First what runs for a connection: its end is not to be taken for the client's.
+        # Stop the tasks before closing connections, so that a closed connection is not taken for a disconnected client.
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for connection in set(self._open):
             connection.abort()
@@ -198,8 +203,8 @@ class GitSsh:
         assert self._listening is not None
         self._listening.close()
 
-    def _start(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(work)
+    def _start(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -209,20 +214,20 @@ class GitSsh:
         while True:
             client, _ = await loop.sock_accept(listening)
             self.connections += 1
-            self._start(self._meet(client))
+            self._start(self._handle(client))
 
-    async def _meet(self, client: socket.socket) -> None:
+    async def _handle(self, client: socket.socket) -> None:
         if self.mode is Mode.SILENT:
             with client:
-                # Until we close: a client that leaves is not noticed, and need not be.
+                # Until the server closes. A client that disconnects goes unnoticed here.
                 await asyncio.Event().wait()
-        # One that leaves, or whose key is refused, is no error of ours.
+        # A client that disconnects, or whose key is rejected, is not an error.
         with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
             await asyncssh.run_server(
                 client,
-                server_factory=lambda: _Door(self),
+                server_factory=lambda: _Authentication(self),
                 server_host_keys=[self._host_key],
-                process_factory=self._take,
+                process_factory=self._run,
                 encoding=None,
                 agent_forwarding=True,
                 x11_forwarding=False,
@@ -231,25 +236,25 @@ class GitSsh:
                 gss_host=None,
             )
 
-    # --- the door ---
+    # --- authentication ----------------------------------------------------------------------------------------------------
 
-    def admits(self, key: asyncssh.SSHKey) -> bool:
+    def is_authorized(self, key: asyncssh.SSHKey) -> bool:
         """Return whether a key may log in."""
-        spelled = _bare(key.export_public_key().decode())
-        self.offered_keys.append(spelled)
-        return self.mode is not Mode.REFUSE_KEYS and spelled in self._authorized
+        bare = _bare(key.export_public_key().decode())
+        self.offered_keys.append(bare)
+        return self.mode is not Mode.REFUSE_KEYS and bare in self._authorized
 
-    def opened(self, connection: asyncssh.SSHServerConnection) -> None:
-        """Remember a connection, to close it."""
+    def add_connection(self, connection: asyncssh.SSHServerConnection) -> None:
+        """Register a connection, which the server closes on exit."""
         self._open.add(connection)
 
-    def closed(self, connection: asyncssh.SSHServerConnection) -> None:
-        """Forget a connection."""
+    def remove_connection(self, connection: asyncssh.SSHServerConnection) -> None:
+        """Unregister a connection."""
         self._open.discard(connection)
 
-    # --- commands ---
+    # --- commands ----------------------------------------------------------------------------------------------------
 
-    async def _take(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+    async def _run(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
         channel = process.channel
         self.sessions.append(
             Session(
@@ -260,7 +265,7 @@ class GitSsh:
                 terminal=process.term_type is not None,
             )
         )
-        # A task of ours, so that we can wait for the end of what it runs.
+        # In a separate task, for which `__aexit__` waits.
         await asyncio.wait({self._start(self._serve(process))})
 
     async def _serve(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
@@ -268,13 +273,13 @@ class GitSsh:
             await asyncio.Event().wait()
         words = _words(process.command)
         if len(words) != 2 or words[0] not in COMMANDS:
-            return _refuse(process, "You've successfully authenticated, but this server does not provide shell access.")
+            return _reject(process, "You've successfully authenticated, but this server does not provide shell access.")
         name, path = words
         repository = self._repos.find(path)
         if repository is None:
-            return _refuse(process, "ERROR: Repository not found.")
+            return _reject(process, "ERROR: Repository not found.")
         if name == "git-receive-pack" and self.read_only:
-            return _refuse(process, "ERROR: The key you are authenticating with has been marked as read only.")
+            return _reject(process, "ERROR: The key you are authenticating with has been marked as read only.")
         if self.before is not None:
             await self.before(f"{name} {path}")
         protocol = {key: value for key, value in process.env.items() if key == "GIT_PROTOCOL"}
@@ -289,18 +294,18 @@ class GitSsh:
         assert git.stderr is not None
         sent = 0
 
-        async def to_stdout(piece: bytes) -> None:
+        async def to_stdout(data: bytes) -> None:
             nonlocal sent
-            if self.drop_after_bytes is not None and sent + len(piece) > self.drop_after_bytes:
-                process.stdout.write(piece[: self.drop_after_bytes - sent])
-                _break_off(process)
+            if self.drop_after_bytes is not None and sent + len(data) > self.drop_after_bytes:
+                process.stdout.write(data[: self.drop_after_bytes - sent])
+                _reset(process)
                 raise ConnectionResetError
-            sent += len(piece)
-            process.stdout.write(piece)
+            sent += len(data)
+            process.stdout.write(data)
             await process.stdout.drain()
 
-        async def to_stderr(piece: bytes) -> None:
-            process.stderr.write(piece)
+        async def to_stderr(data: bytes) -> None:
+            process.stderr.write(data)
             await process.stderr.drain()
 
         feeding = asyncio.create_task(_feed(process, git.stdin))
@@ -316,18 +321,18 @@ class GitSsh:
             await asyncio.wait({feeding})
 
 
-class _Door(asyncssh.SSHServer):
-    """Lets in who holds an authorized key, whatever name it gives."""
+class _Authentication(asyncssh.SSHServer):
+    """Accepts authorized keys with any user name."""
 
     def __init__(self, server: GitSsh) -> None:
         self._server = server
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
-        self._server.opened(conn)
+        self._server.add_connection(conn)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.closed(self._connection)
+        self._server.remove_connection(self._connection)
 
     def begin_auth(self, username: str) -> bool:
         self._server.users.append(username)
@@ -337,7 +342,7 @@ class _Door(asyncssh.SSHServer):
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        return self._server.admits(key)
+        return self._server.is_authorized(key)
 
 
 def new_host_key() -> str:
@@ -350,7 +355,7 @@ def _bare(public_key: str) -> str:
 
 
 def _words(command: str | None) -> list[str]:
-    """Return the command's name and its arguments; `git upload-pack` is another spelling of `git-upload-pack`."""
+    """Return the name of a command and its arguments. `git upload-pack` is normalized to `git-upload-pack`."""
     try:
         words = shlex.split(command or "")
     except ValueError:
@@ -360,22 +365,22 @@ def _words(command: str | None) -> list[str]:
     return words
 
 
-def _refuse(process: asyncssh.SSHServerProcess[bytes], message: str) -> None:
+def _reject(process: asyncssh.SSHServerProcess[bytes], message: str) -> None:
     process.stderr.write(message.encode() + b"\n")
     process.exit(1)
 
 
-def _break_off(process: asyncssh.SSHServerProcess[bytes]) -> None:
-    """End the connection as a network does: without a farewell."""
+def _reset(process: asyncssh.SSHServerProcess[bytes]) -> None:
+    """Reset the TCP connection."""
     connection = process.channel.get_connection()
     connection.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.abort()
 
 
 async def _feed(process: asyncssh.SSHServerProcess[bytes], stdin: asyncio.StreamWriter) -> None:
-    """Hand on what the client sends, until it has sent all."""
+    """Pass the input of the client on to git, until its end."""
     with contextlib.suppress(OSError, asyncssh.Error):
-        while piece := await process.stdin.read(64 * 1024):
-            stdin.write(piece)
+        while data := await process.stdin.read(64 * 1024):
+            stdin.write(data)
             await stdin.drain()
     stdin.close()

@@ -1,4 +1,4 @@
-"""Cloud KMS on a loopback socket: encrypt and decrypt over REST, as v1 of the API speaks, with the faults that a test asks for.
+"""A stand-in for Cloud KMS on a loopback socket: the methods encrypt and decrypt of the REST API v1, with injected faults.
 
 https://cloud.google.com/kms/docs/reference/rest/v1/projects.locations.keyRings.cryptoKeys
 """
@@ -51,14 +51,14 @@ STATUS_NAMES: Final = {
 
 @attrs.frozen(kw_only=True)
 class Fault:
-    """What goes wrong with one call.
+    """A fault of one call.
 
     Args:
-        status: The HTTP status of the answer.
-        headers: Of that answer.
-        body: Of that answer, instead of Google's own form.
-        reset: Whether the connection is reset, `before` the effect or `after` it.
-        delay_seconds: How late the answer comes.
+        status: The HTTP status of the response.
+        headers: The headers of the response.
+        body: The body of the response, instead of an error in Google's format.
+        reset: When the connection is reset: `before` the call takes effect, or `after` it.
+        delay_seconds: The delay before the call takes effect.
     """
 
     status: int | None = None
@@ -68,7 +68,7 @@ class Fault:
     delay_seconds: float = 0.0
 
 
-#: Longer than any test waits.
+#: Longer than any test takes.
 HANG: Final = Fault(delay_seconds=3600.0)
 
 
@@ -81,25 +81,26 @@ class Key:
 
 
 class Kms:
-    """A server with one key; `calls` counts what came in, by method."""
+    """A server with one key."""
 
     def __init__(self) -> None:
         self.keys = {NAME: Key()}
-        #: The methods that the caller may not use.
+        #: The methods that the client has no permission for.
         self.denied: set[str] = set()
+        #: How many calls the server received.
         self.calls: Counter[str] = Counter()
-        #: What the last call carried.
+        #: The `Authorization` header of the last call.
         self.authorization: str | None = None
         self.host = ""
-        self._errors: defaultdict[str, deque[Fault]] = defaultdict(deque)
+        self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
 
     def fail(self, method: str, fault: Fault, *, times: int = 1) -> None:
-        """Let the next calls of a method go wrong."""
-        self._errors[method].extend(itertools.repeat(fault, times))
+        """Inject a fault into the next calls of a method."""
+        self._faults[method].extend(itertools.repeat(fault, times))
 
     async def __aenter__(self) -> Self:
         app = web.Application()
-        app.router.add_post("/v1/{name:.+}:{method:encrypt|decrypt}", self._answer)
+        app.router.add_post("/v1/{name:.+}:{method:encrypt|decrypt}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -109,15 +110,15 @@ class Kms:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._runner.cleanup()
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _handle(self, request: web.Request) -> web.Response:
         name, method = request.match_info["name"], request.match_info["method"]
         self.calls[method] += 1
         self.authorization = request.headers.get("Authorization")
-        errors = self._errors[method]
-        fault = errors.popleft() if errors else Fault()
+        faults = self._faults[method]
+        fault = faults.popleft() if faults else Fault()
         await asyncio.sleep(fault.delay_seconds)
         if fault.status is not None:
-            return _refusal(fault.status, "The test wants it so.", fault)
+            return _error(fault.status, "Requested by the test.", fault)
         response = web.Response() if fault.reset == "before" else self._apply(name, method, await request.json())
         if fault.reset is not None:
             assert request.transport is not None
@@ -126,28 +127,26 @@ class Kms:
 
     def _apply(self, name: str, method: str, body: dict[str, str]) -> web.Response:
         if method in self.denied:
-            return _refusal(
-                403, f"Permission '{PERMISSIONS[method]}' denied on resource '{name}' (or it may not exist)."
-            )
+            return _error(403, f"Permission '{PERMISSIONS[method]}' denied on resource '{name}' (or it may not exist).")
         key = self.keys.get(name)
         if key is None:
-            return _refusal(404, f"CryptoKey {name} not found.")
+            return _error(404, f"CryptoKey {name} not found.")
         if not key.is_enabled:
             text = f"{name}/cryptoKeyVersions/1 is not enabled, current state is: DISABLED."
-            return _refusal(400, text, status_name="FAILED_PRECONDITION")
+            return _error(400, text, status_name="FAILED_PRECONDITION")
         field = {"encrypt": "plaintext", "decrypt": "ciphertext"}[method]
         try:
-            given = base64.b64decode(body[field], validate=True)
+            content = base64.b64decode(body[field], validate=True)
         except (KeyError, binascii.Error):
-            return _refusal(400, f"Invalid value at '{field}' (TYPE_BYTES), Base64 decoding failed.")
+            return _error(400, f"Invalid value at '{field}' (TYPE_BYTES), Base64 decoding failed.")
         if method == "encrypt":
-            return _encrypt(name, key, given)
-        return _decrypt(key, given)
+            return _encrypt(name, key, content)
+        return _decrypt(key, content)
 
 
 def _encrypt(name: str, key: Key, plaintext: bytes) -> web.Response:
     if len(plaintext) > MAX_PLAINTEXT_BYTES:
-        return _refusal(400, f"plaintext must be at most {MAX_PLAINTEXT_BYTES} bytes.")
+        return _error(400, f"plaintext must be at most {MAX_PLAINTEXT_BYTES} bytes.")
     nonce = secrets.token_bytes(NONCE_BYTES)
     ciphertext = nonce + AESGCM(key.material).encrypt(nonce, plaintext, None)
     return web.json_response(
@@ -159,12 +158,12 @@ def _decrypt(key: Key, ciphertext: bytes) -> web.Response:
     try:
         plaintext = AESGCM(key.material).decrypt(ciphertext[:NONCE_BYTES], ciphertext[NONCE_BYTES:], None)
     except (InvalidTag, ValueError):
-        return _refusal(400, "Decryption failed: the ciphertext is invalid.")
-    # JSON of protocol buffers leaves out what is empty.
+        return _error(400, "Decryption failed: the ciphertext is invalid.")
+    # The JSON form of protocol buffers omits empty fields.
     return web.json_response({"plaintext": base64.b64encode(plaintext).decode()} if plaintext else {})
 
 
-def _refusal(status: int, message: str, fault: Fault | None = None, *, status_name: str | None = None) -> web.Response:
+def _error(status: int, message: str, fault: Fault | None = None, *, status_name: str | None = None) -> web.Response:
     fault = fault or Fault()
     error: dict[str, Any] = {"code": status, "message": message, "status": status_name or STATUS_NAMES.get(status, "")}
     if fault.body is not None:
@@ -173,8 +172,8 @@ def _refusal(status: int, message: str, fault: Fault | None = None, *, status_na
 
 
 @contextlib.asynccontextmanager
-async def key_of(server: Kms, *, policy: CallPolicy | None = None) -> AsyncIterator[KmsKey]:
-    """Yield the key service on the server's key."""
+async def open_key(server: Kms, *, policy: CallPolicy | None = None) -> AsyncIterator[KmsKey]:
+    """Connect the adapter to the key of a server."""
     async with aiohttp.ClientSession() as session:
         yield KmsKey(
             project=PROJECT,

@@ -1,4 +1,4 @@
-"""Bare repositories for the git servers of the tests, and git itself in an environment that nothing of this machine changes."""
+"""Bare repositories for the stand-in git servers, and git in an environment that is independent of this machine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Final
 import attrs
 import psutil
 
-#: Seconds. No git of a test is longer at work than this, however busy the machine is.
+#: The timeout of a git command, long enough for a busy machine.
 GIT_SECONDS: Final = 60.0
 CHUNK_BYTES: Final = 64 * 1024
-#: A fixed moment, so that the same commits have the same IDs.
+#: A fixed time, so that equal commits have equal IDs.
 DATE: Final = "1700000000 +0000"
-SOMEBODY: Final = "Somebody Else <somebody@example.com>"
+OTHER_AUTHOR: Final = "Another Author <another@example.com>"
 
-#: What GitHub says when a branch may not be pushed to.
+#: GitHub's message when a push to a branch is not allowed.
 PROTECTED: Final = "error: GH006: Protected branch update failed for {ref}."
 
-# Nothing may go on in the background after a push: nobody would wait for it.
+# No background process may run after a push, since the tests would not wait for it.
 _CONFIG: Final = (
     "[gc]\n\tauto = 0\n[maintenance]\n\tauto = false\n[receive]\n\tautogc = false\n[http]\n\treceivepack = true\n"
 )
@@ -31,7 +31,7 @@ _CONFIG: Final = (
 
 @attrs.frozen
 class Executable:
-    """A file that may be executed."""
+    """An executable file."""
 
     content: str | bytes
 
@@ -45,13 +45,13 @@ class Link:
 
 @attrs.frozen
 class Submodule:
-    """Another repository at one of its commits; `.gitmodules` names it."""
+    """A submodule: another repository at one of its commits."""
 
     url: str
     sha: str
 
 
-#: A file of a commit; None is one that the commit takes away.
+#: A file in a commit. None: the commit deletes the file.
 File = str | bytes | Executable | Link | Submodule | None
 
 
@@ -67,12 +67,12 @@ class Commit:
 
 
 class GitFailed(AssertionError):
-    """A git that a test called, and that it expected to succeed, failed."""
+    """A git command that should have succeeded failed."""
 
 
 @attrs.frozen(kw_only=True)
 class Result:
-    """What became of a git."""
+    """The result of a git command."""
 
     code: int
     stdout: bytes
@@ -80,7 +80,7 @@ class Result:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return an environment for git in which only its own defaults and a fixed identity count."""
+    """Return an environment for git with its default configuration and a fixed identity."""
     return {
         "PATH": os.environ["PATH"],
         "HOME": os.environ["HOME"],
@@ -105,7 +105,7 @@ async def run_git(
     stdin: bytes = b"",
     seconds: float = GIT_SECONDS,
 ) -> Result:
-    """Run git to its end, whatever that is."""
+    """Run git and return its result, also if it fails."""
     async with asyncio.timeout(seconds), backend(["git", *map(str, args)], cwd=cwd, env=env or environment()) as git:
         feeding = asyncio.create_task(feed(git, stdin))
         stdout, stderr, _ = await asyncio.gather(_out(git).read(), _err(git).read(), feeding)
@@ -119,10 +119,10 @@ async def git(
     stdin: bytes = b"",
     seconds: float = GIT_SECONDS,
 ) -> str:
-    """Run git and return what it prints, without the last newline.
+    """Run git and return its output without the last newline.
 
     Raises:
-        GitFailed: It did not exit with 0.
+        GitFailed: The exit code is not 0.
     """
     result = await run_git(*args, cwd=cwd, env=env, stdin=stdin, seconds=seconds)
     if result.code != 0:
@@ -130,14 +130,14 @@ async def git(
     return result.stdout.decode().removesuffix("\n")
 
 
-# --- a git at work, for the servers too --------------------------------------------------------------------------------
+# --- git processes, also for the servers ------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
 async def backend(
     argv: Sequence[str], *, env: Mapping[str, str], cwd: Path | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a program with pipes, and kill all of its group on the way out if it has not ended."""
+    """Run a program with pipes, and kill its process group on exit."""
     process = await asyncio.create_subprocess_exec(
         *argv,
         cwd=cwd,
@@ -150,19 +150,19 @@ async def backend(
     try:
         yield process
     finally:
-        # The group may be there although its leader is gone.
+        # The group may exist although its leader has exited.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        await asyncio.shield(_over(process))
+        await asyncio.shield(_wait(process))
 
 
-async def _over(process: asyncio.subprocess.Process) -> None:
-    # `wait` alone does not return as long as a pipe is not read to its end.
+async def _wait(process: asyncio.subprocess.Process) -> None:
+    # `wait` alone does not return until the pipes are read to their ends.
     await asyncio.gather(process.wait(), _out(process).read(), _err(process).read())
 
 
 async def feed(process: asyncio.subprocess.Process, content: bytes) -> None:
-    """Write all of the input; a program that does not read it is no error."""
+    """Write the input to a process. A process that does not read it is not an error."""
     stdin = _in(process)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         stdin.write(content)
@@ -171,9 +171,9 @@ async def feed(process: asyncio.subprocess.Process, content: bytes) -> None:
 
 
 async def pump(reader: asyncio.StreamReader, write: Callable[[bytes], Awaitable[None]]) -> None:
-    """Hand on what comes out of a pipe as it comes, until its end."""
-    while piece := await reader.read(CHUNK_BYTES):
-        await write(piece)
+    """Pass the data of a pipe on as it arrives, until its end."""
+    while data := await reader.read(CHUNK_BYTES):
+        await write(data)
 
 
 def _in(process: asyncio.subprocess.Process) -> asyncio.StreamWriter:
@@ -192,27 +192,27 @@ def _err(process: asyncio.subprocess.Process) -> asyncio.StreamReader:
 
 
 def descendants() -> set[psutil.Process]:
-    """Return what this process has started, and what that has, as far as it lives."""
+    """Return the running descendants of this process."""
     return {process for process in psutil.Process().children(recursive=True) if _command(process)}
 
 
-def is_at_work(word: str) -> bool:
-    """Return whether a descendant of this process has that argument, `upload-pack` say."""
-    return any(word in _command(process) for process in descendants())
+def is_running(argument: str) -> bool:
+    """Return whether a descendant of this process has an argument, such as `upload-pack`."""
+    return any(argument in _command(process) for process in descendants())
 
 
 def _command(process: psutil.Process) -> list[str]:
-    # A zombie has none.
+    # A zombie has no command line.
     with contextlib.suppress(psutil.Error):
         return process.cmdline()
     return []
 
 
-# --- repositories ------------------------------------------------------------------------------------------------------
+# --- repositories ----------------------------------------------------------------------------------------------------
 
 
 class Repos:
-    """A folder of bare repositories, which a server serves."""
+    """A directory of bare repositories, which a server serves."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -228,14 +228,15 @@ class Repos:
         allow_any_sha1: bool = False,
         deny_non_fast_forwards: bool = False,
     ) -> Repository:
-        """Make a repository, with one commit if there are files, else empty.
+        """Create a repository.
 
         Args:
-            name: With the groups above it, and without `.git`.
+            name: Its path below the root, without `.git`.
+            files: The files of the first commit. None: the repository is empty.
             branch: The default branch.
-            allow_filter: Whether a client may leave out objects (`--filter`).
-            allow_any_sha1: Whether a client may ask for any object, not only for those that a ref names.
-            deny_non_fast_forwards: Whether a push may not rewrite history, by force or not.
+            allow_filter: Whether clients may omit objects (`--filter`).
+            allow_any_sha1: Whether clients may fetch any object, not only those that a ref names.
+            deny_non_fast_forwards: Whether pushes that rewrite history are rejected, even with `--force`.
         """
         repository = Repository(path=self.root / f"{name}.git", name=name, branch=branch)
         await git("init", "--quiet", "--bare", "--template=", f"--initial-branch={branch}", repository.path)
@@ -246,14 +247,14 @@ class Repos:
             config.append("[uploadpack]\n\tallowAnySHA1InWant = true\n")
         if deny_non_fast_forwards:
             config.append("[receive]\n\tdenyNonFastForwards = true\n")
-        with (repository.path / "config").open("a", encoding="utf-8") as written:
-            written.writelines(config)
+        with (repository.path / "config").open("a", encoding="utf-8") as file:
+            file.writelines(config)
         if files is not None:
             await repository.commit(files, message="The first commit", author="A Test <test@example.com>")
         return repository
 
     def find(self, path: str) -> Path | None:
-        """Return the repository of a path as a URL has it, with or without `.git`; none outside of the root."""
+        """Return the repository of the path in a URL, with or without `.git`; None outside the root."""
         root = self.root.resolve()
         for spelling in (path.strip("/"), f"{path.strip('/')}.git"):
             with contextlib.suppress(OSError, ValueError):
@@ -265,16 +266,16 @@ class Repos:
 
 @attrs.frozen(kw_only=True)
 class Repository:
-    """A bare repository. What a test writes to it comes past the servers, as from somebody else, and past its hooks."""
+    """A bare repository. Changes by its methods bypass the servers and the hooks, as if another client had pushed them."""
 
     path: Path
-    #: With the groups above it, and without `.git`.
+    #: The path below the root, without `.git`.
     name: str
     #: The default branch.
     branch: str = "main"
 
     async def git(self, *args: str, stdin: bytes = b"") -> str:
-        """Run git in the repository and return what it prints."""
+        """Run git in the repository and return its output."""
         return await git(*args, cwd=self.path, stdin=stdin)
 
     async def commit(
@@ -282,10 +283,10 @@ class Repository:
         files: Mapping[str, File],
         *,
         branch: str | None = None,
-        message: str = "Somebody else's commit",
-        author: str = SOMEBODY,
+        message: str = "Another commit",
+        author: str = OTHER_AUTHOR,
     ) -> str:
-        """Put a commit on top of a branch, which need not exist yet, and return its ID."""
+        """Add a commit to a branch, which is created if it does not exist, and return the commit's ID."""
         branch = branch or self.branch
         ref = f"refs/heads/{branch}"
         lines = [b"commit %s" % ref.encode(), b"mark :1"]
@@ -302,40 +303,46 @@ class Repository:
         return await self.git("fast-import", "--quiet", "--done", stdin=b"\n".join(lines))
 
     async def make_branch(self, name: str, at: str | None = None) -> None:
-        """Let a branch, new or not, stand at a commit, by default at that of the default branch."""
+        """Create a branch, or move it, to a ref; by default to the default branch."""
         await self.git("update-ref", f"refs/heads/{name}", await self._commit_id(at or self.branch))
 
     async def make_tag(self, name: str, at: str | None = None, *, message: str | None = None) -> None:
-        """Put a tag at a commit, by default at that of the default branch; with a message it is annotated."""
+        """Create a tag at a ref, by default at the default branch. With a message, it is annotated."""
         options = ("-a", "-m", message) if message is not None else ()
         await self.git("tag", *options, name, await self._commit_id(at or self.branch))
 
     async def delete_branch(self, name: str) -> None:
-        """Take a branch away."""
+        """Delete a branch."""
         await self.git("update-ref", "-d", f"refs/heads/{name}")
 
     def protect(self, branch: str, *, hook: str = "update") -> None:
-        """Refuse every push to a branch, with a message as GitHub's.
+        """Reject every push to a branch, with GitHub's message.
 
         Args:
-            hook: `update` refuses that branch alone, `pre-receive` the whole push.
+            branch: The branch.
+            hook: `update` rejects only this branch, `pre-receive` the whole push.
         """
         ref = f"refs/heads/{branch}"
-        refuse = f'echo "{PROTECTED.format(ref=ref)}" >&2; echo "error: Changes must be made through a pull request." >&2; exit 1'
+        reject = f'echo "{PROTECTED.format(ref=ref)}" >&2; echo "error: Changes must be made through a pull request." >&2; exit 1'
         if hook == "update":
-            self.hook("update", f'[ "$1" = "{ref}" ] || exit 0\n{refuse}')
+            self.hook("update", f'[ "$1" = "{ref}" ] || exit 0\n{reject}')
         else:
-            self.hook("pre-receive", f'while read -r old new ref; do [ "$ref" != "{ref}" ] || {{ {refuse}; }}; done')
+            self.hook("pre-receive", f'while read -r old new ref; do [ "$ref" != "{ref}" ] || {{ {reject}; }}; done')
 
     def hook(self, name: str, script: str) -> None:
-        """Let the repository run a hook: lines for sh."""
+        """Install a hook.
+
+        Args:
+            name: The name of the hook, such as `pre-receive`.
+            script: Its lines, for sh.
+        """
         path = self.path / "hooks" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         path.chmod(0o755)
 
     async def sha(self, ref: str | None = None) -> str | None:
-        """Return the ID of a ref's commit, by default of the default branch's; None when there is no such ref."""
+        """Return the ID of a ref's commit, by default that of the default branch; None if there is no such ref."""
         result = await run_git("rev-parse", "--quiet", "--verify", f"{ref or self.branch}^0", cwd=self.path)
         return result.stdout.decode().strip() if result.code == 0 else None
 
@@ -344,24 +351,24 @@ class Repository:
         return await self.git("rev-parse", "--verify", f"{ref or self.branch}^{{tree}}")
 
     async def refs(self) -> dict[str, str]:
-        """Return every ref, by its whole name, and the ID of what it names."""
+        """Return the full names of all refs, with the IDs of their objects."""
         printed = await self.git("for-each-ref", "--format=%(objectname) %(refname)")
         return {name: sha for sha, name in (line.split(" ", 1) for line in printed.splitlines())}
 
     async def branches(self) -> dict[str, str]:
-        """Return the branches and the IDs of their commits."""
+        """Return the names of the branches, with the IDs of their commits."""
         prefix = "refs/heads/"
         return {name.removeprefix(prefix): sha for name, sha in (await self.refs()).items() if name.startswith(prefix)}
 
     async def modes(self, ref: str | None = None) -> dict[str, str]:
-        """Return the paths of a ref's commit and their modes: 100644, 100755, 120000 (link) or 160000 (submodule)."""
+        """Return the modes of the files of a ref by path: 100644, 100755, 120000 (link) or 160000 (submodule)."""
         return {path: mode for mode, _, path in await self._entries(ref)}
 
     async def files(self, ref: str | None = None) -> dict[str, bytes]:
-        """Return the contents of a ref's commit by path: of a link its target, of a submodule the ID of its commit."""
+        """Return the contents of the files of a ref by path: the target of a link, the commit ID of a submodule."""
         entries = await self._entries(ref)
-        wanted = "".join(f"{sha}\n" for mode, sha, _ in entries if mode != "160000").encode()
-        result = await run_git("cat-file", "--batch", cwd=self.path, stdin=wanted)
+        stdin = "".join(f"{sha}\n" for mode, sha, _ in entries if mode != "160000").encode()
+        result = await run_git("cat-file", "--batch", cwd=self.path, stdin=stdin)
         rest, found = result.stdout, {}
         for mode, sha, path in entries:
             if mode == "160000":
@@ -373,7 +380,7 @@ class Repository:
         return found
 
     async def log(self, ref: str | None = None) -> list[Commit]:
-        """Return the commits of a ref, the newest first."""
+        """Return the commits of a ref, newest first."""
         form = "%H%x00%P%x00%an <%ae>%x00%cn <%ce>%x00%B"
         printed = await self.git("log", "-z", "--topo-order", f"--format={form}", ref or self.branch, "--")
         fields = printed.removesuffix("\0").split("\0")
@@ -391,7 +398,7 @@ class Repository:
     async def _entries(self, ref: str | None) -> list[tuple[str, str, str]]:
         printed = await self.git("ls-tree", "-r", "-z", ref or self.branch)
         lines = [line.partition("\t") for line in printed.split("\0") if line]
-        return [(facts.split()[0], facts.split()[2], path) for facts, _, path in lines]
+        return [(info.split()[0], info.split()[2], path) for info, _, path in lines]
 
     async def _commit_id(self, ref: str) -> str:
         sha = await self.sha(ref)
@@ -404,7 +411,7 @@ def _gitmodules(modules: Mapping[str, Submodule]) -> str:
 
 
 def _change(path: str, file: File) -> list[bytes]:
-    """Return what a commit does to a path, as git-fast-import(1) reads it."""
+    """Return the change of a path in a commit, in the format of git-fast-import(1)."""
     quoted = path.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n").encode()
     match file:
         case None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 from standins.githttp import TOKEN, GitHttp, Mode, Redirect, needs_backend
-from standins.repos import GIT_SECONDS, Repos, Repository, descendants, environment, git, is_at_work, run_git
+from standins.repos import GIT_SECONDS, Repos, Repository, descendants, environment, git, is_running, run_git
 
 pytestmark = needs_backend
 
 FILES = {"README.md": "Hello.\n"}
-#: More than any buffer on the way holds, and more than git sends in one piece (http.postBuffer).
+#: More than fits into any buffer, and more than git sends in one part (http.postBuffer).
 BIG = bytes(range(256)) * 8192
 USER = f"x-access-token:{TOKEN}"
 AUTHORIZATION = {"Authorization": aiohttp.encode_basic_auth("git", TOKEN)}
@@ -23,7 +23,7 @@ AUTHORIZATION = {"Authorization": aiohttp.encode_basic_auth("git", TOKEN)}
 
 @pytest.fixture
 def repos(tmp_path: Path) -> Repos:
-    """Return an empty folder of repositories."""
+    """Return an empty directory of repositories."""
     return Repos(tmp_path / "repos")
 
 
@@ -35,27 +35,27 @@ async def repository(repos: Repos) -> Repository:
 
 @pytest.fixture
 async def server(repos: Repos) -> AsyncIterator[GitHttp]:
-    """Return a private server."""
+    """Return a server that requires the token."""
     async with GitHttp(repos) as running:
         yield running
 
 
-async def refused(*args: str | Path, env: dict[str, str] | None = None) -> str:
-    """Return what git prints when it fails."""
+async def failed_git(*args: str | Path, env: dict[str, str] | None = None) -> str:
+    """Run git, which must fail, and return its stderr."""
     result = await run_git(*args, env=env)
     assert result.code != 0
     return result.stderr
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition is true."""
     async with asyncio.timeout(GIT_SECONDS):
-        while not holds():
+        while not condition():
             await asyncio.sleep(0.01)
 
 
-async def test_clone_commit_and_push(server: GitHttp, repository: Repository, tmp_path: Path) -> None:
-    """Git clones, and what it pushes arrives, in a body with a length or in pieces."""
+async def test_clone_and_push(server: GitHttp, repository: Repository, tmp_path: Path) -> None:
+    """Git clones and pushes, with a body that has a length or is chunked."""
     work = tmp_path / "work"
     await git("clone", "--quiet", server.url(repository.name, user=USER), work)
     assert (work / "README.md").read_text() == "Hello.\n"
@@ -63,8 +63,8 @@ async def test_clone_commit_and_push(server: GitHttp, repository: Repository, tm
     (work / "big.bin").write_bytes(BIG)
     await git("add", ".", cwd=work)
     await git("commit", "--quiet", "-m", "Ours", cwd=work)
-    server.forget()
-    # Packed, it would go in one piece.
+    server.clear_requests()
+    # Compressed, the content would be sent in one part.
     await git("-c", "pack.compression=0", "push", "--quiet", "origin", "HEAD:refs/heads/new", cwd=work)
     assert {"README.md": b"Hello.\n", "big.bin": BIG} == await repository.files("new")
     assert {"README.md": b"Hello.\n"} == await repository.files("same")
@@ -72,15 +72,15 @@ async def test_clone_commit_and_push(server: GitHttp, repository: Repository, tm
     assert "chunked" in [request.headers.get("Transfer-Encoding") for request in server.requests]
 
 
-async def test_much_is_fetched_whole(server: GitHttp, repos: Repos, tmp_path: Path) -> None:
-    """What no buffer on the way holds comes whole."""
+async def test_large_repository_is_cloned(server: GitHttp, repos: Repos, tmp_path: Path) -> None:
+    """A clone of more data than fits into any buffer is complete."""
     await repos.create("big", {"big.bin": BIG})
     await git("clone", "--quiet", server.url("big", user=USER), tmp_path / "work")
     assert (tmp_path / "work" / "big.bin").read_bytes() == BIG
 
 
-async def test_packed_bodies_are_unpacked(server: GitHttp, repos: Repos, tmp_path: Path) -> None:
-    """What git sends packed with gzip, as it does with a long list of what it wants, is understood."""
+async def test_compressed_bodies_are_accepted(server: GitHttp, repos: Repos, tmp_path: Path) -> None:
+    """A request body that git compresses with gzip, as it does with a long list of refs, is decompressed."""
     repository = await repos.create("many", FILES)
     for number in range(30):
         await repository.commit({"number": str(number)}, branch=f"branch-{number}")
@@ -90,27 +90,29 @@ async def test_packed_bodies_are_unpacked(server: GitHttp, repos: Repos, tmp_pat
 
 
 @pytest.mark.parametrize("suffix", ["", ".git", "/"])
-async def test_paths_have_many_spellings(server: GitHttp, repository: Repository, suffix: str) -> None:
-    """A repository is found with `.git` and without."""
+async def test_repository_is_found_with_and_without_suffix(
+    server: GitHttp, repository: Repository, suffix: str
+) -> None:
+    """A repository is found with `.git`, without it, and with a trailing slash."""
     url = server.url(repository.name, user=USER, suffix=suffix)
     assert f"{await repository.sha()}\tHEAD" == await git("ls-remote", url, "HEAD")
 
 
-async def test_second_version_of_the_protocol(server: GitHttp, repository: Repository, tmp_path: Path) -> None:
-    """The version that a client asks for is the version that git speaks to it."""
+async def test_protocol_version_2_is_supported(server: GitHttp, repository: Repository, tmp_path: Path) -> None:
+    """The server uses the protocol version that the client requests."""
     trace = tmp_path / "trace"
     await git("ls-remote", server.url(repository.name, user=USER), env=environment(GIT_TRACE_PACKET=str(trace)))
     assert re.search(r"packet: .*< version 2$", trace.read_text(), re.MULTILINE)
     assert {"version=2"} == {request.headers.get("Git-Protocol") for request in server.requests}
 
 
-async def test_requests_are_noted(server: GitHttp, repository: Repository) -> None:
-    """The server notes which request brought which credential."""
+async def test_requests_are_recorded(server: GitHttp, repository: Repository) -> None:
+    """The server records each request with its credential."""
     await git("ls-remote", server.url(repository.name, user=USER))
     seen = [(request.method, request.path, request.credential) for request in server.requests]
     credential = ("x-access-token", TOKEN)
     assert [
-        # Git asks without one first.
+        # Git sends the first request without a credential.
         ("GET", "/group/sub/repo.git/info/refs?service=git-upload-pack", None),
         ("GET", "/group/sub/repo.git/info/refs?service=git-upload-pack", credential),
         ("POST", "/group/sub/repo.git/git-upload-pack", credential),
@@ -118,36 +120,34 @@ async def test_requests_are_noted(server: GitHttp, repository: Repository) -> No
 
 
 @pytest.mark.parametrize(
-    ("user", "words"),
+    ("user", "message"),
     [(None, "could not read Username"), ("git:wrong", "Authentication failed"), ("git", "could not read Password")],
 )
-async def test_without_the_token_nobody_comes_in(
-    server: GitHttp, repository: Repository, user: str | None, words: str
-) -> None:
-    """A private repository asks for a token, and takes no other."""
-    assert words in await refused("ls-remote", server.url(repository.name, user=user))
+async def test_token_is_required(server: GitHttp, repository: Repository, user: str | None, message: str) -> None:
+    """A private repository requires the token and accepts no other."""
+    assert message in await failed_git("ls-remote", server.url(repository.name, user=user))
     async with (
         aiohttp.ClientSession() as http,
-        http.get(f"{server.url(repository.name)}/info/refs?service=git-upload-pack") as answer,
+        http.get(f"{server.url(repository.name)}/info/refs?service=git-upload-pack") as response,
     ):
-        assert (401, 'Basic realm="Git"') == (answer.status, answer.headers["WWW-Authenticate"])
+        assert (401, 'Basic realm="Git"') == (response.status, response.headers["WWW-Authenticate"])
 
 
-async def test_public_repositories_are_fetched_by_everybody(
+async def test_public_repository_needs_the_token_only_for_pushing(
     repos: Repos, repository: Repository, tmp_path: Path
 ) -> None:
-    """A public repository is fetched without a token, and pushed to with it alone."""
+    """A public repository is fetched without a token, and a push requires it."""
     async with GitHttp(repos, public=True) as server:
         await git("clone", "--quiet", server.url(repository.name), tmp_path / "work")
         assert {None} == {request.authorization for request in server.requests}
         push = ("-C", tmp_path / "work", "push", "--quiet")
-        assert "could not read Username" in await refused(*push, server.url(repository.name), "HEAD:refs/heads/new")
+        assert "could not read Username" in await failed_git(*push, server.url(repository.name), "HEAD:refs/heads/new")
         await git(*push, server.url(repository.name, user=USER), "HEAD:refs/heads/new")
         assert {"main", "new"} == set(await repository.branches())
 
 
-async def test_open_servers_ask_nobody(repos: Repos, repository: Repository, tmp_path: Path) -> None:
-    """A server without a token is open to everybody, for pushing too."""
+async def test_server_without_a_token_requires_none(repos: Repos, repository: Repository, tmp_path: Path) -> None:
+    """A server without a token allows fetching and pushing without authentication."""
     async with GitHttp(repos, token=None) as server:
         await git("clone", "--quiet", server.url(repository.name), tmp_path / "work")
         await git("push", "--quiet", "origin", "HEAD:refs/heads/new", cwd=tmp_path / "work")
@@ -155,71 +155,71 @@ async def test_open_servers_ask_nobody(repos: Repos, repository: Repository, tmp
 
 
 @pytest.mark.parametrize("path", ["group/other", "group", "../outside", "%2e%2e/outside", "link"])
-async def test_nothing_else_is_served(
+async def test_other_paths_are_not_found(
     server: GitHttp, repository: Repository, repos: Repos, tmp_path: Path, path: str
 ) -> None:
-    """What is not there is not found, and what is outside of the root is not there."""
+    """A missing repository and one outside the root are not found."""
     outside = await Repos(tmp_path).create("outside", FILES)
     (repos.root / "link.git").symlink_to(outside.path)
-    assert "not found" in await refused("ls-remote", server.url(path, user=USER))
+    assert "not found" in await failed_git("ls-remote", server.url(path, user=USER))
 
 
 @pytest.mark.parametrize("path", ["HEAD", "info/refs", "objects/info/packs", "config"])
-async def test_dumb_protocol_is_not_spoken(server: GitHttp, repository: Repository, path: str) -> None:
-    """Files of a repository are not served as such."""
+async def test_dumb_protocol_is_not_supported(server: GitHttp, repository: Repository, path: str) -> None:
+    """The files of a repository are not served."""
     async with (
         aiohttp.ClientSession(headers=AUTHORIZATION) as http,
-        http.get(f"{server.url(repository.name)}/{path}") as answer,
+        http.get(f"{server.url(repository.name)}/{path}") as response,
     ):
-        assert answer.status == 404
+        assert response.status == 404
 
 
-async def test_servers_may_forbid(server: GitHttp, repository: Repository) -> None:
-    """A server may answer everything with a status of the test's choice."""
+async def test_status_can_be_set(server: GitHttp, repository: Repository) -> None:
+    """A test can set the status of every response."""
     server.status = 403
-    assert "error: 403" in await refused("ls-remote", server.url(repository.name, user=USER))
+    assert "error: 403" in await failed_git("ls-remote", server.url(repository.name, user=USER))
 
 
-async def test_repositories_move(server: GitHttp, repository: Repository) -> None:
-    """A repository that has moved is found under its new name."""
+async def test_moved_repository_is_redirected(server: GitHttp, repository: Repository) -> None:
+    """A moved repository is found through its old name."""
     server.moved["old/name"] = repository.name
     assert f"{await repository.sha()}\tHEAD" == await git("ls-remote", server.url("old/name", user=USER), "HEAD")
     assert "/group/sub/repo.git/git-upload-pack" == server.requests[-1].path
 
 
-async def test_redirects_lead_elsewhere(server: GitHttp, repository: Repository, repos: Repos) -> None:
-    """A redirect leads to another server, where git is asked for a token anew."""
+async def test_redirect_leads_to_another_server(server: GitHttp, repository: Repository, repos: Repos) -> None:
+    """Git follows a redirect to another server without sending the credential."""
     async with GitHttp(repos) as other:
         server.redirect = Redirect(base=other.base_at("localhost"))
-        await refused("ls-remote", server.url(repository.name, user=USER))
+        await failed_git("ls-remote", server.url(repository.name, user=USER))
         assert ["/group/sub/repo.git/info/refs?service=git-upload-pack"] == [request.path for request in other.requests]
         assert [None] == [request.authorization for request in other.requests]
 
 
-async def test_silence_lasts_until_somebody_leaves(server: GitHttp, repository: Repository) -> None:
-    """A silent server answers nothing, and is closed at once all the same."""
+async def test_hanging_server_can_be_closed(server: GitHttp, repository: Repository) -> None:
+    """A server in mode `HANG` never responds, and can still be closed immediately."""
     server.mode = Mode.HANG
-    asking = asyncio.create_task(run_git("ls-remote", server.url(repository.name, user=USER)))
+    running_git = asyncio.create_task(run_git("ls-remote", server.url(repository.name, user=USER)))
     await until(lambda: bool(server.requests))
-    done, _ = await asyncio.wait({asking}, timeout=0.2)
+    done, _ = await asyncio.wait({running_git}, timeout=0.2)
     assert set() == done
-    asking.cancel()
-    await asyncio.wait({asking})
+    running_git.cancel()
+    await asyncio.wait({running_git})
 
 
-async def test_connections_break_in_mid_transfer(server: GitHttp, repos: Repos, tmp_path: Path) -> None:
-    """A broken connection fails a clone, and leaves no git at work."""
+async def test_connection_can_be_reset_during_a_response(server: GitHttp, repos: Repos, tmp_path: Path) -> None:
+    """A connection that is reset makes the clone fail and leaves no git process."""
     before = descendants()
     await repos.create("big", {"big.bin": BIG})
     server.drop_after_bytes = 5000
-    errors = await refused("clone", server.url("big", user=USER), tmp_path / "work")
+    errors = await failed_git("clone", server.url("big", user=USER), tmp_path / "work")
     assert re.search(r"early EOF|unexpected disconnect|Recv failure|curl", errors)
     await until(lambda: not descendants() - before)
 
 
-@pytest.mark.parametrize("leaves", ["server", "client"])
-async def test_nothing_is_left(repos: Repos, repository: Repository, leaves: str) -> None:
-    """Whoever leaves in the middle of a request, no git stays at work."""
+@pytest.mark.parametrize("closed", ["server", "client"])
+async def test_no_process_is_left(repos: Repos, repository: Repository, closed: str) -> None:
+    """When the server or the client closes in the middle of a request, no git process remains."""
     before = descendants()
 
     async def body() -> AsyncIterator[bytes]:
@@ -231,26 +231,26 @@ async def test_nothing_is_left(repos: Repos, repository: Repository, leaves: str
         http = await clients.enter_async_context(aiohttp.ClientSession())
         url = f"{server.url(repository.name)}/git-upload-pack"
         headers = {"Content-Type": "application/x-git-upload-pack-request", "Git-Protocol": "version=2"}
-        asking = asyncio.create_task(http.post(url, data=body(), headers=headers).__aenter__())
-        await until(lambda: is_at_work("upload-pack"))
-        await (servers if leaves == "server" else clients).aclose()
+        running_git = asyncio.create_task(http.post(url, data=body(), headers=headers).__aenter__())
+        await until(lambda: is_running("upload-pack"))
+        await (servers if closed == "server" else clients).aclose()
         await until(lambda: not descendants() - before)
-        asking.cancel()
-        await asyncio.wait({asking})
+        running_git.cancel()
+        await asyncio.wait({running_git})
 
 
-async def test_https_is_spoken_to_who_trusts_the_certificate(repos: Repos, repository: Repository) -> None:
-    """Over https git fetches with the certificate, and refuses without."""
+async def test_https_requires_the_certificate(repos: Repos, repository: Repository) -> None:
+    """Git fetches over https if it trusts the certificate, and fails otherwise."""
     async with GitHttp(repos, tls=True) as server:
         url = server.url(repository.name, user=USER)
         env = environment(GIT_SSL_CAINFO=str(server.ca_file))
         assert f"{await repository.sha()}\tHEAD" == await git("ls-remote", url, "HEAD", env=env)
-        assert "certificate" in await refused("ls-remote", url)
+        assert "certificate" in await failed_git("ls-remote", url)
 
 
-async def test_bodies_may_be_packed_by_hand(server: GitHttp, repository: Repository) -> None:
-    """A packed body with a length is understood as one without."""
-    wanted = gzip.compress(b"0014command=ls-refs\n00010009peel\n0000")
+async def test_compressed_body_with_a_length_is_accepted(server: GitHttp, repository: Repository) -> None:
+    """A gzip body with a Content-Length is decompressed."""
+    body = gzip.compress(b"0014command=ls-refs\n00010009peel\n0000")
     headers = {
         "Content-Type": "application/x-git-upload-pack-request",
         "Content-Encoding": "gzip",
@@ -259,7 +259,7 @@ async def test_bodies_may_be_packed_by_hand(server: GitHttp, repository: Reposit
     }
     async with (
         aiohttp.ClientSession() as http,
-        http.post(f"{server.url(repository.name)}/git-upload-pack", data=wanted, headers=headers) as answer,
+        http.post(f"{server.url(repository.name)}/git-upload-pack", data=body, headers=headers) as response,
     ):
-        assert answer.status == 200
-        assert f"{await repository.sha()} HEAD".encode() in await answer.read()
+        assert response.status == 200
+        assert f"{await repository.sha()} HEAD".encode() in await response.read()

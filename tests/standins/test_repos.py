@@ -3,17 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from standins.repos import DATE, SOMEBODY, Executable, GitFailed, Link, Repos, Submodule, git, run_git
+from standins.repos import DATE, OTHER_AUTHOR, Executable, GitFailed, Link, Repos, Submodule, git, run_git
 
 
 @pytest.fixture
 def repos(tmp_path: Path) -> Repos:
-    """Return an empty folder of repositories."""
+    """Return an empty directory of repositories."""
     return Repos(tmp_path / "repos")
 
 
 async def test_files_are_read_back(repos: Repos) -> None:
-    """Files of every kind and name come back as they were given."""
+    """Files of every kind and name are read back unchanged."""
     repository = await repos.create(
         "a",
         {
@@ -40,33 +40,33 @@ async def test_files_are_read_back(repos: Repos) -> None:
     } == await repository.modes()
 
 
-async def test_commits_come_on_top(repos: Repos) -> None:
-    """A commit adds, changes and takes away, on a branch that is there or new."""
-    repository = await repos.create("a", {"kept": "1", "changed": "1", "gone": "1"})
+async def test_commit_is_added_to_a_branch(repos: Repos) -> None:
+    """A commit adds, changes and deletes files, on an existing or a new branch."""
+    repository = await repos.create("a", {"unchanged": "1", "changed": "1", "deleted": "1"})
     first = await repository.sha()
-    second = await repository.commit({"changed": "2", "gone": None}, message="Second\n\nWith a body.")
-    assert {"kept": b"1", "changed": b"2"} == await repository.files()
+    second = await repository.commit({"changed": "2", "deleted": None}, message="Second\n\nWith a body.")
+    assert {"unchanged": b"1", "changed": b"2"} == await repository.files()
     assert [(second, (first,)), (first, ())] == [(commit.sha, commit.parents) for commit in await repository.log()]
-    assert (SOMEBODY, SOMEBODY, "Second\n\nWith a body.") == (
+    assert (OTHER_AUTHOR, OTHER_AUTHOR, "Second\n\nWith a body.") == (
         (latest := (await repository.log())[0]).author,
         latest.committer,
         latest.message,
     )
-    other = await repository.commit({"kept": "3"}, branch="other")
+    other = await repository.commit({"unchanged": "3"}, branch="other")
     assert {"main": second, "other": other} == await repository.branches()
-    assert {"kept": b"3"} == await repository.files("other")
+    assert {"unchanged": b"3"} == await repository.files("other")
     assert await repository.tree() != await repository.tree("other")
 
 
-async def test_same_content_has_the_same_id(repos: Repos) -> None:
-    """Commits differ by what is in them and by nothing else."""
+async def test_equal_commits_have_equal_ids(repos: Repos) -> None:
+    """The ID of a commit depends only on its content."""
     one, two = await repos.create("one", {"a": "1"}), await repos.create("two", {"a": "1"})
     assert await one.sha() == await two.sha()
     assert DATE == await one.git("log", "--format=%ad", "--date=raw")
 
 
-async def test_refs_are_made(repos: Repos) -> None:
-    """Branches and tags stand where they are put."""
+async def test_branches_and_tags_are_created(repos: Repos) -> None:
+    """Branches and tags point to the given commits."""
     repository = await repos.create("a", {"a": "1"}, branch="trunk")
     first = await repository.sha()
     assert first is not None
@@ -80,14 +80,14 @@ async def test_refs_are_made(repos: Repos) -> None:
     assert {"trunk"} == set(await repository.branches())
 
 
-async def test_empty_repositories_are_empty(repos: Repos) -> None:
-    """A repository without files has no commit, and takes a first push."""
+async def test_empty_repository_has_no_commit(repos: Repos) -> None:
+    """A repository without files has no commit and no refs."""
     repository = await repos.create("a")
     assert (None, {}) == (await repository.sha(), await repository.refs())
 
 
 async def test_submodules_are_cloned(repos: Repos, tmp_path: Path) -> None:
-    """A submodule is found by git at its commit."""
+    """Git clones a submodule at its commit."""
     part = await repos.create("part", {"p": "1"})
     sha = await part.sha()
     assert sha is not None
@@ -100,8 +100,10 @@ async def test_submodules_are_cloned(repos: Repos, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("hook", "arrived"), [("update", {"main", "free"}), ("pre-receive", {"main"})])
-async def test_protected_branches_are_not_pushed_to(repos: Repos, tmp_path: Path, hook: str, arrived: set[str]) -> None:
-    """A protected branch stays where it is, and git prints why."""
+async def test_push_to_a_protected_branch_is_rejected(
+    repos: Repos, tmp_path: Path, hook: str, arrived: set[str]
+) -> None:
+    """A protected branch does not change, and git prints the reason."""
     repository = await repos.create("a", {"a": "1"})
     before = await repository.sha()
     repository.protect("main", hook=hook)
@@ -115,8 +117,8 @@ async def test_protected_branches_are_not_pushed_to(repos: Repos, tmp_path: Path
     assert arrived == set(await repository.branches())
 
 
-async def test_history_may_be_protected(repos: Repos, tmp_path: Path) -> None:
-    """History is rewritten by force, unless the repository denies it."""
+async def test_history_can_be_protected(repos: Repos, tmp_path: Path) -> None:
+    """A forced push rewrites history, unless the repository denies it."""
     for name, code in (("free", 0), ("strict", 1)):
         repository = await repos.create(name, {"a": "1"}, deny_non_fast_forwards=name == "strict")
         work = tmp_path / name
@@ -125,8 +127,8 @@ async def test_history_may_be_protected(repos: Repos, tmp_path: Path) -> None:
         assert code == (await run_git("push", "--force", "origin", "HEAD:main", cwd=work)).code
 
 
-async def test_clients_get_what_refs_name(repos: Repos, tmp_path: Path) -> None:
-    """Parts of objects and commits without a ref are handed out only where that is allowed."""
+async def test_filters_and_unnamed_commits_need_permission(repos: Repos, tmp_path: Path) -> None:
+    """Partial clones, and fetches of commits that no ref names, succeed only if the repository allows them."""
     for name, allowed in (("plain", False), ("free", True)):
         repository = await repos.create(name, {"a": "1"}, allow_filter=allowed, allow_any_sha1=allowed)
         first = await repository.sha()
@@ -135,13 +137,13 @@ async def test_clients_get_what_refs_name(repos: Repos, tmp_path: Path) -> None:
         result = await run_git("clone", "--quiet", "--bare", "--filter=blob:none", f"file://{repository.path}", work)
         assert allowed == ("filtering not recognized" not in result.stderr)
         await git("init", "--quiet", "--bare", tmp_path / f"{name}-other")
-        # The second version of the protocol hands out everything.
+        # Version 2 of the protocol allows every object.
         fetch = ("-c", "protocol.version=0", "fetch", "--quiet", "--depth=1", f"file://{repository.path}", str(first))
         assert allowed == ((await run_git(*fetch, cwd=tmp_path / f"{name}-other")).code == 0)
 
 
-async def test_git_that_hangs_is_ended() -> None:
-    """A git that takes too long is ended, and one that fails does not go unnoticed."""
+async def test_hanging_git_is_killed() -> None:
+    """A git command that exceeds its timeout is killed, and one that fails raises `GitFailed`."""
     with pytest.raises(TimeoutError):
         await git("-c", "alias.sleep=!sleep 3600", "sleep", seconds=0.2)
     with pytest.raises(GitFailed, match="not a git command"):

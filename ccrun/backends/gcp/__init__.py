@@ -1,4 +1,5 @@
-"""The adapters of Google Cloud: Cloud Storage, Cloud KMS, Cloud Run.
+"""The Google Cloud backend: Cloud Storage, Cloud KMS and Cloud Run.
 
-The only package that imports Google's libraries (the extra `gcp`). It is loaded only on the gcp backend.
+The only package of ccrun that imports Google's libraries. They are installed by the extra `gcp`, and imported only when this
+backend is selected.
 """

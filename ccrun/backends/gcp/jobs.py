@@ -1,6 +1,6 @@
-"""Workers as executions of a Cloud Run job.
+"""Runs workers as executions of a Cloud Run job, one for each task.
 
-The only module that imports gRPC, which takes a second, so workers must not import it.
+No other module imports gRPC, which takes a second to load. Workers must not load this module.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from ccrun.task import TaskId
 
 log = structlog.get_logger()
 
-#: Milliseconds after which an idle connection is closed. Proxies and NATs silently drop idle connections, and a launch on a
-#: dropped one is lost.
+#: Milliseconds. Proxies and NAT gateways drop idle connections silently, and a launch on such a connection is lost. After
+#: this time gRPC closes an idle connection, and opens a new one for the next call.
 IDLE_MS: Final = 60_000
-#: Seconds after which a client may retry a launch, when Google names no time. Quotas are counted by the minute.
+#: Seconds after which a client should retry when a quota is exceeded and Google names no time. Quotas are per minute.
 QUOTA_RETRY_SECONDS: Final = 30
-#: Seconds. When Google asks for a longer delay, the client gets `Busy`.
-MAX_LAUNCH_DELAY_SECONDS: Final = 2.0
+#: Seconds. When Google asks for a longer delay before a retry, the call fails.
+MAX_RETRY_DELAY_SECONDS: Final = 2.0
 
-#: A container starts within seconds, and within two minutes when its image is new to the region.
+#: Containers start within seconds, or within two minutes when the image is new in a region.
 START_TIMEOUT: Final = dt.timedelta(minutes=15)
 
-#: The call was rejected without any effect: over the quota, or in conflict with another call.
-REFUSED: Final = frozenset({StatusCode.RESOURCE_EXHAUSTED, StatusCode.ABORTED})
-#: The call may have had its effect.
+#: The call had no effect: a quota was exceeded, or it conflicted with another call.
+REJECTED: Final = frozenset({StatusCode.RESOURCE_EXHAUSTED, StatusCode.ABORTED})
+#: It is unknown whether the call took effect.
 UNCERTAIN: Final = frozenset(
     {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.INTERNAL, StatusCode.UNKNOWN}
 )
@@ -57,30 +57,29 @@ T = TypeVar("T")
 
 @attrs.frozen(kw_only=True)
 class LaunchPolicy:
-    """How often and for how long calls are retried, in seconds."""
+    """Timeouts and retries of calls."""
 
-    #: For a connection before a launch.
+    #: For the connection that a launch needs.
     connect_seconds: float = 5.0
-    #: For one launch. It takes a few seconds, and after a timeout its effect is unknown.
+    #: For a launch. It takes a few seconds; after a timeout its effect is unknown.
     launch_seconds: float = 30.0
-    #: For one other call, which takes some 100 ms.
+    #: For any other call. It takes about 100 ms.
     attempt_seconds: float = 5.0
     attempts: int = 4
-    #: After this time no attempt starts, since a client waits.
+    #: No attempt starts after this. A client of the API waits meanwhile.
     total_seconds: float = 10.0
     first_delay_seconds: float = 0.2
 
 
 class CloudRunJobs:
-    """Workers as executions of a Cloud Run job.
+    """Runs workers as executions of a Cloud Run job.
 
-    A launch is retried only when Google has rejected it, so that it had no effect. When its response is lost, it counts as
-    failed: a second execution would cost money, although its worker would find the task claimed, and an immediate error is
-    better for the client than a task that may or may not start. If the launch has started an execution, its worker finds a
-    final record and exits. Before it is sent, a launch waits for a connection.
+    A launch is retried only if it certainly had no effect. If its response is lost, it counts as failed: a second execution
+    would be harmless, since its worker finds that the task was taken, but it would cost money, and the client is better served
+    by an immediate error. If the execution does start, its worker finds that the task has failed, and exits.
     """
 
-    #: The platform has the limit.
+    #: None: Cloud Run sets the limit.
     max_running: int | None = None
     start_timeout: dt.timedelta | None = START_TIMEOUT
 
@@ -114,7 +113,7 @@ class CloudRunJobs:
         try:
             operation = await self._call(
                 lambda: self._jobs.run_job(request, retry=None, timeout=self._policy.launch_seconds),
-                repeated_after=REFUSED,
+                retry_on=REJECTED,
             )
         except GoogleAPICallError as error:
             raise _launch_error(error, self._job) from error
@@ -122,18 +121,18 @@ class CloudRunJobs:
 
     async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
         if execution_name is None:
-            # The worker polls the record of its task.
+            # The worker polls its task's record and finds the cancel request there.
             return
         request = run_v2.CancelExecutionRequest(name=self._full_name(execution_name))
         try:
             await self._call(
                 lambda: self._executions.cancel_execution(request, retry=None, timeout=self._policy.attempt_seconds),
-                repeated_after=REFUSED | UNCERTAIN,
+                retry_on=REJECTED | UNCERTAIN,
             )
         except GoogleAPICallError as error:
-            # It has finished.
+            # Both mean that the execution has finished.
             if error.grpc_status_code not in (StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION):
-                # The task is cancelled anyway: the worker polls its record.
+                # Not an error: the worker also polls its task's record.
                 log.warning(
                     "execution_cancel_failed",
                     message="Cloud Run did not cancel the execution; check the permission run.executions.cancel",
@@ -148,7 +147,7 @@ class CloudRunJobs:
         try:
             execution = await self._call(
                 lambda: self._executions.get_execution(request, retry=None, timeout=self._policy.attempt_seconds),
-                repeated_after=REFUSED | UNCERTAIN,
+                retry_on=REJECTED | UNCERTAIN,
             )
         except GoogleAPICallError as error:
             if error.grpc_status_code is StatusCode.NOT_FOUND:
@@ -163,38 +162,38 @@ class CloudRunJobs:
         return execution_state(execution)
 
     async def clear(self, task_id: TaskId) -> None:
-        """Do nothing: a container leaves nothing."""
+        """Do nothing: Cloud Run removes a container with its files and processes."""
 
     async def _connect(self) -> None:
-        """Wait for a connection, so that a launch is not sent in vain."""
+        """Wait for a connection. A launch that cannot be sent has certainly had no effect."""
         try:
             async with asyncio.timeout(self._policy.connect_seconds):
                 await self._channel.channel_ready()
         except TimeoutError:
             raise Busy("Cloud Run cannot be reached: check the network.") from None
 
-    async def _call(self, attempt: Callable[[], Awaitable[T]], *, repeated_after: Collection[StatusCode]) -> T:
-        def pause(error: Exception) -> bool | float:
-            if not isinstance(error, GoogleAPICallError) or error.grpc_status_code not in repeated_after:
+    async def _call(self, attempt: Callable[[], Awaitable[T]], *, retry_on: Collection[StatusCode]) -> T:
+        def should_retry(error: Exception) -> bool | float:
+            if not isinstance(error, GoogleAPICallError) or error.grpc_status_code not in retry_on:
                 return False
-            wished = _retry_seconds(error)
-            return True if wished is None else wished <= MAX_LAUNCH_DELAY_SECONDS and wished
+            requested = _retry_seconds(error)
+            return True if requested is None else requested <= MAX_RETRY_DELAY_SECONDS and requested
 
         retries = stamina.retry_context(
-            on=pause,
+            on=should_retry,
             attempts=self._policy.attempts,
             timeout=self._policy.total_seconds,
             wait_initial=self._policy.first_delay_seconds,
             wait_jitter=self._policy.first_delay_seconds,
-            wait_max=MAX_LAUNCH_DELAY_SECONDS,
+            wait_max=MAX_RETRY_DELAY_SECONDS,
         )
         async for retry in retries:
             with retry:
                 return await attempt()
-        raise AssertionError("stamina ends with a result or an error")
+        raise AssertionError("stamina returns or raises")
 
     def _full_name(self, execution_name: str) -> str:
-        # Only executions of this job, whatever the record has.
+        # Only executions of this job, even if the record names another job.
         return f"{self._job}/executions/{_short_name(execution_name)}"
 
 
@@ -207,10 +206,14 @@ async def open_cloud_run(
     emulator: str | None = None,
     policy: LaunchPolicy = LaunchPolicy(),
 ) -> AsyncIterator[CloudRunJobs]:
-    """Connect to Cloud Run.
+    """Connect to Cloud Run, and close the connection on exit.
 
     Args:
-        emulator: The host and port of an emulator, which is called without encryption and credentials.
+        project: The ID of the Google Cloud project.
+        region: The region of the job.
+        job: The name of the job.
+        emulator: The host and port of an emulator, which is called instead of Google, in plain text and without credentials.
+        policy: Timeouts and retries.
 
     Raises:
         NoCredentials: There are no credentials.
@@ -221,7 +224,7 @@ async def open_cloud_run(
     else:
         channel = JobsGrpcAsyncIOTransport.create_channel(credentials=await _credentials(), options=options)
     try:
-        # In a thread, since Google's clients read files of certificates.
+        # Google's clients read certificate files, so they are created in a thread.
         yield await asyncio.to_thread(CloudRunJobs, channel, project=project, region=region, job=job, policy=policy)
     finally:
         await channel.close()
@@ -229,7 +232,7 @@ async def open_cloud_run(
 
 async def _credentials() -> Any:
     try:
-        # In a thread, since it reads files and calls the metadata server.
+        # Reads files and calls the metadata server, so it runs in a thread.
         found, _ = await asyncio.to_thread(google.auth.default, scopes=JobsGrpcAsyncIOTransport.AUTH_SCOPES)
     except GoogleAuthError as error:
         raise NoCredentials from error
@@ -239,17 +242,20 @@ async def _credentials() -> Any:
 def execution_state(execution: run_v2.Execution) -> ExecutionState:
     """Return the state of an execution.
 
-    Google gives the reason of a failure only as a sentence for people. An unknown one counts as `FINISHED`.
+    Cloud Run gives the reason for a failure only as a message for humans. An unknown message counts as `FINISHED`.
     """
-    undescribed = run_v2.Condition()
-    completed = next((each for each in execution.conditions if each.type_ == "Completed"), undescribed)
+    no_condition = run_v2.Condition()
+    completed = next((each for each in execution.conditions if each.type_ == "Completed"), no_condition)
     states = run_v2.Condition.State
-    is_over = "completion_time" in execution or completed.state in (states.CONDITION_FAILED, states.CONDITION_SUCCEEDED)
-    if not is_over:
+    is_finished = "completion_time" in execution or completed.state in (
+        states.CONDITION_FAILED,
+        states.CONDITION_SUCCEEDED,
+    )
+    if not is_finished:
         return ExecutionState.RUNNING
     if completed.execution_reason == run_v2.Condition.ExecutionReason.CANCELLED or execution.cancelled_count:
         return ExecutionState.CANCELLED
-    # https://cloud.google.com/run/docs/troubleshooting, "The configured memory limit was reached" and similar ones.
+    # https://cloud.google.com/run/docs/troubleshooting, "The configured memory limit was reached" and similar messages.
     if "memory limit was reached" in completed.message:
         return ExecutionState.OUT_OF_MEMORY
     if "timeout was reached" in completed.message:
@@ -261,29 +267,29 @@ def _launch_error(error: GoogleAPICallError, job: str) -> Busy | LaunchFailed:
     code = error.grpc_status_code
     match code:
         case StatusCode.NOT_FOUND:
-            sentence = f"The Cloud Run job {job} does not exist: check PROJECT_ID, REGION and CLOUDRUN_JOB_NAME."
+            message = f"The Cloud Run job {job} does not exist: check PROJECT_ID, REGION and CLOUDRUN_JOB_NAME."
         case StatusCode.PERMISSION_DENIED:
-            sentence = (
-                f"Cloud Run refuses to run the job {job}: check that the service account has run.jobs.run and "
-                "run.jobs.runWithOverrides on it."
+            message = (
+                f"Cloud Run denied access to the job {job}: check that the service account has run.jobs.run and "
+                "run.jobs.runWithOverrides."
             )
         case StatusCode.UNAUTHENTICATED:
-            sentence = "Cloud Run does not accept the credentials: check the service account."
+            message = "Cloud Run rejected the credentials: check the service account."
         case StatusCode.RESOURCE_EXHAUSTED | StatusCode.ABORTED:
-            wished = _retry_seconds(error)
+            requested = _retry_seconds(error)
             return Busy(
-                "Cloud Run takes no more executions for now: check the quotas of the project.",
-                retry_after=QUOTA_RETRY_SECONDS if wished is None else max(1, math.ceil(wished)),
+                "Cloud Run accepts no more executions now: check the quotas of the project.",
+                retry_after=QUOTA_RETRY_SECONDS if requested is None else max(1, math.ceil(requested)),
             )
         case _ if code in UNCERTAIN:
-            sentence = f"Cloud Run did not confirm that it runs the job {job}: submit the task again."
+            message = f"Cloud Run did not confirm that it started the job {job}: submit the task again."
         case _:
-            sentence = f"Cloud Run cannot run the job {job}: {_error_text(error)}"
-    return LaunchFailed(sentence)
+            message = f"Cloud Run could not start the job {job}: {_error_text(error)}"
+    return LaunchFailed(message)
 
 
 def _retry_seconds(error: GoogleAPICallError) -> float | None:
-    """Return the seconds after which Google wants a retry, if the error has them."""
+    """Return the delay in seconds that Google asks for before a retry, if any."""
     infos = (each for each in error.details if isinstance(each, RetryInfo))
     return next((each.retry_delay.ToTimedelta().total_seconds() for each in infos), None)
 

@@ -1,6 +1,6 @@
-"""Cloud KMS as the key service. It gets data keys only, never what they encrypt.
+"""Cloud KMS as the key service. Only data keys are sent to it, never what they encrypt.
 
-Wrapping needs only the permission to encrypt, so that a service which may not decrypt can seal and check.
+`wrap` and `check` need only the permission to encrypt, so the API's service account does not need the one to decrypt.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Final
 import aiohttp
 from gcloud.aio.kms import KMS
 
-from ccrun.backends.gcp.calls import CallPolicy, Credentials, Target, call
+from ccrun.backends.gcp.calls import CallPolicy, CallTarget, Credentials, call
 from ccrun.errors import KeyServiceError, SealError
 
-API_ROOT: Final = "https://cloudkms.googleapis.com/v1"
-#: A key like a data key, which a check wraps.
+KMS_API_ROOT: Final = "https://cloudkms.googleapis.com/v1"
+#: A key of the same size as a data key, which `check` wraps.
 PROBE: Final = bytes(32)
 
 # https://cloud.google.com/kms/docs/reference/permissions-and-roles
@@ -27,7 +27,7 @@ MAY_DECRYPT: Final = "cloudkms.cryptoKeyVersions.useToDecrypt"
 
 
 class KmsKey:
-    """A symmetric key of Cloud KMS. Its calls change nothing there, so they are retried."""
+    """A symmetric key of Cloud KMS. Its operations change nothing in the service, so failed calls are retried."""
 
     def __init__(
         self,
@@ -41,24 +41,30 @@ class KmsKey:
         emulator: str | None = None,
         policy: CallPolicy = CallPolicy(),  # noqa: B008 - Frozen.
     ) -> None:
-        """Create the key service.
+        """Create the adapter.
 
         Args:
-            session: The caller closes it.
-            emulator: The host and port of an emulator, which is called without credentials.
+            project: The ID of the key's Google Cloud project.
+            location: The region of the key ring.
+            key_ring: The name of the key ring.
+            key_name: The name of the key.
+            session: Used for the calls. It is not closed.
+            credentials: The credentials for the calls.
+            emulator: The host and port of an emulator, which is called instead of Google.
+            policy: Timeouts and retries.
         """
         self._kms = KMS(
             keyproject=project,
             keyring=key_ring,
             keyname=key_name,
             location=location,
-            session=session,  # type: ignore[arg-type] # The annotation is that of the synchronous variant.
+            session=session,  # type: ignore[arg-type] # Annotated with the synchronous variant's type.
             token=credentials,
-            api_root=f"http://{emulator}/v1" if emulator else API_ROOT,
+            api_root=f"http://{emulator}/v1" if emulator else KMS_API_ROOT,
             api_is_dev=emulator is not None,
         )
         self._policy = policy
-        self._target = Target(
+        self._target = CallTarget(
             service="Cloud KMS",
             resource=f"the key {key_name} in {project}/{location}/{key_ring}",
             settings="PROJECT_ID, KMS_LOCATION, KMS_KEY_RING and KMS_KEY_NAME",
@@ -91,14 +97,14 @@ class KmsKey:
         try:
             return await call(decoded, target=self._target, permission=permission, policy=self._policy, expected=(400,))
         except binascii.Error:
-            raise KeyServiceError("What answers is not Cloud KMS: check the network.") from None
+            raise KeyServiceError("The response is not from Cloud KMS: check the network.") from None
 
     def _unusable(self) -> KeyServiceError:
         return KeyServiceError(f"Cloud KMS cannot use {self._target.resource}: check that its version is enabled.")
 
 
 def _status_name(error: aiohttp.ClientResponseError) -> str | None:
-    """Return Google's name of the error: a changed ciphertext and a disabled key have the same HTTP status."""
+    """Return Google's name of the error. A changed ciphertext and a disabled key have the same HTTP status."""
     # gcloud-aio appends the body of the response to the reason phrase.
     _, _, body = error.message.partition(": ")
     try:

@@ -1,9 +1,9 @@
-"""Resumable uploads of Cloud Storage.
+"""Uploads in parts, with the resumable upload protocol of Cloud Storage. Makes single requests and does not retry them.
 
 https://cloud.google.com/storage/docs/resumable-uploads, https://cloud.google.com/storage/docs/performing-resumable-uploads
 
-gcloud-aio-storage sends the complete content in one request, and starts again when it fails. Here parts are sent, and the service
-is asked what it has. Implements the protocol only; the caller retries.
+Implemented here because gcloud-aio-storage sends the whole content in one request, and starts from the beginning when that
+fails.
 """
 
 from __future__ import annotations
@@ -17,93 +17,109 @@ import attrs
 from gcloud.aio.storage import Storage
 from yarl import URL
 
-#: Bytes of each part but the last, which an upload holds in memory: a multiple of 256 KiB, as the protocol requires, and the
-#: minimum that Google recommends.
+#: The size of every part but the last, and the memory that an upload needs. The protocol requires a multiple of 256 KiB;
+#: Google recommends at least 8 MiB.
 PART_BYTES: Final = 8 * 1024 * 1024
 
-#: Bytes that are written to a connection in one step.
-_BITE_BYTES: Final = 64 * 1024
+#: How much is written to the connection at a time.
+_WRITE_BYTES: Final = 64 * 1024
 _RANGE: Final = re.compile(r"bytes=0-([0-9]+)")
 
 
 @attrs.frozen
 class UploadProgress:
-    """The bytes of an upload that the service has, and the generation of the object when it has all."""
+    """The progress of an upload."""
 
-    held: int
+    #: How many bytes the service has stored.
+    stored_bytes: int
+    #: The generation of the object, once the upload is complete.
     generation: int | None = None
 
 
 class ResumableStorage(Storage):
-    """The client of the library, with resumable uploads in parts."""
+    """The library's client, extended by uploads in parts."""
 
-    async def begin_upload(
-        self, bucket: str, description: dict[str, Any], *, size: int, parameters: dict[str, str], timeout: Any
+    async def start_upload(
+        self, bucket: str, resource: dict[str, Any], *, size: int, parameters: dict[str, str], timeout: Any
     ) -> str:
-        """Start an upload, and return the URL for its parts.
+        """Start an upload and return its URL, to which the parts are sent.
 
-        The URL is a secret: for a week, it permits writing this object without credentials.
+        The URL is a secret: for a week, a client needs no credentials to write the object with it.
 
         Args:
             bucket: The bucket of the object.
-            description: The object resource of the API, with its `name`.
-            size: The bytes of its content.
-            parameters: Additional query parameters.
-            timeout: A timeout of aiohttp.
+            resource: The object's metadata in the JSON API's form, with `name` and `contentType`.
+            size: The size of the content in bytes.
+            parameters: Further query parameters.
+            timeout: An `aiohttp.ClientTimeout`.
         """
         headers = {
             **await self._headers(),
-            "X-Upload-Content-Type": description["contentType"],
+            "X-Upload-Content-Type": resource["contentType"],
             "X-Upload-Content-Length": str(size),
         }
         async with self._http.post(
             f"{self._api_root_write}/{bucket}/o",
             params={**parameters, "uploadType": "resumable"},
-            json=description,
+            json=resource,
             headers=headers,
             timeout=timeout,
         ) as response:
             response.raise_for_status()
             return response.headers["Location"]
 
-    async def send_part(self, address: str, part: bytes, *, start: int, size: int, timeout: Any) -> UploadProgress:
-        """Send bytes from `start` on, of `size` in all."""
-        return await self._put(address, f"bytes {start}-{start + len(part) - 1}/{size}", part, timeout)
+    async def send_part(self, url: str, part: bytes, *, start: int, size: int, timeout: Any) -> UploadProgress:
+        """Send a part of the content.
 
-    async def ask_progress(self, address: str, *, size: int, timeout: Any) -> UploadProgress:
-        """Return the progress of an upload of `size` bytes."""
-        return await self._put(address, f"bytes */{size}", b"", timeout)
+        Args:
+            url: What `start_upload` returned.
+            part: The bytes of the part.
+            start: The offset of the part.
+            size: The size of the whole content in bytes.
+            timeout: An `aiohttp.ClientTimeout`.
+        """
+        return await self._put(url, f"bytes {start}-{start + len(part) - 1}/{size}", part, timeout)
 
-    async def _put(self, address: str, content_range: str, content: bytes, timeout: Any) -> UploadProgress:
+    async def get_progress(self, url: str, *, size: int, timeout: Any) -> UploadProgress:
+        """Query the progress of an upload.
+
+        Args:
+            url: What `start_upload` returned.
+            size: The size of the whole content in bytes.
+            timeout: An `aiohttp.ClientTimeout`.
+        """
+        return await self._put(url, f"bytes */{size}", b"", timeout)
+
+    async def _put(self, url: str, content_range: str, content: bytes, timeout: Any) -> UploadProgress:
         async with self._http.put(
-            URL(address, encoded=True),
-            data=_once(content),
+            URL(url, encoded=True),
+            data=_single_use(content),
             headers={"Content-Range": content_range, "Content-Length": str(len(content))},
-            # 308 means "continue" here, and is not a redirect.
+            # In this protocol, 308 means that the upload is not complete.
             allow_redirects=False,
             timeout=timeout,
         ) as response:
             if response.status == 308:
-                # Without a range, the service has nothing yet.
-                held = _RANGE.fullmatch(response.headers.get("Range", ""))
-                return UploadProgress(int(held[1]) + 1 if held else 0)
+                # Without a range, the service has not stored anything yet.
+                stored = _RANGE.fullmatch(response.headers.get("Range", ""))
+                return UploadProgress(int(stored[1]) + 1 if stored else 0)
             response.raise_for_status()
             written = await response.json(content_type=None)
             return UploadProgress(int(written["size"]), int(written["generation"]))
 
     @property
     def _http(self) -> aiohttp.ClientSession:
-        # The annotation is that of the synchronous variant of the library.
+        # The library annotates it with the session type of its synchronous variant.
         session: Any = self.session.session
         return cast("aiohttp.ClientSession", session)
 
 
-async def _once(content: bytes) -> AsyncIterator[memoryview]:
-    """Yield the content, so that only one request can send it.
+async def _single_use(content: bytes) -> AsyncIterator[memoryview]:
+    """Yield the content as a stream, which aiohttp cannot resend.
 
-    When a connection breaks, aiohttp sends a PUT again if it still has the content. But the content may have arrived, so the
-    progress has to be read first.
+    aiohttp resends a PUT with a bytes body when the connection breaks. But the part may have arrived, so the progress must be
+    queried first.
     """
     whole = memoryview(content)
-    for start in range(0, len(content), _BITE_BYTES):
-        yield whole[start : start + _BITE_BYTES]
+    for start in range(0, len(content), _WRITE_BYTES):
+        yield whole[start : start + _WRITE_BYTES]

@@ -1,1 +1,1 @@
-"""The embedded backend: files, a key file and worker processes on one machine."""
+"""The local backend: objects as files, a key file, and workers as processes of this machine."""

@@ -1,4 +1,4 @@
-"""Object storage in a directory."""
+"""Object storage in a local directory, one file for each object."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from ccrun.blobs import Blob, BlobInfo, check_name, read_piece, run_in_thread
+from ccrun.blobs import Blob, BlobInfo, check_name, read_part, run_in_thread
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, FileUnreadable, StorageError
 
-#: Seconds for which a lock is awaited. It is held for microseconds.
-LOCK_SECONDS: Final = 10.0
+#: Seconds. A lock is normally held for one file operation, so a longer wait means a broken disk or a stopped process.
+OBJECT_LOCK_SECONDS: Final = 10.0
 #: Seconds between two attempts to get a lock.
-LOCK_POLL_SECONDS: Final = 0.005
-#: Lock files. Names that share one wait for each other.
+OBJECT_LOCK_POLL_SECONDS: Final = 0.005
+#: Objects share this many lock files. Two objects with the same lock file only wait for each other.
 LOCK_FILES: Final = 64
-#: Bytes of a file that are copied in one step.
-PIECE_BYTES: Final = 1024 * 1024
-#: The content of a hole in a sparse file, which must not take space in the copy.
-_ZEROS: Final = bytes(PIECE_BYTES)
+#: How much of a file is copied at a time.
+COPY_BYTES: Final = 1024 * 1024
+#: Parts with this content become holes. Otherwise a sparse file, which may look huge, would fill the disk when copied.
+_ZEROS: Final = bytes(COPY_BYTES)
 
 
 class DirectoryBlobs:
-    """Objects as files in a directory, for any number of concurrent processes.
+    """Object storage in a local directory. Any number of processes can use the same directory concurrently.
 
-    The modification time of a file, set to a number that only grows, is its generation. A new object is created by `link(2)`,
-    which fails when the name exists; a changed one is replaced by `rename(2)` under a lock that the kernel releases when its
-    holder exits.
+    An object's generation is the modification time of its file in nanoseconds, which each write sets to a higher value.
+    A new object is published with `link(2)`, which fails if the name exists. A changed object is published with
+    `rename(2)`, under a lock that the kernel releases when the process exits.
+
+    Args:
+        root: The directory. It is created on the first write.
     """
 
     def __init__(self, root: Path) -> None:
@@ -51,9 +54,9 @@ class DirectoryBlobs:
 
     async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
         check_name(name)
-        given_up = threading.Event()
-        pieces = _pieces(file, size, given_up)
-        return await run_in_thread(lambda: self._create(name, pieces), give_up=given_up.set)
+        cancelled = threading.Event()
+        parts = _file_parts(file, size, cancelled)
+        return await run_in_thread(lambda: self._create(name, parts), on_cancel=cancelled.set)
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
         return await asyncio.to_thread(self._replace, check_name(name), content, generation)
@@ -65,13 +68,13 @@ class DirectoryBlobs:
         return await asyncio.to_thread(self._entries, prefix, after, before, limit)
 
     def url(self, name: str) -> str:
-        folder = "/" if name.endswith("/") else ""
-        return (self._root.absolute() / name).as_uri() + folder
+        slash = "/" if name.endswith("/") else ""
+        return (self._root.absolute() / name).as_uri() + slash
 
     async def check(self) -> None:
         await asyncio.to_thread(self._check)
 
-    # All methods below run in a thread.
+    # The methods below block and run in a thread.
 
     def _read(self, name: str) -> Blob:
         with _storage_errors("read"):
@@ -84,7 +87,7 @@ class DirectoryBlobs:
 
     def _create(self, name: str, content: bytes | Iterable[bytes | bytearray]) -> int:
         target = self._root / name
-        with _storage_errors("written"), self._written(content, time.time_ns()) as (scratch, generation):
+        with _storage_errors("written"), self._scratch_file(content, time.time_ns()) as (scratch, generation):
             try:
                 os.link(scratch, target)
             except FileNotFoundError:
@@ -107,38 +110,38 @@ class DirectoryBlobs:
                 raise BlobChanged from None
             if present != generation:
                 raise BlobChanged
-            with self._written(content, max(time.time_ns(), generation + 1)) as (scratch, new_generation):
+            with self._scratch_file(content, max(time.time_ns(), generation + 1)) as (scratch, new_generation):
                 scratch.rename(target)
                 _sync_directory(target.parent)
                 return new_generation
 
     def _delete(self, name: str) -> None:
-        # Under the lock, so that a concurrent replacement does not create the object again.
+        # Without the lock, a concurrent `_replace` could recreate the object.
         with _storage_errors("written"), self._locked(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             (self._root / name).unlink()
 
     def _entries(self, prefix: str, after: str, before: str | None, limit: int) -> list[BlobInfo]:
-        folder = prefix.rpartition("/")[0]
-        if folder:
-            check_name(folder)
+        directory = prefix.rpartition("/")[0]
+        if directory:
+            check_name(directory)
         entries: list[BlobInfo] = []
         with _storage_errors("read"):
-            for entry in self._walk(folder, prefix, after, before):
+            for entry in self._walk(directory, prefix, after, before):
                 entries.append(entry)
                 if len(entries) == limit:
                     break
         return entries
 
-    def _walk(self, folder: str, prefix: str, after: str, before: str | None) -> Iterator[BlobInfo]:
-        """Yield the files in the order of their names, without entering directories that have none of them."""
-        base = f"{folder}/" if folder else ""
+    def _walk(self, directory: str, prefix: str, after: str, before: str | None) -> Iterator[BlobInfo]:
+        """Yield the matching files of a directory tree, sorted by name. Skip directories that cannot contain any."""
+        base = f"{directory}/" if directory else ""
         try:
-            with os.scandir(self._root / folder) as found:
-                # With its slash, the name of a directory sorts where the names of its files do.
+            with os.scandir(self._root / directory) as found:
+                # With its slash, a directory's name sorts to the same position as the names of its files.
                 names = sorted(
                     base + item.name + ("/" if item.is_dir(follow_symlinks=False) else "")
                     for item in found
-                    if folder or not item.name.startswith(".")
+                    if directory or not item.name.startswith(".")
                 )
         except (FileNotFoundError, NotADirectoryError):
             return
@@ -146,8 +149,8 @@ class DirectoryBlobs:
             if before is not None and name >= before:
                 return
             if name.endswith("/"):
-                inside = name.startswith(prefix) or prefix.startswith(name)
-                if inside and (name > after or after.startswith(name)):
+                may_match = name.startswith(prefix) or prefix.startswith(name)
+                if may_match and (name > after or after.startswith(name)):
                     yield from self._walk(name[:-1], prefix, after, before)
             elif name.startswith(prefix) and name > after:
                 with contextlib.suppress(FileNotFoundError):
@@ -156,23 +159,24 @@ class DirectoryBlobs:
                     yield BlobInfo(name=name, generation=status.st_mtime_ns, updated=updated)
 
     def _check(self) -> None:
-        with _storage_errors("written"), self._written(b"", time.time_ns()):
+        with _storage_errors("written"), self._scratch_file(b"", time.time_ns()):
             pass
 
     @contextlib.contextmanager
-    def _written(self, content: bytes | Iterable[bytes | bytearray], generation: int) -> Iterator[tuple[Path, int]]:
-        """Write a temporary file and sync it to the disk. It is removed at the end unless it was renamed."""
-        self._make_own_folder(self._scratch)
+    def _scratch_file(
+        self, content: bytes | Iterable[bytes | bytearray], generation: int
+    ) -> Iterator[tuple[Path, int]]:
+        """Write and sync a temporary file, yield its path and generation, and remove it on exit unless it was renamed."""
+        self._make_internal_directory(self._scratch)
         scratch = self._scratch / secrets.token_hex(16)
         try:
             with os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                for piece in [content] if isinstance(content, bytes) else content:
-                    if piece == _ZEROS:
-                        # A hole stays a hole.
-                        file.seek(len(piece), os.SEEK_CUR)
+                for part in [content] if isinstance(content, bytes) else content:
+                    if part == _ZEROS:
+                        file.seek(len(part), os.SEEK_CUR)
                     else:
-                        file.write(piece)
-                # The file may end in a hole. This flushes too.
+                        file.write(part)
+                # Sets the size when the file ends in a hole. Also flushes the buffer.
                 file.truncate()
                 os.fsync(file.fileno())
                 os.utime(file.fileno(), ns=(generation, generation))
@@ -182,38 +186,38 @@ class DirectoryBlobs:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        self._make_own_folder(self._locks)
+        self._make_internal_directory(self._locks)
         lock = self._locks / str(zlib.crc32(name.encode()) % LOCK_FILES)
-        give_up_at = time.monotonic() + LOCK_SECONDS
+        deadline = time.monotonic() + OBJECT_LOCK_SECONDS
         with os.fdopen(os.open(lock, os.O_CREAT | os.O_WRONLY, 0o600), "wb") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > give_up_at:
+                    if time.monotonic() > deadline:
                         raise StorageError(
-                            "The storage directory is locked by a process that does not release it."
+                            f"Another process has locked the storage directory for over {OBJECT_LOCK_SECONDS:.0f} s."
                         ) from None
-                    time.sleep(LOCK_POLL_SECONDS)
+                    time.sleep(OBJECT_LOCK_POLL_SECONDS)
             yield
 
-    def _make_own_folder(self, folder: Path) -> None:
-        # The root separately: parents are created with the permissions of the umask.
+    def _make_internal_directory(self, directory: Path) -> None:
+        # Two calls, because `mkdir(parents=True)` ignores the mode for the parents.
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
 
 
-def _pieces(file: BinaryIO, size: int, given_up: threading.Event) -> Iterator[bytes]:
-    """Yield the content of a file. Raise `FileUnreadable` when the call was cancelled."""
-    for start in range(0, max(size, 1), PIECE_BYTES):
-        if given_up.is_set():
+def _file_parts(file: BinaryIO, size: int, cancelled: threading.Event) -> Iterator[bytes]:
+    """Yield the content of a file in parts; raise `FileUnreadable` after the event is set."""
+    for start in range(0, max(size, 1), COPY_BYTES):
+        if cancelled.is_set():
             raise FileUnreadable("The upload was cancelled.")
-        yield read_piece(file, min(PIECE_BYTES, size - start), is_last=start + PIECE_BYTES >= size)
+        yield read_part(file, min(COPY_BYTES, size - start), is_last=start + COPY_BYTES >= size)
 
 
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
@@ -221,8 +225,8 @@ def _sync_directory(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(done: str) -> Iterator[None]:
+def _storage_errors(operation: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"The storage directory cannot be {done}: {error.strerror}.") from error
+        raise StorageError(f"The storage directory cannot be {operation}: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine."""
+"""Runs workers as processes of this machine."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from ccrun.task_directories import remove_leftovers
 
 log = structlog.get_logger()
 
-#: Tasks in the queue. More are rejected with `Busy`.
+#: More tasks than this cannot be queued.
 MAX_QUEUED: Final = 10_000
-#: Finished executions that are remembered until their tasks are settled.
+#: How many finished executions are remembered until their tasks are settled.
 MAX_REMEMBERED_EXECUTIONS: Final = 10_000
-#: Seconds after which a rejected client may retry.
+#: Seconds after which a client should retry when the queue is full.
 QUEUE_RETRY_SECONDS: Final = 30
 
 
 class SubprocessJobs:
-    """Workers as processes of this machine, at most `max_running` of this service, the rest in a queue.
+    """Runs workers as processes of this machine.
 
-    Workers keep running when the service exits, as executions in the cloud do. Each locks a PID file, which all services with the
-    same data directory can see.
+    At most `max_running` workers of this service run at the same time; further tasks are queued in memory. Workers keep
+    running when the service stops. Each holds a PID file, so every service on the same data directory can see it.
     """
 
-    #: A task may wait in the queue for any time.
+    #: None: a task stays queued until a worker slot is free.
     start_timeout: dt.timedelta | None = None
 
     def __init__(
@@ -47,42 +47,46 @@ class SubprocessJobs:
         *,
         command: Sequence[str],
         environment: Mapping[str, str],
-        sign_of_life: Callable[[TaskId], Path],
+        pid_file: Callable[[TaskId], Path],
         marker: Callable[[TaskId], str],
         max_running: int,
-        worker_ended: Callable[[], None] = lambda: None,
+        max_queued: int = MAX_QUEUED,
+        on_worker_exit: Callable[[], None] = lambda: None,
     ) -> None:
-        """Create the adapter; it starts no worker yet.
+        """Create the adapter.
 
         Args:
-            command: The command of a worker.
-            environment: The environment variables of each worker, without those of its task.
-            sign_of_life: Returns the PID file of a task.
-            marker: Returns the marker of the processes of a task.
-            max_running: How many workers run concurrently.
-            worker_ended: Called whenever a worker has exited.
+            command: The command that starts a worker.
+            environment: The environment of each worker. The task ID and the payload's name are added to it.
+            pid_file: Returns the file that the worker of a task keeps locked.
+            marker: Returns the string that marks the processes of a task.
+            max_running: How many workers can run at the same time.
+            max_queued: How many tasks can wait for a free worker slot.
+            on_worker_exit: Called after each exit of a worker.
         """
         self.max_running: int | None = max_running
-        self._places = max_running
+        self._slots = max_running
+        self._max_queued = max_queued
         self._command = tuple(command)
         self._environment = dict(environment)
-        self._sign_of_life = sign_of_life
+        self._pid_file = pid_file
         self._marker = marker
         self._queue: deque[TaskId] = deque()
+        #: None: the worker's process is being started.
         self._running: dict[TaskId, detached.Detached | None] = {}
-        self._ended: OrderedDict[TaskId, None] = OrderedDict()
-        self._reapers: set[asyncio.Task[None]] = set()
-        self._worker_ended = worker_ended
+        self._finished: OrderedDict[TaskId, None] = OrderedDict()
+        self._waiters: set[asyncio.Task[None]] = set()
+        self._on_worker_exit = on_worker_exit
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Stop launching workers. Those that run keep running."""
+        """Start no more workers. Those that run keep running."""
         self._queue.clear()
-        for reaper in self._reapers:
-            reaper.cancel()
-        await asyncio.gather(*self._reapers, return_exceptions=True)
+        for waiter in self._waiters:
+            waiter.cancel()
+        await asyncio.gather(*self._waiters, return_exceptions=True)
         for child in self._running.values():
             if child is not None:
                 child.let_go()
@@ -90,21 +94,21 @@ class SubprocessJobs:
             log.info("workers_left_running", message="Workers keep running", taskIds=sorted(self._running))
 
     def check_capacity(self) -> None:
-        if len(self._queue) >= MAX_QUEUED:
-            raise Busy(f"{MAX_QUEUED} tasks are waiting already.", retry_after=QUEUE_RETRY_SECONDS)
+        if len(self._queue) >= self._max_queued:
+            raise Busy(f"{self._max_queued} tasks are already queued.", retry_after=QUEUE_RETRY_SECONDS)
 
     async def launch(self, task_id: TaskId) -> str | None:
         self.check_capacity()
         if task_id not in self._running and task_id not in self._queue:
             self._queue.append(task_id)
-            self._fill_places()
+            self._start_queued()
         return None
 
     async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
         with contextlib.suppress(ValueError):
             self._queue.remove(task_id)
         child = self._running.get(task_id)
-        pid = child.pid if child else await asyncio.to_thread(pidfile.holder_pid, self._sign_of_life(task_id))
+        pid = child.pid if child else await asyncio.to_thread(pidfile.holder_pid, self._pid_file(task_id))
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -114,23 +118,23 @@ class SubprocessJobs:
             return ExecutionState.RUNNING
         if task_id in self._queue:
             return ExecutionState.QUEUED
-        if await asyncio.to_thread(pidfile.holder_pid, self._sign_of_life(task_id)):
+        if await asyncio.to_thread(pidfile.holder_pid, self._pid_file(task_id)):
             return ExecutionState.RUNNING
-        return ExecutionState.FINISHED if task_id in self._ended else ExecutionState.UNKNOWN
+        return ExecutionState.FINISHED if task_id in self._finished else ExecutionState.UNKNOWN
 
     async def clear(self, task_id: TaskId) -> None:
-        self._ended.pop(task_id, None)
+        self._finished.pop(task_id, None)
         await tree.kill_marked(self._marker(task_id))
         await asyncio.to_thread(remove_leftovers, task_id)
-        await asyncio.to_thread(self._sign_of_life(task_id).unlink, missing_ok=True)
+        await asyncio.to_thread(self._pid_file(task_id).unlink, missing_ok=True)
 
-    def _fill_places(self) -> None:
-        while self._queue and len(self._running) < self._places:
+    def _start_queued(self) -> None:
+        while self._queue and len(self._running) < self._slots:
             task_id = self._queue.popleft()
             self._running[task_id] = None
-            reaper = asyncio.create_task(self._run(task_id))
-            self._reapers.add(reaper)
-            reaper.add_done_callback(self._reapers.discard)
+            waiter = asyncio.create_task(self._run(task_id))
+            self._waiters.add(waiter)
+            waiter.add_done_callback(self._waiters.discard)
 
     async def _run(self, task_id: TaskId) -> None:
         try:
@@ -139,16 +143,16 @@ class SubprocessJobs:
                 env={**self._environment, "TASK_ID": task_id, "ENCRYPTED_PAYLOAD_PATH": payload_name(task_id)},
             )
             self._running[task_id] = child
-            ended = await child.wait()
-            if not ended.ok:
-                log.warning("worker_failed", message="Worker failed", taskId=task_id, exitCode=ended.code)
+            exited = await child.wait()
+            if not exited.ok:
+                log.warning("worker_failed", message="Worker failed", taskId=task_id, exitCode=exited.code)
         except CcrunError as error:
             log.warning(
                 "worker_start_failed", message="Worker could not be started", taskId=task_id, error=error.message
             )
         del self._running[task_id]
-        self._ended[task_id] = None
-        while len(self._ended) > MAX_REMEMBERED_EXECUTIONS:
-            self._ended.popitem(last=False)
-        self._worker_ended()
-        self._fill_places()
+        self._finished[task_id] = None
+        while len(self._finished) > MAX_REMEMBERED_EXECUTIONS:
+            self._finished.popitem(last=False)
+        self._on_worker_exit()
+        self._start_queued()

@@ -1,4 +1,4 @@
-"""The key service of the local backend: a key file."""
+"""A key file as the key service of the local backend, and the creation of secret files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from ccrun.seal import KEY_BYTES, MAGIC, NONCE_BYTES
 
 
 class LocalKey:
-    """The key service of the local backend: a key file of mode 0600, made on first use."""
+    """Wraps data keys with AES-256-GCM, under a key that is stored in a file.
+
+    Args:
+        path: The key file. It is created with mode 0600 on first use.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -44,10 +48,14 @@ class LocalKey:
         return key
 
 
-def load_or_create_secret(path: Path, make: Callable[[], bytes]) -> bytes:
-    """Return the content of a file that only its owner can read. If there is none, create it with what `make` returns.
+def load_or_create_secret(path: Path, generate: Callable[[], bytes]) -> bytes:
+    """Return the content of a secret file. If there is none, create it so that only its owner can read it.
 
-    Concurrent processes get the same bytes. Blocks; call it in a thread.
+    When several processes call this function concurrently, all get the same bytes. Blocks: call it in a thread.
+
+    Args:
+        path: The file.
+        generate: Returns the content of a new file.
 
     Raises:
         KeyServiceError: The file can be neither read nor created.
@@ -59,7 +67,7 @@ def load_or_create_secret(path: Path, make: Callable[[], bytes]) -> bytes:
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             with os.fdopen(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                file.write(make())
+                file.write(generate())
                 file.flush()
                 os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):

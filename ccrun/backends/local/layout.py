@@ -1,4 +1,4 @@
-"""The files of the local backend that are not objects."""
+"""The paths of files in the local data directory that are not objects, and the marker of processes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from pathlib import Path
 from ccrun.task import TaskId
 
 
+def sealing_key_file(data_dir: Path) -> Path:
+    """Return the file with the key that wraps data keys."""
+    return data_dir / ".keys" / "sealing.key"
+
+
 def callback_secret_file(data_dir: Path) -> Path:
-    """Return the path of the generated secret for callbacks."""
+    """Return the file with the callback secret that ccrun generates when none is configured."""
     return data_dir / ".keys" / "callback.secret"
 
 
 def pid_file(data_dir: Path, task_id: TaskId) -> Path:
-    """Return the path of the PID file of a task's worker."""
+    """Return the file that a task's worker keeps locked."""
     return data_dir / ".workers" / task_id
 
 
 def process_marker(data_dir: Path, task_id: TaskId) -> str:
-    """Return the marker of the processes of a task, which differs from that of a task with this ID in another data directory."""
+    """Return the string that marks the processes of a task.
+
+    It includes a hash of the directory, since another service on the machine may have a task with the same ID.
+    """
     return f"{task_id}.{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]}"

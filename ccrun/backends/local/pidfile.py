@@ -1,7 +1,7 @@
-"""A PID file that a running process keeps locked.
+"""PID files with a lock: show whether a worker of this machine still runs.
 
-The kernel releases the lock when the process exits, so that a PID that is used again does not count. All functions block for the
-time of a file access.
+A worker holds an exclusive lock on its file. The kernel releases the lock when the process exits for any reason, so a process
+ID that was reused cannot be mistaken for the worker. All functions block for the time of a file access.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Final
 
 from ccrun.errors import CcrunError
 
-#: Seconds for which the lock is awaited. `holder_pid` has it for an instant; a holder has it for longer.
+#: Seconds. `holder_pid` takes the lock for an instant. A lock that is held for longer belongs to another holder.
 LOCK_WAIT_SECONDS: Final = 0.5
 LOCK_WAIT_POLL_SECONDS: Final = 0.005
 
 
 class AlreadyHeld(CcrunError):
-    """Another process holds this PID file."""
+    """Another process holds the PID file."""
 
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold the PID file while the context is open.
+    """Create and lock a PID file for this process, and remove it on exit.
 
     Raises:
         AlreadyHeld: Another process holds it.
@@ -45,13 +45,13 @@ def hold(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> io.FileIO:
-    give_up_at = time.monotonic() + LOCK_WAIT_SECONDS
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
     file = _opened(path)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > give_up_at:
+            if time.monotonic() > deadline:
                 file.close()
                 raise AlreadyHeld from None
             time.sleep(LOCK_WAIT_POLL_SECONDS)
@@ -59,7 +59,7 @@ def _locked(path: Path) -> io.FileIO:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
-            # The previous holder has removed this file, so a lock on it would not be seen.
+            # The previous holder removed this file between our open and our lock, so other processes cannot see our lock.
             file.close()
             file = _opened(path)
 
@@ -69,7 +69,7 @@ def _opened(path: Path) -> io.FileIO:
 
 
 def holder_pid(path: Path) -> int | None:
-    """Return the PID of the process that holds the file, None when there is none."""
+    """Return the ID of the process that holds the PID file, None if no process does."""
     try:
         with path.open("rb") as file:
             try:

@@ -1,4 +1,4 @@
-"""How many calls of Google's an operation makes. Each of them is paid for, and each takes its time."""
+"""How many calls of Google's services an operation makes. Each call costs money and time."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ from ccrun.testing.model import Say, sequence
 TASK = TaskId("t-1")
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
 SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0)
-#: Nobody polls but the test.
+#: Only the test polls.
 NEVER = PollPolicy(min_seconds=3600.0, max_seconds=3600.0)
 LISTING = Counter({"objects.list": 1})
 
 
 @attrs.frozen(kw_only=True)
 class Bucket:
-    """A task in a bucket: `store` is where its worker writes, `read` where readers come in, whose calls are counted."""
+    """A task in a bucket."""
 
+    #: For the worker. Its calls are not counted.
     store: Store
+    #: For readers. Its calls are counted.
     read: Store
     door: Door
 
     def take_calls(self) -> Counter[str]:
-        """Return the calls since the last time, by method."""
+        """Return the numbers of calls since the last time, by method."""
         calls: Counter[str] = Counter()
-        for call, timeouts in self.door.calls.items():
-            calls[call.method] += timeouts
+        for call, count in self.door.calls.items():
+            calls[call.method] += count
         self.door.calls.clear()
         return calls
 
@@ -52,14 +54,14 @@ class Bucket:
         for number in range(first, last + 1):
             await self.store.add_chunk(TASK, number, [b"{}"], NOW)
 
-    async def end(self) -> None:
+    async def finish(self) -> None:
         """Write the final record of the task."""
         await self.store.update(TASK, lambda record: finish(record, SUCCESS, at=NOW))
 
 
 @pytest.fixture
 async def bucket() -> AsyncIterator[Bucket]:
-    """A task that runs and has written three chunks."""
+    """Return a running task whose log has three chunks."""
     async with (
         Gcs() as gcs,
         Kms() as kms,
@@ -78,7 +80,7 @@ async def bucket() -> AsyncIterator[Bucket]:
 
 @pytest.fixture
 async def tail(bucket: Bucket) -> AsyncIterator[TaskPoller]:
-    """A tail that has had its first look; what it costs is counted from here on."""
+    """Return a tail that has polled once. Only later calls are counted."""
     tail = TaskPoller(bucket.read, TASK, NEVER, None, window_bytes=1024)
     await tail.ready()
     assert Counter({"objects.list": 1, "objects.get": 1}) == bucket.take_calls()
@@ -88,13 +90,13 @@ async def tail(bucket: Bucket) -> AsyncIterator[TaskPoller]:
 
 @pytest.fixture
 async def sides() -> AsyncIterator[Sides]:
-    """A service whose model says `Done.` to everything."""
+    """Return a service whose model always replies `Done.`."""
     async with open_sides(sequence(Say("Done."))) as sides:
         yield sides
 
 
-async def test_submission_makes_four_writes_one_sealing_one_launch(sides: Sides) -> None:
-    """`/run-async` writes payload, record, index and mark, seals one key and launches once; it does nothing else."""
+async def test_submission_makes_four_writes_one_encryption_and_one_launch(sides: Sides) -> None:
+    """`/run-async` writes payload, record, index entry and active marker, wraps one key, and launches once."""
     await sides.service.submit(taskId="t")
     assert {
         Call("cryptoKeys.encrypt", "payload-encryption"): 1,
@@ -106,30 +108,30 @@ async def test_submission_makes_four_writes_one_sealing_one_launch(sides: Sides)
     } == sides.api.calls
 
 
-async def test_calls_of_submissions_do_not_depend_on_how_many_there_are(sides: Sides) -> None:
-    """Ten at once cost ten times what one costs."""
+async def test_calls_grow_linearly_with_submissions(sides: Sides) -> None:
+    """Ten concurrent submissions make ten times the calls of one."""
     sides.place.cloud_run.launch_seconds = float("inf")
     await asyncio.gather(*(sides.service.submit() for _ in range(10)))
     assert (40, 10, 10) == tuple(sides.api.count(method) for method in ("objects.", "cryptoKeys.", "Jobs."))
 
 
-async def test_a_payload_is_deleted_once(sides: Sides, receiver: Receiver) -> None:
-    """The worker deletes the payload that it opens; nothing else does when the task finishes and its callback is delivered."""
+async def test_payload_is_deleted_once(sides: Sides, receiver: Receiver) -> None:
+    """Only the worker that opens the payload deletes it, not the end of the task or the delivery of its callback."""
     await sides.service.submit(taskId="t", callbackUrl=receiver.url)
     await sides.service.until("t", lambda record: record.status.is_final and not record.owes_callback)
     payload = Call("objects.delete", "sessions/{taskId}/encrypted-payload.bin")
     assert (1, 0) == (sides.worker.calls[payload], sides.api.calls[payload])
 
 
-async def test_poll_without_news_is_one_call(bucket: Bucket, tail: TaskPoller) -> None:
-    """A tail of a silent task lists once a poll and reads nothing."""
+async def test_poll_without_changes_is_one_call(bucket: Bucket, tail: TaskPoller) -> None:
+    """A poll of a task that writes nothing makes one listing and no read."""
     for _ in range(5):
         assert not await tail.poll()
         assert LISTING == bucket.take_calls()
 
 
-async def test_poll_with_new_chunks_is_one_call_more_a_chunk(bucket: Bucket, tail: TaskPoller) -> None:
-    """One listing shows all new chunks; each is read once, for however many readers."""
+async def test_poll_with_new_chunks_reads_each_chunk_once(bucket: Bucket, tail: TaskPoller) -> None:
+    """One listing shows all new chunks. Each is read once, for any number of readers."""
     await bucket.add_chunks(4, 8)
     assert await tail.poll()
     assert LISTING == bucket.take_calls()
@@ -137,20 +139,20 @@ async def test_poll_with_new_chunks_is_one_call_more_a_chunk(bucket: Bucket, tai
     assert Counter({"objects.get": 5}) == bucket.take_calls()
 
 
-async def test_changed_record_is_one_call_more(bucket: Bucket, tail: TaskPoller) -> None:
-    """The listing of a poll tells that the record changed; then it is read, and at the end the log is listed once more."""
+async def test_changed_record_is_read_once(bucket: Bucket, tail: TaskPoller) -> None:
+    """A poll's listing shows that the record changed, so it is read. After the last change the log is listed again."""
     await bucket.store.update(TASK, lambda record: attrs.evolve(record, cancelled_at=NOW))
     assert await tail.poll()
     assert Counter({"objects.list": 1, "objects.get": 1}) == bucket.take_calls()
-    await bucket.end()
+    await bucket.finish()
     assert await tail.poll()
     assert tail.is_finished
     assert Counter({"objects.list": 2, "objects.get": 1}) == bucket.take_calls()
 
 
-async def test_twenty_replays_of_a_finished_task_cost_as_much_as_one(bucket: Bucket) -> None:
-    """The record, one listing and each chunk, once for all who read at the same time."""
-    await bucket.end()
+async def test_concurrent_replays_cost_as_much_as_one(bucket: Bucket) -> None:
+    """Concurrent readers of a finished task share one read of the record, one listing and one read of each chunk."""
+    await bucket.finish()
     feed = Feed(bucket.read, NEVER)
 
     async def replay() -> None:
@@ -162,8 +164,8 @@ async def test_twenty_replays_of_a_finished_task_cost_as_much_as_one(bucket: Buc
     assert Counter({"objects.list": 1, "objects.get": 1 + 3}) == bucket.take_calls()
 
 
-async def test_page_of_tasks_is_one_listing_and_one_call_a_task(bucket: Bucket) -> None:
-    """`GET /tasks` costs what it shows, not what was ever run."""
+async def test_page_of_tasks_is_one_listing_and_one_read_per_task(bucket: Bucket) -> None:
+    """`GET /tasks` makes calls for the tasks that it returns, not for all tasks that exist."""
     for number in range(30):
         task_id = TaskId(f"other-{number}")
         created_at = NOW - dt.timedelta(days=number)

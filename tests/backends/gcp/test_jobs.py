@@ -1,4 +1,4 @@
-"""Cloud Run Jobs as the place that runs workers. What every such place owes is in `tests/backends/local/test_jobs.py`."""
+"""Workers as Cloud Run executions. `tests/test_jobs.py` tests what every adapter that runs workers must do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ccrun.jobs import ExecutionState
 from ccrun.task import TaskId
 
 TASK = TaskId("task-a")
-HASTY = LaunchPolicy(
+POLICY = LaunchPolicy(
     connect_seconds=0.5,
     launch_seconds=0.5,
     attempt_seconds=0.3,
@@ -34,10 +34,10 @@ HASTY = LaunchPolicy(
     first_delay_seconds=0.001,
 )
 
-#: Writes down its environment, and sleeps until it is told to end, if it listens.
+#: Writes its environment into a file. Then it sleeps, ignores SIGTERM and sleeps, or exits with a code.
 WORKER = """
 import json, os, pathlib, signal, sys, time
-if sys.argv[2] == "deaf":
+if sys.argv[2] == "ignore-sigterm":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(sys.argv[1]).write_text(json.dumps(dict(os.environ)))
 if sys.argv[2].isdigit():
@@ -46,14 +46,14 @@ time.sleep(600)
 """
 
 
-class Stage:
-    """A Cloud Run whose container does as the test says, and what it wrote."""
+class Containers:
+    """Starts the stand-in with a container that behaves as a test needs it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "environment"
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / "environment"
 
     @contextlib.asynccontextmanager
-    async def set(
+    async def run(
         self,
         behaviour: str = "sleep",
         *,
@@ -61,7 +61,14 @@ class Stage:
         task_timeout_seconds: float = 3600.0,
         term_grace_seconds: float = 10.0,
     ) -> AsyncIterator[tuple[CloudRun, CloudRunJobs]]:
-        """Run it: the container sleeps, is deaf to SIGTERM, or ends at once with an exit code."""
+        """Start the stand-in, and connect the adapter to it.
+
+        Args:
+            behaviour: What the container does: `sleep`, `ignore-sigterm`, or the number of an exit code.
+            launch_seconds: See `CloudRun`, as for the other arguments.
+            task_timeout_seconds: See `CloudRun`.
+            term_grace_seconds: See `CloudRun`.
+        """
         async with (
             CloudRun(
                 command=(sys.executable, "-c", WORKER, str(self._file), behaviour),
@@ -70,12 +77,12 @@ class Stage:
                 task_timeout_seconds=task_timeout_seconds,
                 term_grace_seconds=term_grace_seconds,
             ) as server,
-            open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=server.host, policy=HASTY) as jobs,
+            open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=server.host, policy=POLICY) as jobs,
         ):
             yield server, jobs
 
-    async def written(self) -> dict[str, str]:
-        """Wait until the container lives, and return its environment."""
+    async def environment(self) -> dict[str, str]:
+        """Wait until the container runs, and return its environment."""
         async with asyncio.timeout(PATIENCE):
             while not self._file.exists() or not self._file.read_text():
                 await asyncio.sleep(0.01)
@@ -83,33 +90,33 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    """Return where a test sets up Cloud Run."""
-    return Stage(tmp_path)
+def containers(tmp_path: Path) -> Containers:
+    """Return what starts the stand-in."""
+    return Containers(tmp_path)
 
 
 async def launched(server: CloudRun, jobs: CloudRunJobs) -> Execution:
-    """Launch the task; return its execution."""
+    """Launch the task, and return its execution."""
     name = await jobs.launch(TASK)
     assert name is not None
     return server.executions[name]
 
 
-async def end_of(jobs: CloudRunJobs, execution: Execution) -> ExecutionState:
-    """Wait for the end of an execution; return what is then told of it."""
+async def until_finished(jobs: CloudRunJobs, execution: Execution) -> ExecutionState:
+    """Wait until an execution has finished, and return its state."""
     async with asyncio.timeout(PATIENCE):
-        await execution.ended.wait()
+        await execution.finished.wait()
     return await jobs.state(TASK, execution.short_name)
 
 
-# --- launch --------------------------------------------------------------------------------------------------------------
+# --- launch ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_gets_its_task_and_where_the_payload_is_alone(stage: Stage) -> None:
-    """The job's own environment is overridden by two variables, neither of them a secret."""
-    async with stage.set() as (server, jobs):
+async def test_launch_overrides_two_variables(containers: Containers) -> None:
+    """A launch adds only the task ID and the payload's name to the job's environment; neither is a secret."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
-        environment = await stage.written()
+        environment = await containers.environment()
         assert {
             "TASK_ID": TASK,
             "ENCRYPTED_PAYLOAD_PATH": f"sessions/{TASK}/encrypted-payload.bin",
@@ -117,25 +124,25 @@ async def test_a_worker_gets_its_task_and_where_the_payload_is_alone(stage: Stag
         assert execution.overrides.items() <= environment.items()
 
 
-async def test_the_execution_is_named_as_its_worker_knows_it(stage: Stage) -> None:
-    """What a launch returns is what the worker finds in its environment, and what `gcloud` takes."""
-    async with stage.set() as (server, jobs):
+async def test_launch_returns_the_short_name_of_the_execution(containers: Containers) -> None:
+    """`launch` returns the name that the worker finds in its environment, and that `gcloud` accepts."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
-        assert execution.short_name == (await stage.written())["CLOUD_RUN_EXECUTION"]
+        assert execution.short_name == (await containers.environment())["CLOUD_RUN_EXECUTION"]
 
 
-async def test_a_launch_waits_for_no_container(stage: Stage) -> None:
-    """A launch is one call, and returns while the platform still looks for a machine."""
-    async with stage.set(launch_seconds=math.inf) as (server, jobs):
+async def test_launch_does_not_wait_for_the_container(containers: Containers) -> None:
+    """A launch is one call, and returns before the container starts."""
+    async with containers.run(launch_seconds=math.inf) as (server, jobs):
         execution = await launched(server, jobs)
         assert ExecutionState.RUNNING == await jobs.state(TASK, execution.short_name)
         assert 1 == server.calls["RunJob"]
 
 
 @pytest.mark.parametrize("code", [StatusCode.RESOURCE_EXHAUSTED, StatusCode.ABORTED])
-async def test_a_refused_launch_is_made_again(stage: Stage, code: StatusCode) -> None:
-    """What Google refuses for the moment had no effect, so it is sent again."""
-    async with stage.set() as (server, jobs):
+async def test_rejected_launch_is_retried(containers: Containers, code: StatusCode) -> None:
+    """A launch that was temporarily rejected had no effect, so it is retried."""
+    async with containers.run() as (server, jobs):
         server.fail("RunJob", Fault(code=code))
         server.fail("RunJob", Fault(code=code, retry_seconds=0.01))
         await launched(server, jobs)
@@ -160,24 +167,24 @@ async def test_a_refused_launch_is_made_again(stage: Stage, code: StatusCode) ->
     ],
     ids=str,
 )
-async def test_a_launch_that_may_have_had_its_effect_is_not_made_again(stage: Stage, fault: Fault) -> None:
-    """When the answer is lost the launch counts as failed, within a bound, and no second execution is paid for."""
-    async with stage.set() as (server, jobs):
+async def test_uncertain_launch_is_not_retried(containers: Containers, fault: Fault) -> None:
+    """If the response is lost, the launch fails within its timeout and starts no second execution."""
+    async with containers.run() as (server, jobs):
         server.fail("RunJob", fault)
-        async with asyncio.timeout(HASTY.launch_seconds + 2):
-            with pytest.raises(LaunchFailed, match="Cloud Run did not confirm that it runs the job"):
+        async with asyncio.timeout(POLICY.launch_seconds + 2):
+            with pytest.raises(LaunchFailed, match="Cloud Run did not confirm that it started the job"):
                 await jobs.launch(TASK)
         assert (1, int(fault.reset == "after")) == (server.calls["RunJob"], len(server.executions))
 
 
 @pytest.mark.parametrize(
-    ("retry_seconds", "retry_after", "calls"), [(None, 30, HASTY.attempts), (0.01, 1, HASTY.attempts), (41.5, 42, 1)]
+    ("retry_seconds", "retry_after", "calls"), [(None, 30, POLICY.attempts), (0.01, 1, POLICY.attempts), (41.5, 42, 1)]
 )
-async def test_an_exhausted_quota_says_when_to_come_back(
-    stage: Stage, retry_seconds: float | None, retry_after: int, calls: int
+async def test_exhausted_quota_has_a_retry_delay(
+    containers: Containers, retry_seconds: float | None, retry_after: int, calls: int
 ) -> None:
-    """Google's own wish is passed on to the caller, and not waited for when it is long."""
-    async with stage.set() as (server, jobs):
+    """The delay that Google asks for is passed on to the caller. The launch is retried only if the delay is short."""
+    async with containers.run() as (server, jobs):
         server.fail("RunJob", Fault(code=StatusCode.RESOURCE_EXHAUSTED, retry_seconds=retry_seconds), times=9)
         with pytest.raises(Busy, match="check the quotas of the project") as caught:
             await jobs.launch(TASK)
@@ -185,26 +192,26 @@ async def test_an_exhausted_quota_says_when_to_come_back(
 
 
 @pytest.mark.parametrize(
-    ("code", "sentence"),
+    ("code", "message"),
     [
-        (StatusCode.PERMISSION_DENIED, r"has run\.jobs\.run and run\.jobs\.runWithOverrides on it"),
-        (StatusCode.UNAUTHENTICATED, "does not accept the credentials: check the service account"),
-        (StatusCode.FAILED_PRECONDITION, r"Cloud Run cannot run the job .*: The test wants it so\."),
+        (StatusCode.PERMISSION_DENIED, r"has run\.jobs\.run and run\.jobs\.runWithOverrides"),
+        (StatusCode.UNAUTHENTICATED, "rejected the credentials: check the service account"),
+        (StatusCode.FAILED_PRECONDITION, r"Cloud Run could not start the job .*: Requested by the test\."),
     ],
 )
-async def test_a_refusal_says_what_to_check(stage: Stage, code: StatusCode, sentence: str) -> None:
-    """What will be refused again is asked once, and the error says what to do about it."""
-    async with stage.set() as (server, jobs):
+async def test_rejected_launch_says_what_to_check(containers: Containers, code: StatusCode, message: str) -> None:
+    """A launch that was permanently rejected is not retried, and the error says what to check."""
+    async with containers.run() as (server, jobs):
         server.fail("RunJob", Fault(code=code), times=9)
-        with pytest.raises(LaunchFailed, match=sentence):
+        with pytest.raises(LaunchFailed, match=message):
             await jobs.launch(TASK)
         assert 1 == server.calls["RunJob"]
 
 
-async def test_a_missing_job_is_named(stage: Stage) -> None:
-    """The error names the job that does not exist, and the settings that name it."""
+async def test_missing_job_is_named(containers: Containers) -> None:
+    """The error names the missing job, and the settings that identify it."""
     async with (
-        stage.set() as (server, _),
+        containers.run() as (server, _),
         open_cloud_run(project=PROJECT, region=REGION, job="other", emulator=server.host) as jobs,
     ):
         with pytest.raises(LaunchFailed) as caught:
@@ -215,17 +222,17 @@ async def test_a_missing_job_is_named(stage: Stage) -> None:
     )
 
 
-async def test_where_nobody_is_nothing_is_sent(stage: Stage) -> None:
-    """When there is no connection the launch certainly had no effect: the caller is asked to come back."""
-    async with stage.set() as (server, jobs):
+async def test_unreachable_service_is_busy(containers: Containers) -> None:
+    """Without a connection the launch certainly had no effect, so the caller is asked to retry."""
+    async with containers.run() as (server, jobs):
         await server.__aexit__()
         with pytest.raises(Busy, match="Cloud Run cannot be reached"):
             await jobs.launch(TASK)
 
 
-async def test_a_reset_between_two_launches_is_not_noticed(stage: Stage) -> None:
-    """A connection that broke while nothing was under way is opened anew."""
-    async with stage.set() as (server, jobs):
+async def test_idle_connection_is_reopened(containers: Containers) -> None:
+    """A connection that was reset between two launches is opened again."""
+    async with containers.run() as (server, jobs):
         await launched(server, jobs)
         server.reset_connections()
         async with asyncio.timeout(PATIENCE):
@@ -234,62 +241,62 @@ async def test_a_reset_between_two_launches_is_not_noticed(stage: Stage) -> None
         assert 2 == server.calls["RunJob"] == len(server.executions)
 
 
-# --- state ---------------------------------------------------------------------------------------------------------------
+# --- state -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("behaviour", ["0", "1"])
-async def test_the_end_of_a_container_is_seen(stage: Stage, behaviour: str) -> None:
-    """Whatever its exit code, an execution whose container has ended is over."""
-    async with stage.set(behaviour) as (server, jobs):
-        assert ExecutionState.FINISHED == await end_of(jobs, await launched(server, jobs))
+async def test_exited_container_is_finished(containers: Containers, behaviour: str) -> None:
+    """An execution whose container has exited is `FINISHED`, whatever the exit code."""
+    async with containers.run(behaviour) as (server, jobs):
+        assert ExecutionState.FINISHED == await until_finished(jobs, await launched(server, jobs))
 
 
-async def test_a_container_that_was_killed_has_ended(stage: Stage) -> None:
-    """An execution whose container was killed is over."""
-    async with stage.set() as (server, jobs):
+async def test_killed_container_is_finished(containers: Containers) -> None:
+    """An execution whose container was killed is `FINISHED`."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
-        await stage.written()
+        await containers.environment()
         server.kill(execution.short_name)
-        assert ExecutionState.FINISHED == await end_of(jobs, execution)
+        assert ExecutionState.FINISHED == await until_finished(jobs, execution)
 
 
-async def test_lack_of_memory_is_told(stage: Stage) -> None:
-    """An execution whose container took more memory than it may is told apart."""
-    async with stage.set() as (server, jobs):
+async def test_out_of_memory_is_recognized(containers: Containers) -> None:
+    """An execution that exceeded its memory limit is `OUT_OF_MEMORY`."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
-        await stage.written()
+        await containers.environment()
         server.kill(execution.short_name, fault=OUT_OF_MEMORY)
-        assert ExecutionState.OUT_OF_MEMORY == await end_of(jobs, execution)
+        assert ExecutionState.OUT_OF_MEMORY == await until_finished(jobs, execution)
 
 
-async def test_the_platforms_time_limit_is_told(stage: Stage) -> None:
-    """An execution that the platform ended after the job's own time limit is told apart."""
-    async with stage.set(task_timeout_seconds=0.2) as (server, jobs):
-        assert ExecutionState.TIMED_OUT == await end_of(jobs, await launched(server, jobs))
+async def test_timeout_is_recognized(containers: Containers) -> None:
+    """An execution that reached the job's own timeout is `TIMED_OUT`."""
+    async with containers.run(task_timeout_seconds=0.2) as (server, jobs):
+        assert ExecutionState.TIMED_OUT == await until_finished(jobs, await launched(server, jobs))
 
 
-async def test_a_cancel_at_the_console_is_told(stage: Stage) -> None:
-    """An execution that somebody cancelled elsewhere is told apart, also when its container never began."""
+async def test_cancel_in_the_console_is_recognized(containers: Containers) -> None:
+    """An execution that an operator cancelled is `CANCELLED`, also if its container never started."""
     for launch_seconds in (0.0, math.inf):
-        async with stage.set(launch_seconds=launch_seconds) as (server, jobs):
+        async with containers.run(launch_seconds=launch_seconds) as (server, jobs):
             execution = await launched(server, jobs)
             server.cancel(execution.short_name)
-            assert ExecutionState.CANCELLED == await end_of(jobs, execution)
+            assert ExecutionState.CANCELLED == await until_finished(jobs, execution)
 
 
-async def test_a_pruned_execution_is_unknown(stage: Stage) -> None:
-    """The platform forgets executions; so is one that has no name yet, and one of another name."""
-    async with stage.set("0") as (server, jobs):
+async def test_pruned_execution_is_unknown(containers: Containers) -> None:
+    """An execution that Cloud Run has removed, that has no name, or that belongs to another job is `UNKNOWN`."""
+    async with containers.run("0") as (server, jobs):
         execution = await launched(server, jobs)
-        await end_of(jobs, execution)
+        await until_finished(jobs, execution)
         server.prune(execution.short_name)
         for name in (execution.short_name, execution.name, None, "", "other", "../../other/executions/x"):
             assert ExecutionState.UNKNOWN == await jobs.state(TASK, name)
 
 
-async def test_an_execution_is_found_by_its_whole_name_too(stage: Stage) -> None:
-    """The name with the job's in front means the same execution."""
-    async with stage.set() as (server, jobs):
+async def test_execution_is_found_by_its_full_name(containers: Containers) -> None:
+    """`state` accepts the full name of an execution too."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
         assert ExecutionState.RUNNING == await jobs.state(TASK, execution.name)
 
@@ -305,26 +312,26 @@ async def test_an_execution_is_found_by_its_whole_name_too(stage: Stage) -> None
     ],
     ids=str,
 )
-async def test_a_passing_fault_is_not_noticed(stage: Stage, fault: Fault) -> None:
-    """Looking and cancelling are made again after what passes by itself."""
-    async with stage.set() as (server, jobs):
+async def test_transient_fault_is_retried(containers: Containers, fault: Fault) -> None:
+    """`state` and `cancel` are retried after transient statuses, resets and timeouts."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
         server.fail("GetExecution", fault)
         server.fail("CancelExecution", fault)
         assert ExecutionState.RUNNING == await jobs.state(TASK, execution.short_name)
         await jobs.cancel(TASK, execution.short_name)
-        assert ExecutionState.CANCELLED == await end_of(jobs, execution)
+        assert ExecutionState.CANCELLED == await until_finished(jobs, execution)
 
 
 @pytest.mark.parametrize(
     "fault", [Fault(code=StatusCode.UNAVAILABLE), Fault(code=StatusCode.PERMISSION_DENIED), HANG], ids=str
 )
-async def test_a_lasting_fault_is_no_end(stage: Stage, fault: Fault) -> None:
-    """When Cloud Run does not tell, within a bound nothing is known; no living task may be given up for that."""
-    async with stage.set() as (server, jobs):
+async def test_permanent_fault_is_unreachable(containers: Containers, fault: Fault) -> None:
+    """If Cloud Run does not return the execution, the state is `UNREACHABLE` within the total timeout."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
         server.fail("GetExecution", fault, times=9)
-        async with asyncio.timeout(HASTY.total_seconds + 1):
+        async with asyncio.timeout(POLICY.total_seconds + 1):
             assert ExecutionState.UNREACHABLE == await jobs.state(TASK, execution.short_name)
 
 
@@ -347,67 +354,67 @@ Condition, State = run_v2.Condition, run_v2.Condition.State
         (run_v2.Execution(completion_time={"seconds": 1}, cancelled_count=1), ExecutionState.CANCELLED),
     ],
 )
-def test_a_scant_description_is_enough(execution: run_v2.Execution, state: ExecutionState) -> None:
-    """Google sets the parts of a description in no fixed order: each is enough to see the end."""
+def test_incomplete_description_is_sufficient(execution: run_v2.Execution, state: ExecutionState) -> None:
+    """Google sets the fields of an execution in no fixed order; each of them alone shows the state."""
     assert state == execution_state(execution)
 
 
-# --- cancel --------------------------------------------------------------------------------------------------------------
+# --- cancel ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_that_does_not_listen_is_killed(stage: Stage) -> None:
-    """A cancel is SIGTERM, and SIGKILL after the grace."""
-    async with stage.set("deaf", term_grace_seconds=0.2) as (server, jobs):
+async def test_worker_that_ignores_sigterm_is_killed(containers: Containers) -> None:
+    """A cancel sends SIGTERM, and SIGKILL after the grace period."""
+    async with containers.run("ignore-sigterm", term_grace_seconds=0.2) as (server, jobs):
         execution = await launched(server, jobs)
-        await stage.written()
+        await containers.environment()
         await jobs.cancel(TASK, execution.short_name)
-        assert ExecutionState.CANCELLED == await end_of(jobs, execution)
+        assert ExecutionState.CANCELLED == await until_finished(jobs, execution)
         assert -9 == execution.exit_code
 
 
-async def test_cancelling_once_more_is_no_error(stage: Stage, capfd: pytest.CaptureFixture[str]) -> None:
-    """One that is being cancelled, is over or is forgotten can be cancelled without an error, and without a warning."""
-    async with stage.set() as (server, jobs):
+async def test_cancel_can_be_repeated(containers: Containers, capfd: pytest.CaptureFixture[str]) -> None:
+    """Cancelling an execution that is being cancelled, has finished or was removed is not an error and logs no warning."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
         await jobs.cancel(TASK, execution.short_name)
         await jobs.cancel(TASK, execution.short_name)
-        await end_of(jobs, execution)
+        await until_finished(jobs, execution)
         await jobs.cancel(TASK, execution.short_name)
         server.prune(execution.short_name)
         await jobs.cancel(TASK, execution.short_name)
         assert (4, "") == (server.calls["CancelExecution"], capfd.readouterr().out)
 
 
-async def test_without_a_name_nothing_is_called(stage: Stage) -> None:
-    """A task that has not begun is cancelled by its record alone."""
-    async with stage.set() as (server, jobs):
+async def test_cancel_without_a_name_makes_no_call(containers: Containers) -> None:
+    """A task without an execution is cancelled through its record only."""
+    async with containers.run() as (server, jobs):
         await jobs.cancel(TASK, None)
         await jobs.clear(TASK)
         assert {} == server.calls
 
 
 @pytest.mark.parametrize("fault", [Fault(code=StatusCode.PERMISSION_DENIED), HANG], ids=str)
-async def test_a_cancel_that_cloud_run_does_not_take_is_no_error(stage: Stage, fault: Fault) -> None:
-    """The cancel stands in the record, which the worker watches, so it is answered within a bound."""
-    async with stage.set() as (server, jobs):
+async def test_failed_cancel_is_not_an_error(containers: Containers, fault: Fault) -> None:
+    """If Cloud Run rejects the cancel, `cancel` returns within the total timeout, since the worker polls the record."""
+    async with containers.run() as (server, jobs):
         execution = await launched(server, jobs)
         server.fail("CancelExecution", fault, times=9)
-        async with asyncio.timeout(HASTY.total_seconds + 1):
+        async with asyncio.timeout(POLICY.total_seconds + 1):
             await jobs.cancel(TASK, execution.short_name)
 
 
-# --- credentials, imports --------------------------------------------------------------------------------------------------
+# --- credentials and imports -----------------------------------------------------------------------------------------
 
 
-async def test_missing_credentials_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no credentials the service does not start, and says what to check."""
+async def test_missing_credentials_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without credentials the connection fails, and the error says what to check."""
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/no/such/file")
     with pytest.raises(NoCredentials, match="check the service account"):
         async with open_cloud_run(project=PROJECT, region=REGION, job=JOB):
             pass
 
 
-def test_what_a_worker_loads_of_google_has_no_grpc() -> None:
-    """Storage and keys load without gRPC, which takes a second."""
+def test_worker_modules_do_not_import_grpc() -> None:
+    """The modules that a worker imports do not import gRPC, which takes a second to load."""
     script = "import sys; import ccrun.backends.gcp.blobs, ccrun.backends.gcp.key; sys.exit('grpc' in sys.modules)"
     assert 0 == subprocess.run([sys.executable, "-c", script], check=False).returncode

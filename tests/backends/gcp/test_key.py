@@ -1,4 +1,4 @@
-"""Cloud KMS as the key service. What every key service owes is in `test_seal.py`."""
+"""Cloud KMS as the key service. `tests/test_seal.py` tests what every key service must do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from gcloud.aio.auth import Token
-from standins.kms import HANG, NAME, Fault, Key, Kms, key_of
+from standins.kms import HANG, NAME, Fault, Key, Kms, open_key
 
 from ccrun import log
 from ccrun.backends.gcp.calls import CallPolicy
@@ -17,34 +17,34 @@ from ccrun.config import LogFormat
 from ccrun.errors import KeyServiceError, SealError
 
 DATA_KEY = bytes(range(32))
-MAY_ENCRYPT = "cloudkms.cryptoKeyVersions.useToEncrypt"
-THE_KEY = "the key payload-encryption in test-project/global/claude-code"
+ENCRYPT_PERMISSION = "cloudkms.cryptoKeyVersions.useToEncrypt"
+RESOURCE = "the key payload-encryption in test-project/global/claude-code"
 SETTINGS = "PROJECT_ID, KMS_LOCATION, KMS_KEY_RING and KMS_KEY_NAME"
-HASTY = CallPolicy(attempt_seconds=0.2, attempts=3, total_seconds=2.0, first_delay_seconds=0.001)
+POLICY = CallPolicy(attempt_seconds=0.2, attempts=3, total_seconds=2.0, first_delay_seconds=0.001)
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[Kms]:
-    """Return a Cloud KMS with one key."""
+    """Return a stand-in for Cloud KMS."""
     async with Kms() as running:
         yield running
 
 
 @pytest.fixture
 async def key(server: Kms) -> AsyncIterator[KmsKey]:
-    """Return the key service on that key."""
-    async with key_of(server, policy=HASTY) as opened:
+    """Return the adapter, connected to the stand-in."""
+    async with open_key(server, policy=POLICY) as opened:
         yield opened
 
 
-async def test_a_data_key_costs_one_call(server: Kms, key: KmsKey) -> None:
-    """Wrapping is one encryption, unwrapping one decryption."""
+async def test_each_operation_costs_one_call(server: Kms, key: KmsKey) -> None:
+    """`wrap` makes one call to encrypt, and `unwrap` one call to decrypt."""
     await key.unwrap(await key.wrap(DATA_KEY))
     assert {"encrypt": 1, "decrypt": 1} == server.calls
 
 
-async def test_the_check_needs_no_right_to_decrypt(server: Kms, key: KmsKey) -> None:
-    """A service that may only encrypt is found ready; one that may not even do that is not."""
+async def test_check_needs_only_the_permission_to_encrypt(server: Kms, key: KmsKey) -> None:
+    """`check` passes without the permission to decrypt, and fails without the permission to encrypt."""
     server.denied = {"decrypt"}
     await key.check()
     assert {"encrypt": 1} == server.calls
@@ -53,8 +53,8 @@ async def test_the_check_needs_no_right_to_decrypt(server: Kms, key: KmsKey) -> 
         await key.check()
 
 
-async def test_another_key_does_not_open(server: Kms, key: KmsKey) -> None:
-    """What was wrapped by another key is an error of sealing, and is not tried again."""
+async def test_bytes_of_another_key_are_not_unwrapped(server: Kms, key: KmsKey) -> None:
+    """Unwrapping what another key wrapped raises `SealError`, without a retry."""
     wrapped = await key.wrap(DATA_KEY)
     server.keys[NAME] = Key()
     with pytest.raises(SealError, match="not sealed under this key"):
@@ -62,11 +62,11 @@ async def test_another_key_does_not_open(server: Kms, key: KmsKey) -> None:
     assert 1 == server.calls["decrypt"]
 
 
-async def test_changed_ciphertext_does_not_open(key: KmsKey) -> None:
-    """Whatever byte of a wrapped key is changed, it does not open."""
+async def test_changed_bytes_are_not_unwrapped(key: KmsKey) -> None:
+    """Changing any byte of a wrapped key makes `unwrap` raise `SealError`."""
     wrapped = bytearray(await key.wrap(DATA_KEY))
-    for place in range(len(wrapped)):
-        broken = bytes(wrapped[:place] + bytes([wrapped[place] ^ 1]) + wrapped[place + 1 :])
+    for index in range(len(wrapped)):
+        broken = bytes(wrapped[:index] + bytes([wrapped[index] ^ 1]) + wrapped[index + 1 :])
         with pytest.raises(SealError):
             await key.unwrap(broken)
 
@@ -82,46 +82,46 @@ async def test_changed_ciphertext_does_not_open(key: KmsKey) -> None:
     ],
     ids=str,
 )
-async def test_a_passing_fault_is_not_noticed(server: Kms, key: KmsKey, fault: Fault) -> None:
-    """Both calls are made again after what passes by itself: overload, faults, resets, hangs; slowness is none."""
+async def test_transient_fault_is_retried(server: Kms, key: KmsKey, fault: Fault) -> None:
+    """Both calls are retried after transient statuses, resets and timeouts."""
     server.fail("encrypt", fault)
     server.fail("decrypt", fault)
     assert DATA_KEY == await key.unwrap(await key.wrap(DATA_KEY))
 
 
 @pytest.mark.parametrize(
-    ("fault", "sentence"),
+    ("fault", "message"),
     [
-        (Fault(status=401), "Cloud KMS does not accept the credentials: check the service account."),
+        (Fault(status=401), "Cloud KMS rejected the credentials: check the service account."),
         (
             Fault(status=403),
-            f"Cloud KMS refuses: check that the service account has {MAY_ENCRYPT} on {THE_KEY}.",
+            f"Cloud KMS denied access: check that the service account has {ENCRYPT_PERMISSION} on {RESOURCE}.",
         ),
         (
             Fault(status=404),
-            f"Cloud KMS does not know {THE_KEY}: check {SETTINGS}.",
+            f"Cloud KMS cannot find {RESOURCE}: check {SETTINGS}.",
         ),
-        (Fault(status=429), "Cloud KMS takes no more calls for now: check the quotas of the project."),
-        (Fault(status=503), "Cloud KMS is out of order (503): try again later."),
+        (Fault(status=429), "Cloud KMS limits the rate of calls: check the quotas of the project."),
+        (Fault(status=503), "Cloud KMS is temporarily unavailable (503): try again later."),
         (Fault(reset="before"), "Cloud KMS cannot be reached: check the network."),
-        (HANG, "Cloud KMS does not answer in time: check the network."),
-        (Fault(status=200, body="<html>"), "What answers is not Cloud KMS: check the network."),
-        (Fault(status=200, body='{"ciphertext": "?"}'), "What answers is not Cloud KMS: check the network."),
+        (HANG, "Cloud KMS did not respond in time: check the network."),
+        (Fault(status=200, body="<html>"), "The response is not from Cloud KMS: check the network."),
+        (Fault(status=200, body='{"ciphertext": "?"}'), "The response is not from Cloud KMS: check the network."),
     ],
     ids=str,
 )
-async def test_a_lasting_fault_says_what_to_check(server: Kms, key: KmsKey, fault: Fault, sentence: str) -> None:
-    """A fault that stays is one sentence that names Cloud KMS and what to check, after a bounded time."""
+async def test_permanent_fault_says_what_to_check(server: Kms, key: KmsKey, fault: Fault, message: str) -> None:
+    """A fault that persists is an error within the total timeout, whose message names Cloud KMS and what to check."""
     server.fail("encrypt", fault, times=100)
-    async with asyncio.timeout(HASTY.total_seconds + 1):
+    async with asyncio.timeout(POLICY.total_seconds + 1):
         with pytest.raises(KeyServiceError) as caught:
             await key.wrap(DATA_KEY)
-    assert sentence == caught.value.message
-    assert server.calls["encrypt"] <= HASTY.attempts
+    assert message == caught.value.message
+    assert server.calls["encrypt"] <= POLICY.attempts
 
 
-async def test_a_refusal_is_not_repeated(server: Kms, key: KmsKey) -> None:
-    """What will be refused again is asked once."""
+async def test_denied_call_is_not_retried(server: Kms, key: KmsKey) -> None:
+    """A call that was denied is not retried."""
     server.denied = {"encrypt", "decrypt"}
     for attempt in (key.wrap, key.unwrap):
         with pytest.raises(KeyServiceError):
@@ -129,15 +129,15 @@ async def test_a_refusal_is_not_repeated(server: Kms, key: KmsKey) -> None:
     assert {"encrypt": 1, "decrypt": 1} == server.calls
 
 
-async def test_nobody_there_is_said_so(key: KmsKey, server: Kms) -> None:
-    """Where nothing listens, the error says that Cloud KMS cannot be reached."""
+async def test_unreachable_service_is_an_error(key: KmsKey, server: Kms) -> None:
+    """If nothing listens at the address, the error says that Cloud KMS cannot be reached."""
     await server.__aexit__()
     with pytest.raises(KeyServiceError, match="Cloud KMS cannot be reached"):
         await key.wrap(DATA_KEY)
 
 
-async def test_a_disabled_key_is_no_broken_payload(server: Kms, key: KmsKey) -> None:
-    """A key that was disabled is told apart from a payload that does not open, though Google answers both with 400."""
+async def test_disabled_key_is_not_a_seal_error(server: Kms, key: KmsKey) -> None:
+    """A disabled key raises `KeyServiceError`, not `SealError`, although Google responds with 400 in both cases."""
     wrapped = await key.wrap(DATA_KEY)
     server.keys[NAME].is_enabled = False
     for attempt in (key.wrap, key.unwrap):
@@ -146,22 +146,22 @@ async def test_a_disabled_key_is_no_broken_payload(server: Kms, key: KmsKey) -> 
 
 
 @pytest.mark.parametrize("body", ["", "<html>", "[]", '{"error": "no"}', '{"error": {}}', '{"error": {"status": 5}}'])
-async def test_a_strange_400_is_no_broken_payload(server: Kms, key: KmsKey, body: str) -> None:
-    """Only Google's own word makes a payload count as changed; a proxy's 400 does not."""
+async def test_400_of_a_proxy_is_not_a_seal_error(server: Kms, key: KmsKey, body: str) -> None:
+    """Only Google's own error format raises `SealError`. Any other response with status 400, such as a proxy's, does not."""
     server.fail("decrypt", Fault(status=400, body=body))
     with pytest.raises(KeyServiceError):
         await key.unwrap(DATA_KEY)
 
 
 class MadeUpToken(Token):
-    """Credentials that need no Google."""
+    """Credentials with a fixed access token."""
 
     async def get(self) -> str | None:
         return "made-up-access-token"
 
 
-async def test_the_access_token_is_in_no_log(server: Kms, key: KmsKey, capfd: pytest.CaptureFixture[str]) -> None:
-    """A call that is made again is logged without the token that it carries."""
+async def test_access_token_is_not_logged(server: Kms, key: KmsKey, capfd: pytest.CaptureFixture[str]) -> None:
+    """The log line of a retry does not contain the access token."""
     log.configure(LogFormat.JSON, "WARNING")
     server.fail("encrypt", Fault(status=503))
     key._kms.token = MadeUpToken()

@@ -1,4 +1,4 @@
-"""Tasks whose execution ended without a final record, callbacks that are owed, and cancels, on the gcp backend."""
+"""Lost workers, owed callbacks and cancels on the gcp backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import pytest
 from grpc import StatusCode
-from helpers.cloud import CLI, Cloud, OpenCloud, Receiver
+from helpers.cloud import CLI, Cloud, Receiver, StartCloud
 from helpers.service import PATIENCE, CloudPlace, StartService
 from standins import cloudrun, gcs
 from standins.cloudrun import EXITED, OUT_OF_MEMORY, TIMED_OUT
@@ -21,141 +21,142 @@ from ccrun.server import serving
 from ccrun.sweep import SweepReport
 from ccrun.task import CallbackInfo, CallbackState, Reason, Status, TaskId, TaskRecord
 
-# --- ways to die without a last word ---------------------------------------------------------------------------------------
+# --- ways to lose a worker -------------------------------------------------------------------------------------------
 
 
 async def kill(cloud: Cloud, task_id: str, fault: str = EXITED) -> None:
-    """Kill the container; `fault` is what the platform says of it."""
+    """Kill the container of a task. Cloud Run then reports `fault`."""
     [execution] = cloud.executions(task_id)
     cloud.place.cloud_run.kill(execution.short_name, fault=fault)
-    await execution.ended.wait()
+    await execution.finished.wait()
 
 
 async def run_out_of_memory(cloud: Cloud, task_id: str) -> None:
-    """Have the platform say that it took too much memory."""
+    """Make the container exceed its memory limit."""
     await kill(cloud, task_id, OUT_OF_MEMORY)
 
 
-async def run_out_of_time(cloud: Cloud, task_id: str) -> None:
-    """Have the platform say that it took too much time."""
+async def time_out(cloud: Cloud, task_id: str) -> None:
+    """Make the execution reach the timeout of the job."""
     await kill(cloud, task_id, TIMED_OUT)
 
 
-async def be_cancelled(cloud: Cloud, task_id: str) -> None:
-    """Be cancelled at the console, on a platform that gives no time to end well."""
+async def cancel_in_console(cloud: Cloud, task_id: str) -> None:
+    """Cancel the execution as an operator does in the console, without a grace period."""
     [execution] = cloud.executions(task_id)
     cloud.place.cloud_run.cancel(execution.short_name)
-    await execution.ended.wait()
+    await execution.finished.wait()
 
 
-async def be_pruned(cloud: Cloud, task_id: str) -> None:
-    """Die, and be forgotten by the platform."""
+async def kill_and_prune(cloud: Cloud, task_id: str) -> None:
+    """Kill the container, and remove the execution from Cloud Run."""
     [execution] = cloud.executions(task_id)
     await kill(cloud, task_id)
     cloud.place.cloud_run.prune(execution.short_name)
 
 
-WAYS: dict[str, tuple[Callable[[Cloud, str], Coroutine[None, None, None]], Reason, int]] = {
+#: By name: what loses the worker, and the reason and exit code with which the task is settled.
+LOSSES: dict[str, tuple[Callable[[Cloud, str], Coroutine[None, None, None]], Reason, int]] = {
     "killed": (kill, Reason.WORKER_LOST, 1),
     "out-of-memory": (run_out_of_memory, Reason.OUT_OF_MEMORY, 137),
-    "timed-out": (run_out_of_time, Reason.TIMEOUT, 124),
-    "cancelled": (be_cancelled, Reason.KILLED, 137),
-    "pruned": (be_pruned, Reason.WORKER_LOST, 1),
+    "timed-out": (time_out, Reason.TIMEOUT, 124),
+    "cancelled": (cancel_in_console, Reason.KILLED, 137),
+    "pruned": (kill_and_prune, Reason.WORKER_LOST, 1),
 }
 
 
-async def die(cloud: Cloud, way: str, receiver: Receiver) -> tuple[TaskId, Reason, int]:
-    """Run a task until its worker is gone that way; return its ID and how it is to be settled."""
-    how, reason, exit_code = WAYS[way]
+async def lose_worker(cloud: Cloud, loss: str, receiver: Receiver) -> tuple[TaskId, Reason, int]:
+    """Run a task until its worker is lost. Return its ID, and the reason and exit code with which it must be settled."""
+    lose, reason, exit_code = LOSSES[loss]
     cloud.place.cloud_run.term_grace_seconds = 0.0
-    task_id = await cloud.submit(taskId=f"task-{way}", callbackUrl=receiver.url)
-    await cloud.until_at_work(task_id)
+    task_id = await cloud.submit(taskId=f"task-{loss}", callbackUrl=receiver.url)
+    await cloud.until_payload_opened(task_id)
     async with asyncio.timeout(PATIENCE):
-        await how(cloud, task_id)
+        await lose(cloud, task_id)
     return task_id, reason, exit_code
 
 
-async def never_begin(cloud: Cloud, receiver: Receiver) -> TaskId:
-    """Launch a task for which the platform finds no machine, so that the bound for its begin is over."""
+async def submit_without_start(cloud: Cloud, receiver: Receiver) -> TaskId:
+    """Submit a task whose container never starts, and whose start timeout is exceeded immediately."""
     cloud.place.cloud_run.launch_seconds = math.inf
     cloud.jobs.start_timeout = dt.timedelta(0)
     return await cloud.submit(taskId="task-never", callbackUrl=receiver.url)
 
 
-async def left(cloud: Cloud, task_id: str) -> set[str]:
-    """Return which objects of a task are left that its end should have removed."""
+async def leftovers(cloud: Cloud, task_id: str) -> set[str]:
+    """Return the objects of a task that must not remain when it is settled and its callback is delivered."""
     return await cloud.names(task_id) & {"encrypted-payload.bin", "active"}
 
 
-# --- settling --------------------------------------------------------------------------------------------------------------
+# --- settling --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_sweep_settles_every_way_to_die_once(cloud: Cloud, receiver: Receiver) -> None:
-    """Final state with its reason, no payload, the callback delivered; a second sweep finds nothing to do."""
-    dead = [await die(cloud, way, receiver) for way in WAYS]
-    dead.append((await never_begin(cloud, receiver), Reason.LAUNCH_FAILED, 1))
-    assert SweepReport(settled=len(dead), delivered=len(dead)) == await cloud.sweep()
-    for task_id, reason, exit_code in dead:
+async def test_sweep_settles_each_lost_worker_once(cloud: Cloud, receiver: Receiver) -> None:
+    """Each task gets its final status, its payload is deleted, its callback is delivered. A second sweep does nothing."""
+    lost = [await lose_worker(cloud, loss, receiver) for loss in LOSSES]
+    lost.append((await submit_without_start(cloud, receiver), Reason.LAUNCH_FAILED, 1))
+    assert SweepReport(settled=len(lost), delivered=len(lost)) == await cloud.sweep()
+    for task_id, reason, exit_code in lost:
         record = await cloud.store.record(task_id)
         assert (Status.FAILED, reason, exit_code) == (record.status, record.reason, record.exit_code)
-        assert set() == await left(cloud, task_id)
-    told = {task["taskId"]: (task["status"], task["exitCode"]) for task in receiver.got}
-    assert {task_id: ("failed", exit_code) for task_id, _, exit_code in dead} == told
+        assert set() == await leftovers(cloud, task_id)
+    delivered = {task["taskId"]: (task["status"], task["exitCode"]) for task in receiver.received}
+    assert {task_id: ("failed", exit_code) for task_id, _, exit_code in lost} == delivered
     assert SweepReport() == await cloud.sweep()
-    assert len(dead) == len(receiver.got)
+    assert len(lost) == len(receiver.received)
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_whoever_asks_for_a_task_settles_it(cloud: Cloud, receiver: Receiver, way: str) -> None:
-    """`GET /tasks/{taskId}` tells how it ended, without decrypting or calling; the sweep then delivers the callback once."""
-    task_id, reason, exit_code = await die(cloud, way, receiver)
+@pytest.mark.parametrize("loss", LOSSES)
+async def test_get_settles_a_task(cloud: Cloud, receiver: Receiver, loss: str) -> None:
+    """`GET /tasks/{taskId}` settles the task without decrypting or delivering. The sweep then delivers the callback once."""
+    task_id, reason, exit_code = await lose_worker(cloud, loss, receiver)
     cloud.place.kms.calls.clear()
     record = await cloud.get(task_id)
     assert ("failed", reason, exit_code) == (record["status"], record["reason"], record["exitCode"])
     assert record == await cloud.get(task_id)
-    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.got)
+    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.received)
     assert "encrypted-payload.bin" not in await cloud.names(task_id)
     assert SweepReport(delivered=1) == await cloud.sweep()
     assert SweepReport() == await cloud.sweep()
-    assert ["failed"] == [told["status"] for told in receiver.got]
+    assert ["failed"] == [callback["status"] for callback in receiver.received]
 
 
-async def test_whoever_asks_for_a_task_that_never_began_settles_it(cloud: Cloud, receiver: Receiver) -> None:
-    """It fails as `launch_failed` when the bound is over; the sweep delivers the callback."""
-    task_id = await never_begin(cloud, receiver)
+async def test_get_settles_a_task_that_never_started(cloud: Cloud, receiver: Receiver) -> None:
+    """After the start timeout the task fails with `launch_failed`, and the sweep delivers the callback."""
+    task_id = await submit_without_start(cloud, receiver)
     record = await cloud.get(task_id)
     assert ("failed", Reason.LAUNCH_FAILED, {"active"}) == (
         record["status"],
         record["reason"],
-        await left(cloud, task_id),
+        await leftovers(cloud, task_id),
     )
     await cloud.sweep()
-    assert (1, set()) == (len(receiver.got), await left(cloud, task_id))
+    assert (1, set()) == (len(receiver.received), await leftovers(cloud, task_id))
 
 
-async def test_a_task_that_is_slow_to_begin_is_left_alone(cloud: Cloud, receiver: Receiver) -> None:
-    """Within the bound neither a reader nor a sweep ends it."""
+async def test_task_within_its_start_timeout_is_not_settled(cloud: Cloud, receiver: Receiver) -> None:
+    """Before the start timeout, neither a reader nor a sweep settles the task."""
     cloud.place.cloud_run.launch_seconds = math.inf
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.sweep()
     assert "pending" == (await cloud.get(task_id))["status"]
 
 
-async def test_an_open_stream_settles_its_task(cloud: Cloud, receiver: Receiver) -> None:
-    """A stream of which nothing is heard looks for the worker: it ends with the error, and the API decrypts and calls nobody."""
+async def test_open_stream_settles_its_task(cloud: Cloud, receiver: Receiver) -> None:
+    """A silent stream checks the execution and finishes with the error. The API neither decrypts nor delivers the callback."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
-    await cloud.until_at_work(task_id)
+    await cloud.until_payload_opened(task_id)
     cloud.place.kms.calls.clear()
     reading = asyncio.create_task(cloud.events(task_id))
     await kill(cloud, task_id)
     *_, error, done = await reading
     assert ("error", "done", "failed") == (error.name, done.name, done.data["status"])
     assert Reason.WORKER_LOST is (await cloud.store.record(task_id)).reason
-    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.got)
+    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.received)
 
 
-async def test_a_cloud_run_that_does_not_answer_settles_nothing(cloud: Cloud, receiver: Receiver) -> None:
-    """Not to know is no death: the task goes on as running, and its readers get an answer."""
+async def test_unreachable_cloud_run_settles_nothing(cloud: Cloud, receiver: Receiver) -> None:
+    """If the state of the execution is unknown, the task stays running, and readers get a response."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
     cloud.place.cloud_run.stop_listening()
@@ -163,87 +164,87 @@ async def test_a_cloud_run_that_does_not_answer_settles_nothing(cloud: Cloud, re
     assert "running" == (await cloud.get(task_id))["status"]
 
 
-async def test_a_payload_that_could_not_be_removed_goes_with_a_later_sweep(cloud: Cloud, receiver: Receiver) -> None:
-    """Not even while the receiver is away is a payload left that the first sweep could not remove."""
+async def test_undeleted_payload_is_deleted_by_a_later_sweep(cloud: Cloud, receiver: Receiver) -> None:
+    """A payload that a sweep could not delete is deleted by the next one, even while the receiver fails."""
     receiver.status = 500
-    task_id = await never_begin(cloud, receiver)
+    task_id = await submit_without_start(cloud, receiver)
     cloud.place.gcs.fail_object("storage.objects.delete", "encrypted-payload", gcs.Fault(status=403))
     assert SweepReport(failed=1) == await cloud.sweep()
-    assert {"active", "encrypted-payload.bin"} == await left(cloud, task_id)
+    assert {"active", "encrypted-payload.bin"} == await leftovers(cloud, task_id)
     assert SweepReport(undelivered=1) == await cloud.sweep()
-    assert {"active"} == await left(cloud, task_id)
+    assert {"active"} == await leftovers(cloud, task_id)
 
 
-# --- callbacks that are owed -------------------------------------------------------------------------------------------------
+# --- owed callbacks --------------------------------------------------------------------------------------------------
 
 
-async def die_unheard(cloud: Cloud, receiver: Receiver) -> TaskId:
-    """Return a task that is over and owes its callback."""
-    task_id = await never_begin(cloud, receiver)
+async def submit_and_settle(cloud: Cloud, receiver: Receiver) -> TaskId:
+    """Return a task that is settled and owes its callback."""
+    task_id = await submit_without_start(cloud, receiver)
     await cloud.get(task_id)
     return task_id
 
 
 @pytest.mark.parametrize("sweeps", [2, 5])
-async def test_any_number_of_sweeps_at_once_deliver_once(cloud: Cloud, receiver: Receiver, sweeps: int) -> None:
-    """Whoever wins the swap delivers; the others leave the callback alone."""
-    await die_unheard(cloud, receiver)
+async def test_concurrent_sweeps_deliver_once(cloud: Cloud, receiver: Receiver, sweeps: int) -> None:
+    """One of several concurrent sweeps claims the callback and delivers it. The others do nothing."""
+    await submit_and_settle(cloud, receiver)
     reports = await asyncio.gather(*(cloud.sweep() for _ in range(sweeps)))
     assert 1 == sum(report.delivered for report in reports)
     assert (0, 0) == (sum(report.undelivered for report in reports), sum(report.failed for report in reports))
-    assert 1 == len(receiver.got)
+    assert 1 == len(receiver.received)
 
 
-async def test_pauses_between_sweeps_deliveries_grow(cloud: Cloud, receiver: Receiver) -> None:
-    """A receiver that refuses is asked again after a minute, then after two, then four; a sweep before that does nothing."""
+async def test_delays_between_deliveries_grow(cloud: Cloud, receiver: Receiver) -> None:
+    """After failed deliveries the next attempt is due after one, two and four minutes. Until then a sweep does nothing."""
     receiver.status = 500
-    task_id = await die_unheard(cloud, receiver)
-    pauses = []
-    for tries in (1, 2, 3):
-        began = dt.datetime.now(dt.UTC)
+    task_id = await submit_and_settle(cloud, receiver)
+    delays = []
+    for attempts in (1, 2, 3):
+        started = dt.datetime.now(dt.UTC)
         assert SweepReport(undelivered=1) == await cloud.sweep()
         assert SweepReport() == await cloud.sweep()
         webhook = await webhook_of(cloud, task_id)
-        assert (CallbackState.OWED, tries, tries) == (webhook.state, webhook.attempts, len(receiver.got))
+        assert (CallbackState.OWED, attempts, attempts) == (webhook.state, webhook.attempts, len(receiver.received))
         assert webhook.next_attempt_at is not None
-        pauses.append(round((webhook.next_attempt_at - began).total_seconds() / 60))
-        await let_time_pass(cloud, task_id)
-    assert [1, 2, 4] == pauses
+        delays.append(round((webhook.next_attempt_at - started).total_seconds() / 60))
+        await make_callback_due(cloud, task_id)
+    assert [1, 2, 4] == delays
     receiver.status = 200
     assert SweepReport(delivered=1) == await cloud.sweep()
-    assert set() == await left(cloud, task_id)
+    assert set() == await leftovers(cloud, task_id)
 
 
-async def test_a_receiver_out_of_reach_leaves_the_callback_owed(cloud: Cloud, receiver: Receiver) -> None:
-    """The task stays marked, so that a later sweep delivers."""
+async def test_unreachable_receiver_leaves_the_callback_owed(cloud: Cloud, receiver: Receiver) -> None:
+    """The task keeps its active marker, so that a later sweep delivers the callback."""
     receiver.url = "http://127.0.0.1:9/"
-    task_id = await die_unheard(cloud, receiver)
+    task_id = await submit_and_settle(cloud, receiver)
     assert SweepReport(undelivered=1) == await cloud.sweep()
     assert CallbackState.OWED is (await webhook_of(cloud, task_id)).state
-    assert {"active"} == await left(cloud, task_id)
+    assert {"active"} == await leftovers(cloud, task_id)
 
 
-async def test_a_sweep_that_may_not_decrypt_leaves_the_callback_owed(cloud: Cloud, receiver: Receiver) -> None:
-    """The record says what kept it, and a later sweep delivers it."""
-    task_id = await die_unheard(cloud, receiver)
+async def test_denied_decryption_leaves_the_callback_owed(cloud: Cloud, receiver: Receiver) -> None:
+    """The record contains the error, and a later sweep delivers the callback."""
+    task_id = await submit_and_settle(cloud, receiver)
     cloud.place.kms.denied.add("decrypt")
     assert SweepReport(undelivered=1) == await cloud.sweep()
     assert "useToDecrypt" in str((await webhook_of(cloud, task_id)).last_error)
     cloud.place.kms.denied.clear()
-    await let_time_pass(cloud, task_id)
+    await make_callback_due(cloud, task_id)
     assert SweepReport(delivered=1) == await cloud.sweep()
-    assert 1 == len(receiver.got)
+    assert 1 == len(receiver.received)
 
 
 async def webhook_of(cloud: Cloud, task_id: TaskId) -> CallbackInfo:
-    """Return what became of a callback so far."""
+    """Return the state of a task's callback."""
     webhook = (await cloud.store.record(task_id)).webhook
     assert webhook is not None
     return webhook
 
 
-async def let_time_pass(cloud: Cloud, task_id: TaskId) -> None:
-    """Make a callback due, as time does."""
+async def make_callback_due(cloud: Cloud, task_id: TaskId) -> None:
+    """Make a callback due now."""
 
     def due(record: TaskRecord) -> TaskRecord:
         assert record.webhook is not None
@@ -252,42 +253,44 @@ async def let_time_pass(cloud: Cloud, task_id: TaskId) -> None:
     await cloud.store.update(task_id, due)
 
 
-# --- cancels -------------------------------------------------------------------------------------------------------------------
+# --- cancels ---------------------------------------------------------------------------------------------------------
 
 
 async def cancel(cloud: Cloud, task_id: str) -> int:
-    """Cancel a task; return the status of the answer."""
+    """Cancel a task, and return the HTTP status."""
     return (await cloud.call("POST", f"/cancel/{task_id}")).status
 
 
-async def until_told(cloud: Cloud, task_id: TaskId) -> None:
-    """Wait until a task is over and its callback is delivered, by the worker or by sweeps."""
+async def until_delivered(cloud: Cloud, task_id: TaskId) -> None:
+    """Wait until the executions of a task have finished, and run sweeps until its callback is delivered."""
     async with asyncio.timeout(PATIENCE):
-        await cloud.until_ended(task_id)
+        await cloud.until_executions_finished(task_id)
         while (await webhook_of(cloud, task_id)).state is not CallbackState.DELIVERED:
             await cloud.sweep()
 
 
-async def test_another_instance_cancels_a_running_task(cloud: Cloud, open_cloud: OpenCloud, receiver: Receiver) -> None:
-    """The record has the name of the execution, so any instance can end it: cancelled for all, one callback."""
+async def test_another_instance_cancels_a_running_task(
+    cloud: Cloud, make_cloud: StartCloud, receiver: Receiver
+) -> None:
+    """Any instance of the API can cancel an execution, since the record contains its name. One callback is delivered."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
-    async with open_cloud(cloud.place) as other:
+    async with make_cloud(cloud.place) as other:
         assert 200 == await cancel(other, task_id)
         assert 1 == cloud.place.cloud_run.calls["CancelExecution"]
-        await until_told(cloud, task_id)
+        await until_delivered(cloud, task_id)
         for instance in (cloud, other):
             assert ("cancelled", 130) == (
                 (await instance.get(task_id))["status"],
                 (await instance.get(task_id))["exitCode"],
             )
-    assert ["cancelled"] == [told["status"] for told in receiver.got]
+    assert ["cancelled"] == [callback["status"] for callback in receiver.received]
 
 
-async def test_a_task_is_cancelled_over_another_service_and_swept_by_the_command(
+async def test_another_service_cancels_and_the_sweep_command_delivers(
     start_service: StartService, fake_cli: Callable[[str], Path], receiver: Receiver
 ) -> None:
-    """What `ccrun serve` and `ccrun sweep` are made of does the same: two services and a sweep share nothing but the cloud."""
+    """Two services and a sweep, as `ccrun serve` and `ccrun sweep` run them, share only the cloud."""
     async with start_service(CLAUDE_CLI=str(fake_cli(CLI))) as service:
         assert isinstance(service.place, CloudPlace)
         settings = await asyncio.to_thread(config.load, {**service.place.sweep_environment, "PORT": "0"})
@@ -298,94 +301,95 @@ async def test_a_task_is_cancelled_over_another_service_and_swept_by_the_command
             async with service.http.post(f"{other}/cancel/{task_id}") as response:
                 assert 200 == response.status
             [execution] = service.place.cloud_run.executions.values()
-            await execution.ended.wait()
+            await execution.finished.wait()
             await service.place.sweep()
             assert "cancelled" == (await service.get(f"/tasks/{task_id}"))["status"]
-    assert ["cancelled"] == [told["status"] for told in receiver.got]
+    assert ["cancelled"] == [callback["status"] for callback in receiver.received]
 
 
-async def test_a_cancel_before_the_launch_is_through_holds(cloud: Cloud, receiver: Receiver) -> None:
-    """A task is cancelled while Cloud Run is still to answer: the worker that starts then finds it over."""
+async def test_task_is_cancelled_during_its_launch(cloud: Cloud, receiver: Receiver) -> None:
+    """If a task is cancelled before Cloud Run responds to the launch, the worker that starts finds it cancelled."""
     cloud.place.cloud_run.fail("RunJob", cloudrun.Fault(delay_seconds=0.5))
-    asking = asyncio.create_task(cloud.ask(taskId="task-a", callbackUrl=receiver.url))
+    posting = asyncio.create_task(cloud.post_task(taskId="task-a", callbackUrl=receiver.url))
     async with asyncio.timeout(PATIENCE):
         while cloud.place.cloud_run.calls["RunJob"] == 0:
             await asyncio.sleep(0.01)
     assert 200 == await cancel(cloud, "task-a")
-    assert 202 == (await asking).status
-    await until_told(cloud, TaskId("task-a"))
+    assert 202 == (await posting).status
+    await until_delivered(cloud, TaskId("task-a"))
     assert [0] == [execution.exit_code for execution in cloud.executions("task-a")]
     assert Status.CANCELLED is (await cloud.store.record(TaskId("task-a"))).status
-    assert ["cancelled"] == [told["status"] for told in receiver.got]
-    assert set() == await left(cloud, "task-a")
+    assert ["cancelled"] == [callback["status"] for callback in receiver.received]
+    assert set() == await leftovers(cloud, "task-a")
 
 
-async def test_a_pending_task_is_cancelled_at_once(cloud: Cloud, receiver: Receiver) -> None:
-    """It is over before a worker is there, and the sweep, not the API, delivers its callback."""
+async def test_pending_task_is_cancelled_immediately(cloud: Cloud, receiver: Receiver) -> None:
+    """A task is cancelled before a worker starts. The sweep, not the API, delivers its callback."""
     cloud.place.cloud_run.launch_seconds = math.inf
     task_id = await cloud.submit(callbackUrl=receiver.url)
     assert (200, 409) == (await cancel(cloud, task_id), await cancel(cloud, task_id))
-    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.got)
+    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.received)
     assert SweepReport(delivered=1) == await cloud.sweep()
-    assert (["cancelled"], set()) == ([told["status"] for told in receiver.got], await left(cloud, task_id))
+    assert (["cancelled"], set()) == (
+        [callback["status"] for callback in receiver.received],
+        await leftovers(cloud, task_id),
+    )
 
 
-async def test_a_cancel_that_cloud_run_refuses_reaches_the_worker_through_the_record(
-    cloud: Cloud, receiver: Receiver
-) -> None:
-    """The caller gets a 200, and the worker sees the cancel by itself."""
+async def test_rejected_cancel_reaches_the_worker_through_the_record(cloud: Cloud, receiver: Receiver) -> None:
+    """The response is 200, and the worker finds the cancel request in the record."""
     cloud.place.cloud_run.fail("CancelExecution", cloudrun.Fault(code=StatusCode.PERMISSION_DENIED), times=1000)
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
     assert 200 == await cancel(cloud, task_id)
-    await until_told(cloud, task_id)
+    await until_delivered(cloud, task_id)
     assert Reason.CANCELLED is (await cloud.store.record(task_id)).reason
-    assert ["cancelled"] == [told["status"] for told in receiver.got]
+    assert ["cancelled"] == [callback["status"] for callback in receiver.received]
 
 
-async def test_a_cancel_of_a_worker_that_gets_no_time_is_settled_as_cancelled(cloud: Cloud, receiver: Receiver) -> None:
-    """On a platform that kills at once the answered cancel stands, by the sweep."""
+async def test_cancel_of_a_killed_worker_is_settled_as_cancelled(cloud: Cloud, receiver: Receiver) -> None:
+    """If the worker is killed without a grace period, the sweep settles the task as cancelled."""
     cloud.place.cloud_run.term_grace_seconds = 0.0
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
     assert 200 == await cancel(cloud, task_id)
-    await cloud.until_ended(task_id)
+    await cloud.until_executions_finished(task_id)
     await cloud.sweep()
     assert Reason.CANCELLED is (await cloud.store.record(task_id)).reason
-    assert ["cancelled"] == [told["status"] for told in receiver.got]
+    assert ["cancelled"] == [callback["status"] for callback in receiver.received]
 
 
-async def test_a_worker_that_the_console_cancels_has_the_last_word(cloud: Cloud, receiver: Receiver) -> None:
-    """SIGTERM gives it the time to record the end and to call back; the sweep finds nothing to do."""
+async def test_worker_that_is_cancelled_in_the_console_finishes_its_task(cloud: Cloud, receiver: Receiver) -> None:
+    """After SIGTERM the worker writes the final record and delivers the callback, and the sweep does nothing."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
     [execution] = cloud.executions(task_id)
     cloud.place.cloud_run.cancel(execution.short_name)
-    await cloud.until_ended(task_id)
+    await cloud.until_executions_finished(task_id)
     assert 0 == execution.exit_code, execution.output
     assert SweepReport() == await cloud.sweep()
-    assert (Reason.KILLED, 1) == ((await cloud.store.record(task_id)).reason, len(receiver.got))
+    assert (Reason.KILLED, 1) == ((await cloud.store.record(task_id)).reason, len(receiver.received))
 
 
-async def test_races_of_cancel_completion_and_sweeps_have_one_end(
-    cloud: Cloud, open_cloud: OpenCloud, receiver: Receiver
+async def test_concurrent_cancels_and_sweeps_give_one_final_status(
+    cloud: Cloud, make_cloud: StartCloud, receiver: Receiver
 ) -> None:
-    """Whatever is cancelled when, from two instances, while sweeps run: one final state that never changes, and one callback."""
-    pauses = [0.0, 0.2, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7]
+    """When two instances cancel a task at different times while sweeps run, it gets one final status and one callback."""
+    delays = [0.0, 0.2, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7]
 
-    async def race(number: int, pause: float, other: Cloud) -> tuple[TaskId, list[int]]:
+    async def race(number: int, delay: float, other: Cloud) -> tuple[TaskId, list[int]]:
         task_id = await cloud.submit(taskId=f"task-{number}", prompt="Write 3.", callbackUrl=receiver.url)
-        await asyncio.sleep(pause)
-        answers = await asyncio.gather(cancel(cloud, task_id), cancel(other, task_id), cloud.sweep(), other.sweep())
-        return task_id, [answer for answer in answers if isinstance(answer, int)]
+        await asyncio.sleep(delay)
+        statuses = await asyncio.gather(cancel(cloud, task_id), cancel(other, task_id), cloud.sweep(), other.sweep())
+        return task_id, [status for status in statuses if isinstance(status, int)]
 
-    async with open_cloud(cloud.place) as other:
-        ended = [await race(number, pause, other) for number, pause in enumerate(pauses)]
-        for task_id, answers in ended:
-            await until_told(cloud, task_id)
+    async with make_cloud(cloud.place) as other:
+        finished_tasks = [await race(number, delay, other) for number, delay in enumerate(delays)]
+        for task_id, statuses in finished_tasks:
+            await until_delivered(cloud, task_id)
             record = await cloud.store.record(task_id)
-            assert record.status is (Status.CANCELLED if 200 in answers else Status.COMPLETED)
-            assert [record.status] == [told["status"] for told in receiver.got if told["taskId"] == task_id]
+            assert record.status is (Status.CANCELLED if 200 in statuses else Status.COMPLETED)
+            assert [record.status] == [each["status"] for each in receiver.received if each["taskId"] == task_id]
             assert [0] == [execution.exit_code or 0 for execution in cloud.executions(task_id)]
-            assert set() == await left(cloud, task_id)
-    assert len(pauses) == len(receiver.got)
+            assert set() == await leftovers(cloud, task_id)
+    assert len(delays) == len(receiver.received)

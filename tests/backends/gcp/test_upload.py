@@ -1,4 +1,4 @@
-"""The protocol of an upload in parts, one request at a time; whole uploads, with all that can go wrong, are in `test_blobs`."""
+"""Single requests of the upload protocol. `test_blobs_parts.py` tests whole uploads and their failures."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from aiohttp.test_utils import TestServer
 
 from ccrun.backends.gcp.upload import PART_BYTES, ResumableStorage, UploadProgress
 
-SILENCE = aiohttp.ClientTimeout(total=10)
+TIMEOUT = aiohttp.ClientTimeout(total=10)
 
 
 @attrs.define
 class Service:
-    """Answers as it is told, and notes what it was asked."""
+    """A server that returns a fixed response and records its requests."""
 
-    answer: web.Response = attrs.field(factory=web.Response)
-    asked: list[tuple[str, dict[str, str], bytes]] = attrs.field(factory=list)
+    response: web.Response = attrs.field(factory=web.Response)
+    requests: list[tuple[str, dict[str, str], bytes]] = attrs.field(factory=list)
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer one request."""
-        self.asked.append((request.path_qs, dict(request.headers), await request.read()))
-        return self.answer
+        """Record a request and return the response."""
+        self.requests.append((request.path_qs, dict(request.headers), await request.read()))
+        return self.response
 
 
 @pytest.fixture
 async def service() -> AsyncIterator[tuple[Service, ResumableStorage, str]]:
-    """A service, a client of it, and the address of an upload."""
+    """Return a server, a client of it, and the URL of an upload."""
     service = Service()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", service.handle)
@@ -41,8 +41,8 @@ async def service() -> AsyncIterator[tuple[Service, ResumableStorage, str]]:
         yield service, ResumableStorage(session=shared, api_root=root, token=None), f"{root}/upload?id=a%2Fb"
 
 
-def test_parts_are_what_the_protocol_wants() -> None:
-    """All but the last are a multiple of 256 KiB."""
+def test_part_size_is_valid() -> None:
+    """The size of a part is a multiple of 256 KiB, which the protocol requires."""
     assert 0 == PART_BYTES % (256 * 1024)
 
 
@@ -54,35 +54,35 @@ def test_parts_are_what_the_protocol_wants() -> None:
         (200, {}, {"size": "26", "generation": "7"}, UploadProgress(26, 7)),
     ],
 )
-async def test_an_answer_tells_how_far_it_has_come(
+async def test_response_contains_the_progress(
     service: tuple[Service, ResumableStorage, str],
     status: int,
     headers: dict[str, str],
     body: dict[str, str] | None,
     progress: UploadProgress,
 ) -> None:
-    """Nothing yet, some bytes, or all of them: 308 is no redirection here."""
-    server, storage, address = service
-    server.answer = web.json_response(body, status=status, headers=headers)
-    assert progress == await storage.send_part(address, b"abc", start=10, size=26, timeout=SILENCE)
-    [(path, sent, content)] = server.asked
+    """The response to a part says that nothing, some bytes, or the whole object is stored. 308 is not treated as a redirect."""
+    server, storage, url = service
+    server.response = web.json_response(body, status=status, headers=headers)
+    assert progress == await storage.send_part(url, b"abc", start=10, size=26, timeout=TIMEOUT)
+    [(path, sent, content)] = server.requests
     assert ("/upload?id=a%2Fb", "bytes 10-12/26", b"abc") == (path, sent["Content-Range"], content)
 
 
-async def test_progress_is_asked_without_content(service: tuple[Service, ResumableStorage, str]) -> None:
-    """With the size of the whole."""
-    server, storage, address = service
-    server.answer = web.Response(status=308)
-    assert UploadProgress(0) == await storage.ask_progress(address, size=26, timeout=SILENCE)
-    [(_, sent, content)] = server.asked
+async def test_progress_query_has_no_content(service: tuple[Service, ResumableStorage, str]) -> None:
+    """A progress query contains the object's size but no content."""
+    server, storage, url = service
+    server.response = web.Response(status=308)
+    assert UploadProgress(0) == await storage.get_progress(url, size=26, timeout=TIMEOUT)
+    [(_, sent, content)] = server.requests
     assert ("bytes */26", b"") == (sent["Content-Range"], content)
 
 
 @pytest.mark.parametrize("status", [404, 410, 412, 503])
-async def test_a_refusal_is_raised(service: tuple[Service, ResumableStorage, str], status: int) -> None:
-    """What it means is for the caller to say."""
-    server, storage, address = service
-    server.answer = web.Response(status=status)
+async def test_error_status_is_raised(service: tuple[Service, ResumableStorage, str], status: int) -> None:
+    """An error status is raised with its number, which the caller interprets."""
+    server, storage, url = service
+    server.response = web.Response(status=status)
     with pytest.raises(aiohttp.ClientResponseError) as caught:
-        await storage.ask_progress(address, size=26, timeout=SILENCE)
+        await storage.get_progress(url, size=26, timeout=TIMEOUT)
     assert status == caught.value.status
