@@ -142,5 +142,5 @@ async def test_directory_that_becomes_unusable_is_503(start_service: StartServic
         async with service.http.post(f"{service.url}/run", json=service.body()) as response:
             assert (503, "5") == (response.status, response.headers["Retry-After"])
             message = (await response.json())["error"]
-        assert message.startswith(("The key file can be", "The storage folder cannot be"))
+        assert message.startswith(("The key file can be", "The storage directory cannot be"))
         assert str(service.data_dir) not in message

@@ -85,6 +85,6 @@ async def test_unusable_directory_is_503_without_its_path(tmp_path: Path) -> Non
         response = await api.run_async()
         ready = await api.call("GET", "/ready")
     assert (503, "5") == (response.status, response.headers["Retry-After"])
-    assert {"error": "The key file can be neither read nor made: Not a directory."} == response.body
+    assert {"error": "The key file can be neither read nor created: Not a directory."} == response.body
     assert (503, ["keyService", "storage"]) == (ready.status, ready.body["failing"])
     assert str(tmp_path) not in response.text + ready.text

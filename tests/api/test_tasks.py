@@ -175,7 +175,7 @@ async def test_reading_a_lost_task_settles_it(api: Api) -> None:
     await api.start(task_id)
     api.jobs.states[task_id] = ExecutionState.FINISHED
     body = (await api.call("GET", f"/tasks/{task_id}")).body
-    assert ("failed", "worker_lost", "The worker was lost before the task ended.") == (
+    assert ("failed", "worker_lost", "The worker was lost before the task finished.") == (
         body["status"],
         body["reason"],
         body["error"],

@@ -187,7 +187,7 @@ async def test_a_server_that_was_new_has_to_stay_the_same(ground: Ground) -> Non
         # As if it listened where the first one did.
         access._seen = access._seen.replace(str(port).encode(), str(other.port).encode())
         access.remote = ssh_access(other.url("demo")).remote
-        with pytest.raises(GitError, match=r"^The SSH host key of 127\.0\.0\.1 is not the one"):
+        with pytest.raises(GitError, match=r"^The SSH host key of 127\.0\.0\.1 is not the known one"):
             await Ground(repos=ground.repos, folder=ground.folder / "again").clone(access)
 
 
