@@ -193,9 +193,9 @@ def _frames(error: BaseException) -> str:
         f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}'
         for frame, line in traceback.walk_tb(error.__traceback__)
     ]
-    told = "".join(traceback.format_exception_only(error)).rstrip()
+    description = "".join(traceback.format_exception_only(error)).rstrip()
     parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    return "\n".join(["Traceback (most recent call last):", *frames, told, *(_frames(part) for part in parts)])
+    return "\n".join(["Traceback (most recent call last):", *frames, description, *(_frames(part) for part in parts)])
 
 
 def _require_message(_: Any, __: str, event: _Event) -> _Event:

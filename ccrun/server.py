@@ -209,8 +209,8 @@ async def _listen(runner: web.AppRunner, config: Config) -> None:
 
 
 async def _told_to_end() -> None:
-    told = asyncio.Event()
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
-    await told.wait()
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()

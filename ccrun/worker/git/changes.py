@@ -156,10 +156,10 @@ class Changes:
 
     async def message(self, commit: str) -> str:
         """Return the first line of the message of a commit."""
-        told = await self.git(
+        output = await self.git(
             "log", "-1", "--no-show-signature", "--format=%s", commit, "--", max_bytes=MAX_SUBJECT_BYTES
         )
-        return told.decode(errors="replace").strip()
+        return output.decode(errors="replace").strip()
 
     async def contains_dotenv(self) -> bool:
         """Return whether a commit of the agent has changed `.env`, which has secrets."""
@@ -308,7 +308,7 @@ def _entries(raw: bytes) -> list[TreeChange]:
     """Return the entries of `git diff-index --raw -z`: `:old new blob blob status`, then the path. See git-diff-index(1)."""
     fields = os.fsdecode(raw).split("\0")
     entries = []
-    for told, path in zip(fields[::2], fields[1::2], strict=False):
-        old_mode, mode, _, blob, _ = told.removeprefix(":").split(" ")
+    for header, path in zip(fields[::2], fields[1::2], strict=False):
+        old_mode, mode, _, blob, _ = header.removeprefix(":").split(" ")
         entries.append(TreeChange(path=path, old_mode=old_mode, mode=mode, blob=blob))
     return entries

@@ -203,11 +203,11 @@ class _Exchange:
         )
         if ran.exit.ok:
             return True
-        told = ran.stdout.decode(errors="replace")
-        if _LEASE_LOST.search(told):
+        output = ran.stdout.decode(errors="replace")
+        if _LEASE_LOST.search(output):
             return False
-        if "rejected]" in told:
-            raise RemoteError(f"The server rejected the push to {self.wanted.branch}: {_reason(told, ran.stderr)}")
+        if "rejected]" in output:
+            raise RemoteError(f"The server rejected the push to {self.wanted.branch}: {_reason(output, ran.stderr)}")
         raise refusal(self.access.remote, ran, self.access, "pushed")
 
 
@@ -219,7 +219,7 @@ _LEASE_LOST: Final = re.compile(
 _QUIETLY: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
 
 
-def _reason(told: str, stderr: bytes) -> str:
+def _reason(output: str, stderr: bytes) -> str:
     """Return why the server has rejected a push, with its own message if there is one."""
     own = [
         re.sub(r"^remote:\s*(?:error:\s*|fatal:\s*)?", "", line).strip()
@@ -227,7 +227,7 @@ def _reason(told: str, stderr: bytes) -> str:
         if line.startswith("remote:")
     ]
     words = " ".join(line for line in own if line)
-    short = re.search(r"\[(?:remote )?rejected\] \((.*)\)", told)
+    short = re.search(r"\[(?:remote )?rejected\] \((.*)\)", output)
     reason = f"{words} ({short[1]})" if words and short else words or (short[1] if short else last_error(stderr))
     return shortened(reason)
 

@@ -195,9 +195,9 @@ def first_error(stderr: bytes) -> str:
 
 def _error_messages(stderr: bytes) -> list[str]:
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
-    told = [line for line in lines if line and not line.startswith(("hint:", "warning:", "Cloning into"))]
-    errors = [line for line in told if line.startswith(("fatal:", "error:"))]
-    return [shortened(_PREFIX.sub("", line)) for line in errors or told or [""]]
+    messages = [line for line in lines if line and not line.startswith(("hint:", "warning:", "Cloning into"))]
+    errors = [line for line in messages if line.startswith(("fatal:", "error:"))]
+    return [shortened(_PREFIX.sub("", line)) for line in errors or messages or [""]]
 
 
 def shortened(text: str) -> str:
