@@ -1,7 +1,7 @@
 """The operations of the API, without HTTP: submit, cancel, redeliver a callback, read a current record.
 
-Never opens a payload and never calls a receiver. A submission writes mark, payload and record, then launches the worker. What a
-client is told has been stored before.
+Never opens a payload and never calls a receiver. A submission writes mark, payload and record, then launches the worker. A
+response never reports a state that is not stored yet.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Idempotency:
 
 @attrs.frozen(kw_only=True)
 class Submitted:
-    """A task that is stored; `is_replay` when an earlier request with the same Idempotency-Key made it."""
+    """A stored task. `is_replay`: an earlier request with the same Idempotency-Key created it."""
 
     record: TaskRecord
     is_replay: bool
@@ -127,6 +127,8 @@ class Dispatcher:
             TaskExists: Another request has the same ID.
             Busy: There is no capacity, or the first request with this key is not stored yet.
             LaunchFailed: The worker could not be started. The task is stored as failed.
+            KeyServiceError: The key service failed.
+            StorageError: The storage failed.
         """
         self.jobs.check_capacity()
         record = self._first_record(spec, idempotency_digest)
@@ -151,6 +153,7 @@ class Dispatcher:
         Raises:
             TaskNotFound: There is no such task.
             TaskAlreadyFinished: The task is final.
+            StorageError: The storage failed.
         """
         before: TaskRecord | None = None
 
@@ -173,6 +176,7 @@ class Dispatcher:
         Raises:
             TaskNotFound: There is no such task.
             NotRedeliverable: It is not final, or has no callback.
+            StorageError: The storage failed.
         """
 
         def owe(record: TaskRecord) -> TaskRecord:

@@ -504,7 +504,7 @@ class OrderedBlobs(DirectoryBlobs):
 async def test_cancel_and_worker_agree_in_every_order(
     dispatcher: Dispatcher, store: Store, tmp_path: Path, order: str, is_running: bool
 ) -> None:
-    """In every order of the steps of a cancellation and of a worker, the final status agrees with what both were told."""
+    """In every order of the steps of a cancellation and of a worker, the final status agrees with both results."""
     await dispatcher.submit(spec())
     if is_running:
         await store.update(TASK, lambda record: start(record, at=NOW))

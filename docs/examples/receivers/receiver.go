@@ -1,4 +1,4 @@
-// Receives callbacks of ccrun: verifies the raw bytes before it parses them. Nothing but the standard library.
+// Receives callbacks of ccrun and verifies their raw bytes before it parses them. Uses only the standard library.
 //
 //	CLOUDRUN_CALLBACK_SECRET=… PORT=3000 go run receiver.go
 package main
@@ -54,7 +54,7 @@ func main() {
 			http.Error(writer, "not JSON", http.StatusBadRequest)
 			return
 		}
-		// Answer at once, work afterwards; the same outcome may come twice.
+		// Respond first and process the outcome afterwards. The same outcome may be delivered twice.
 		writer.Header().Set("Content-Type", "application/json")
 		fmt.Fprint(writer, `{"received":true}`)
 		fmt.Printf("Task %s is %s\n", outcome.TaskID, outcome.Status)

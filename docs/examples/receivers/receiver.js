@@ -1,4 +1,4 @@
-// Receives callbacks of ccrun: verifies the raw bytes before it parses them. Node 18 or newer, nothing to install.
+// Receives callbacks of ccrun and verifies their raw bytes before it parses them. Needs only Node 18 or newer.
 //   CLOUDRUN_CALLBACK_SECRET=… PORT=3000 node receiver.js
 'use strict';
 
@@ -33,7 +33,7 @@ const server = http.createServer((request, response) => {
       response.writeHead(401).end();
       return;
     }
-    // Answer at once, work afterwards; the same outcome may come twice.
+    // Respond first and process the outcome afterwards. The same outcome may be delivered twice.
     response.writeHead(200, { 'Content-Type': 'application/json' }).end('{"received":true}');
     const { taskId, status, error } = JSON.parse(body);
     console.log(`Task ${taskId} is ${status}${error ? `: ${error}` : ''}`);

@@ -1,4 +1,4 @@
-"""Receives callbacks of ccrun: verifies the raw bytes before it parses them. Needs Flask.
+"""Receives callbacks of ccrun and verifies their raw bytes before it parses them. Needs Flask.
 
 CLOUDRUN_CALLBACK_SECRET=… flask --app receiver run --port 3000
 """
@@ -30,6 +30,6 @@ def receive():
     if not is_genuine(request.headers, request.get_data()):
         abort(401)
     outcome = request.get_json()
-    # Answer at once, work afterwards; the same outcome may come twice.
+    # Respond first and process the outcome afterwards. The same outcome may be delivered twice.
     print(f"Task {outcome['taskId']} is {outcome['status']}", flush=True)
     return {"received": True}
