@@ -332,9 +332,7 @@ async def test_settings_of_the_agents_decide_nothing(tree: Tree) -> None:
 async def test_a_workspace_without_a_repository_is_told(tree: Tree) -> None:
     """The agent may have removed it."""
     (tree.path / ".git").rename(tree.ground.folder / "moved-away")
-    with pytest.raises(
-        GitError, match=r"^The workspace is not a git repository, or git can no longer read it\.$"
-    ):
+    with pytest.raises(GitError, match=r"^The workspace is not a git repository, or git can no longer read it\.$"):
         await tree.changes()
 
 
