@@ -315,7 +315,7 @@ async def test_write_that_was_replaced_is_a_conflict(gcs: Gcs, blobs: GcsBlobs, 
 async def test_late_deletion_keeps_a_newer_object(gcs: Gcs, blobs: GcsBlobs) -> None:
     """A deletion that takes effect after its timeout does not delete an object that was created since."""
     await blobs.create("name", b"old")
-    gcs.fail(DELETE, Fault(delay_seconds=POLICY.attempt_seconds + 0.2))
+    gcs.fail(DELETE, Fault(delay_seconds=POLICY.attempt_seconds + 2.0))
     await blobs.delete("name")
     await blobs.create("name", b"new")
     assert 1 == gcs.active_calls
