@@ -77,8 +77,8 @@ async def test_sigterm_ends_the_service_in_order(tmp_path: Path) -> None:
             assert 0 == await service.process.wait()
 
 
-async def test_sigterm_ends_a_hundred_streams_within_two_seconds(tmp_path: Path) -> None:
-    """Every reader sees its connection close; the task itself goes on and finishes."""
+async def test_sigterm_closes_a_hundred_streams_in_time(tmp_path: Path) -> None:
+    """All readers see their connection close before the platform would kill the service; the task keeps running."""
     store = Store(DirectoryBlobs(tmp_path))
     async with (
         ScriptedModel(lambda _: Hang()) as model,
@@ -91,7 +91,8 @@ async def test_sigterm_ends_a_hundred_streams_within_two_seconds(tmp_path: Path)
             for stream in streams:
                 await stream.content.readline()
             service.process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(2):
+            # Cloud Run sends SIGKILL after ten seconds. An idle machine needs a tenth of a second.
+            async with asyncio.timeout(9):
                 await asyncio.gather(*(stream.content.read() for stream in streams), return_exceptions=True)
                 assert 0 == await service.process.wait()
         assert Status.RUNNING == (await store.record(TaskId(task_id))).status
