@@ -80,4 +80,4 @@ missing npm "the receiver that runs under Express"
 run=()
 [ -z "${COVERAGE:-}" ] || run=(coverage run -m)
 # One process for each core.
-exec "$VENV/bin/python" -P -m ${run[@]+"${run[@]}"} pytest -n logical "$@"
+exec "$VENV/bin/python" -P -m ${run[@]+"${run[@]}"} pytest -n logical --dist worksteal "$@"

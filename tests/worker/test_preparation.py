@@ -199,7 +199,7 @@ async def test_a_clone_that_fails_ends_the_task(bench: Bench, ground: Ground, ag
         record = await bench.run(cli=agent("echo never"))
     assert Reason.PREPARE_FAILED == record.reason
     assert record.error is not None
-    assert record.error.startswith("127.0.0.1 has no repository of the name in gitRepo")
+    assert record.error.startswith("127.0.0.1 does not have the repository in gitRepo")
     assert [] == await bench.log()
 
 
