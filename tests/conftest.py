@@ -18,14 +18,14 @@ from typing import Final
 import aiohttp
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
-from helpers.service import CALLBACK_SECRET, LocalPlace, Place, Service, StartService, cloud_place
+from helpers.service import CALLBACK_SECRET, Deployment, LocalDeployment, Service, StartService, cloud_deployment
 
 from ccrun import config, log
 from ccrun.config import LogFormat
 from ccrun.server import serving
 from ccrun.testing.model import Say, Script, ScriptedModel, sequence
 
-#: What a child needs of the environment of whoever runs the tests; everything else could change what is tested.
+#: The environment variables that child processes need. All others are removed, since they could change a result.
 KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"})
 
 
@@ -33,20 +33,20 @@ KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_
 def unblocked_loop() -> Iterator[BlockBuster]:
     """Fail a test in which ccrun blocks the event loop."""
     with blockbuster_ctx("ccrun") as guard:
-        # Coverage locks its data for an instant, also in the event loop.
+        # Coverage locks its data briefly, also in the event loop.
         guard.functions["threading.Lock.acquire"].can_block_in("coverage/collector.py", "lock_data")
         yield guard
 
 
 @pytest.fixture(autouse=True, scope="session")
 def quiet_log() -> None:
-    """Log as the service does, but only what is wrong."""
+    """Log as the service does, at WARNING and above."""
     log.configure(LogFormat.JSON, "WARNING")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Take away this machine's environment: its settings, its credentials, its home."""
+    """Remove the environment of the machine: its settings, credentials and home directory."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update({name: value for name, value in before.items() if name in KEPT_VARIABLES})
@@ -58,13 +58,13 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture
 def backend_name() -> str:
-    """The backend that services of a test stand on."""
+    """The backend of the services of a test."""
     return "local"
 
 
 @pytest.fixture
 def start_service(tmp_path: Path, backend_name: str) -> StartService:
-    """Return what starts a service in this process, with real worker processes."""
+    """Return a function that starts a service in this process, with real worker processes."""
 
     @contextlib.asynccontextmanager
     async def start(
@@ -83,32 +83,32 @@ def start_service(tmp_path: Path, backend_name: str) -> StartService:
                 **settings,
             }
             if backend_name == "local":
-                place: Place = LocalPlace(data_dir=data_dir or tmp_path / "data")
+                deployment: Deployment = LocalDeployment(data_dir=data_dir or tmp_path / "data")
             else:
-                place = await stack.enter_async_context(cloud_place(environment))
-            environment.update(place.environment)
+                deployment = await stack.enter_async_context(cloud_deployment(environment))
+            environment.update(deployment.environment)
             url = await stack.enter_async_context(
                 serving(await asyncio.to_thread(config.load, environment), environment)
             )
-            yield Service(url=url, http=http, model=model, place=place, store=place.store)
+            yield Service(url=url, http=http, model=model, deployment=deployment, store=deployment.store)
 
     return start
 
 
 @pytest.fixture
 async def service(start_service: StartService) -> AsyncIterator[Service]:
-    """Return a service whose model says `Done.` to everything."""
+    """Return a service whose model always replies `Done.`."""
     async with start_service() as running:
         yield running
 
 
 @pytest.fixture
 def fake_cli(tmp_path: Path) -> Callable[[str], Path]:
-    """Return what makes an executable of a Python script, to stand in for the CLI where the real one cannot be made to fail."""
+    """Return a function that makes an executable from a Python script, for failures that the real CLI cannot produce."""
 
     def make(script: str) -> Path:
         path = tmp_path / f"fake-cli-{time.monotonic_ns()}"
-        # A shebang takes no path with a blank; what sh runs here is a string to Python.
+        # A shebang cannot have a path with a space. The line that sh executes is a string literal to Python.
         header = f"#!/bin/sh\n'''exec' {shlex.quote(sys.executable)} \"$0\" \"$@\"\n' '''\n"
         path.write_text(header + script, encoding="utf-8")
         path.chmod(0o755)

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.service import MADE_UP_KEY, PATIENCE, serve_process, until_record
+from helpers.service import MADE_UP_KEY, WAIT_SECONDS, serve_process, until_record
 
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.store import Store
@@ -32,7 +32,7 @@ async def run_ccrun(*arguments: str, **settings: str) -> tuple[int, str, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         stdout, stderr = await process.communicate()
     assert process.returncode is not None
     return process.returncode, stdout.decode(), stderr.decode()
@@ -158,7 +158,7 @@ async def test_a_callback_owed_by_a_killed_worker_is_delivered_by_the_next_servi
     url, got = receiver
     task_id = await left_by_killed_ones(tmp_path, url)
     async with serve_process(tmp_path):
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             body = json.loads(await got.get())
         assert (task_id, "failed") == (body["taskId"], body["status"])
         await until_record(

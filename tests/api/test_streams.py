@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 import structlog.testing
 from helpers.api import COMPLETED, FAILED, Api, api_on, until
-from helpers.service import PATIENCE, Event, read_events
+from helpers.service import WAIT_SECONDS, Event, read_events
 
 from ccrun.api.dependencies import ApiTimeouts
 from ccrun.lifecycle import cancelled_outcome
@@ -313,7 +313,7 @@ async def is_aborted(client: socket.socket) -> bool:
     loop = asyncio.get_running_loop()
     last = b""
     with contextlib.suppress(ConnectionResetError):
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             while piece := await loop.sock_recv(client, 1 << 20):
                 last = (last + piece)[-8:]
     return not last.endswith(b"0\r\n\r\n")

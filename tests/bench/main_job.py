@@ -22,7 +22,7 @@ import aiohttp
 import attrs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from helpers.service import MADE_UP_KEY, PATIENCE, read_events, serve_process
+from helpers.service import MADE_UP_KEY, WAIT_SECONDS, read_events, serve_process
 
 from ccrun.claude_cli import find_cli
 from ccrun.process.child import spawn
@@ -115,7 +115,7 @@ async def main(runs: int) -> None:
         async with (
             ScriptedModel(sequence(Say("Done."))) as model,
             serve_process(directory / "data", log_file=log, ANTHROPIC_BASE_URL=model.url) as service,
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as http,
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=WAIT_SECONDS)) as http,
         ):
             for number in range(-1, runs):
                 one, other = (

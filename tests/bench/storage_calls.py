@@ -32,7 +32,7 @@ from google.cloud import run_v2
 from google.cloud.run_v2.services.jobs.transports import JobsGrpcAsyncIOTransport
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from helpers.sides import POLL_SECONDS, Door, Sides, open_sides
+from helpers.recording import POLL_SECONDS, RecordedService, RecordingProxy, recorded_service
 from standins.gcs import BUCKET
 from standins.kms import KEY_NAME, KEY_RING, LOCATION, PROJECT
 
@@ -69,7 +69,7 @@ class Report:
         """Print the column titles."""
         print(f"{'operation':<44}" + "".join(f"{column:>9}" for column in COLUMNS) + "   limit")
 
-    def line(self, operation: str, door: Door, *, times: int = 1, **limits: float) -> None:
+    def line(self, operation: str, door: RecordingProxy, *, times: int = 1, **limits: float) -> None:
         """Print the calls of an operation, and reset the counts.
 
         Args:
@@ -107,27 +107,29 @@ async def open_receiver() -> AsyncIterator[str]:
         yield str(server.make_url("/hook"))
 
 
-async def count(report: Report, sides: Sides, receiver: str) -> None:
+async def count(report: Report, recorded: RecordedService, receiver: str) -> None:
     """Do each operation once, and count its calls."""
-    service, api = sides.service, sides.api
+    service, api = recorded.service, recorded.api
     report.head()
-    sides.place.cloud_run.launch_seconds = float("inf")
+    recorded.deployment.cloud_run.launch_seconds = float("inf")
     await asyncio.gather(*(service.submit() for _ in range(TASKS)))
     report.line("POST /run-async", api, times=TASKS, writes=4, reads=0, lists=0, deletes=0, KMS=1, RunJob=1)
     await service.get(f"/tasks?limit={TASKS}")
     report.line(f"GET /tasks, a page of {TASKS}", api, writes=0, reads=TASKS, lists=1)
     await service.get("/tasks/status")
     report.line(f"GET /tasks/status, {TASKS} active", api, writes=0, reads=TASKS, lists=1)
-    await sides.place.sweep()
-    report.line(f"ccrun sweep, {TASKS} active, none due (sweep)", sides.sweep, reads=TASKS, lists=1, writes=0)
+    await recorded.deployment.sweep()
+    report.line(f"ccrun sweep, {TASKS} active, none due (sweep)", recorded.sweep, reads=TASKS, lists=1, writes=0)
 
-    sides.place.cloud_run.launch_seconds = 0.0
+    recorded.deployment.cloud_run.launch_seconds = 0.0
     await service.run(taskId="done", callbackUrl=receiver)
     report.line("POST /run, followed to its end", api)
-    [execution] = (each for each in sides.place.cloud_run.executions.values() if each.overrides["TASK_ID"] == "done")
+    [execution] = (
+        each for each in recorded.deployment.cloud_run.executions.values() if each.overrides["TASK_ID"] == "done"
+    )
     await execution.finished.wait()
-    chunks = len((await sides.place.store.listing(TaskId("done"), first=1)).chunks)
-    report.line(f"a task with a callback, {chunks} chunks (worker)", sides.worker, writes=3 + chunks, lists=0, KMS=1)
+    chunks = len((await recorded.deployment.store.listing(TaskId("done"), first=1)).chunks)
+    report.line(f"a task with a callback, {chunks} chunks (worker)", recorded.worker, writes=3 + chunks, lists=0, KMS=1)
     await service.events("done")
     report.line(f"GET events of a finished task, {chunks} chunks", api, writes=0, reads=1 + chunks, lists=1)
     async with service.http.get(f"{service.url}/tasks/done/logs") as response:
@@ -159,7 +161,7 @@ async def count(report: Report, sides: Sides, receiver: str) -> None:
 class Bare:
     """Google's clients without ccrun, which make the calls of a submission."""
 
-    def __init__(self, http: aiohttp.ClientSession, channel: grpc.aio.Channel, door: Door) -> None:
+    def __init__(self, http: aiohttp.ClientSession, channel: grpc.aio.Channel, door: RecordingProxy) -> None:
         shared: Any = http  # The libraries annotate the session type of their synchronous variants.
         token = Token(service_file=io.StringIO("{}"), session=shared)
         self._storage = Storage(
@@ -205,20 +207,20 @@ class Bare:
 
 
 @asynccontextmanager
-async def open_bare(sides: Sides) -> AsyncIterator[Bare]:
+async def open_bare(recorded: RecordedService) -> AsyncIterator[Bare]:
     """Open the clients on the addresses that the API uses."""
-    target = sides.api.environment["CLOUD_RUN_EMULATOR_HOST"]
+    target = recorded.api.environment["CLOUD_RUN_EMULATOR_HOST"]
     async with aiohttp.ClientSession() as http, grpc.aio.insecure_channel(target) as channel:
-        yield Bare(http, channel, sides.api)
+        yield Bare(http, channel, recorded.api)
 
 
-async def measure(sides: Sides, runs: int) -> None:
+async def measure(recorded: RecordedService, runs: int) -> None:
     """Measure submissions to the service and by bare clients, alternately."""
-    service, job = sides.service, sides.place.cloud_run.job
+    service, job = recorded.service, recorded.deployment.cloud_run.job
     # Workers would use the processor, so none is started.
-    sides.place.cloud_run.launch_seconds = float("inf")
+    recorded.deployment.cloud_run.launch_seconds = float("inf")
     pairs: dict[str, list[tuple[float, float]]] = {"POST /run-async, answered": [], "POST /run, stream open": []}
-    async with open_bare(sides) as bare:
+    async with open_bare(recorded) as bare:
         for number in range(-1, runs):
             started = time.monotonic()
             await bare.submit(f"bare{number}", job)
@@ -250,9 +252,9 @@ async def main(runs: int) -> bool:
     """Run the benchmark and print the results. Return whether no limit was exceeded."""
     log.configure(LogFormat.JSON, "ERROR")
     report = Report()
-    async with open_receiver() as receiver, open_sides(script) as sides:
-        await count(report, sides, receiver)
-        await measure(sides, runs)
+    async with open_receiver() as receiver, recorded_service(script) as recorded:
+        await count(report, recorded, receiver)
+        await measure(recorded, runs)
     return not report.has_failed
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.check import TOKEN, checks
+from helpers.check import TOKEN, run_check
 from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, StartService
 
 from ccrun.task import Secret
@@ -17,11 +17,11 @@ from ccrun.testing.receiver import Receiver
 
 async def test_a_service_that_is_started_for_it_passes() -> None:
     """With nothing set: a scripted model, a stream, a verified callback."""
-    checked = await checks("local")
-    assert (0, "") == (checked.code, checked.complaints)
-    assert ["none: a script answers"] == checked.with_word("model")
+    checked = await run_check("local")
+    assert (0, "") == (checked.code, checked.stderr)
+    assert ["none: a script answers"] == checked.rows_with_status("model")
     assert ["GET /health", "GET /ready", "POST /run", "POST /run-async"] == [
-        row.partition(":")[0] for row in checked.with_word("passed")
+        row.partition(":")[0] for row in checked.rows_with_status("passed")
     ]
     assert checked.rows[-1].endswith("its callback was delivered and verified")
 
@@ -31,8 +31,8 @@ async def test_a_service_elsewhere_passes_with_its_token_and_a_credential(start_
     brought = {"AUTH_TOKEN": TOKEN, "ANTHROPIC_API_KEY": MADE_UP_KEY}
     async with start_service(CCRUN_API_TOKENS=TOKEN) as service:
         for word, expected in (("remote", 3), ("auth", 1)):
-            checked = await checks(word, SERVICE_URL=service.url, **brought)
-            assert (0, expected) == (checked.code, len(checked.with_word("passed"))), checked
+            checked = await run_check(word, SERVICE_URL=service.url, **brought)
+            assert (0, expected) == (checked.code, len(checked.rows_with_status("passed"))), checked
         assert TOKEN not in "".join(checked.rows)
         headers = [request.headers for request in service.model.requests]
     assert {MADE_UP_KEY} == {each.get("X-Api-Key", "") for each in headers}
@@ -44,9 +44,9 @@ async def test_a_callback_is_seen_to_arrive(start_service: StartService) -> None
     async with start_service() as service, Receiver(Secret(CALLBACK_SECRET)) as receiver:
         there = {"SERVICE_URL": service.url, "TEST_CALLBACK_URL": receiver.url, **brought}
         delivered, itself, nowhere = await asyncio.gather(
-            checks("remote-async", **there),
-            checks("remote-async", SERVICE_URL=service.url, **brought),
-            checks("remote-async", **{**there, "TEST_CALLBACK_URL": receiver.url + "/nowhere"}),
+            run_check("remote-async", **there),
+            run_check("remote-async", SERVICE_URL=service.url, **brought),
+            run_check("remote-async", **{**there, "TEST_CALLBACK_URL": receiver.url + "/nowhere"}),
         )
         await receiver.first()
     assert (0, True) == (delivered.code, delivered.rows[-1].endswith("its callback was delivered"))
@@ -57,18 +57,18 @@ async def test_a_callback_is_seen_to_arrive(start_service: StartService) -> None
 async def test_an_open_service_does_not_pass_for_a_closed_one(start_service: StartService) -> None:
     """Whoever is answered without a token is told of."""
     async with start_service() as service:
-        checked = await checks("auth", SERVICE_URL=service.url)
+        checked = await run_check("auth", SERVICE_URL=service.url)
     assert (1, ["GET /tasks with no token gives 200: anyone who reaches this service can use it."]) == (
         checked.code,
-        checked.with_word("failed"),
+        checked.rows_with_status("failed"),
     )
 
 
 async def test_a_task_that_fails_is_a_check_that_fails(start_service: StartService) -> None:
     """What went wrong is said; the other checks are made all the same."""
     async with start_service(lambda _: Fail(400, "invalid_request_error", "Not today.")) as service:
-        checked = await checks("remote", SERVICE_URL=service.url, ANTHROPIC_API_KEY=MADE_UP_KEY)
-    assert (1, 2, 1) == (checked.code, len(checked.with_word("passed")), len(checked.with_word("failed")))
+        checked = await run_check("remote", SERVICE_URL=service.url, ANTHROPIC_API_KEY=MADE_UP_KEY)
+    assert (1, 2, 1) == (checked.code, len(checked.rows_with_status("passed")), len(checked.rows_with_status("failed")))
     assert "Not today." in checked.rows[-1]
 
 
@@ -80,7 +80,7 @@ async def test_examples_are_sent_as_they_are_but_for_what_is_made_up_in_them(tmp
         path.write_text(json.dumps({"prompt": "Hello", **body}))
         return path
 
-    checked = await checks(
+    checked = await run_check(
         "examples",
         write("plain.json", taskId="same", anthropicApiKey="<your key>"),
         write("again.json", taskId="same", metadata={"a": 1}),
@@ -90,18 +90,18 @@ async def test_examples_are_sent_as_they_are_but_for_what_is_made_up_in_them(tmp
     )
     assert 1 == checked.code
     assert ["plain.json: POST /run", "again.json: POST /run", "async.json: POST /run-async"] == [
-        ":".join(row.split(":")[:2]) for row in checked.with_word("passed")
+        ":".join(row.split(":")[:2]) for row in checked.rows_with_status("passed")
     ]
-    wrong, missing = checked.with_word("failed")
+    wrong, missing = checked.rows_with_status("failed")
     assert wrong.startswith("wrong.json: The service answered 400: ")
     assert missing.startswith("missing.json cannot be read: ")
 
 
 async def test_an_unknown_check_is_a_usage_error() -> None:
     """The message names the checks that there are; the exit status is 2."""
-    checked = await checks("remte")
-    assert (2, []) == (checked.code, checked.with_word("failed"))
-    assert re.search(r'Invalid value "remte"[^"]*Choose from:[^"]*"local", "remote"', checked.complaints)
+    checked = await run_check("remte")
+    assert (2, []) == (checked.code, checked.rows_with_status("failed"))
+    assert re.search(r'Invalid value "remte"[^"]*Choose from:[^"]*"local", "remote"', checked.stderr)
 
 
 @pytest.mark.parametrize(
@@ -125,5 +125,9 @@ async def test_an_unknown_check_is_a_usage_error() -> None:
 )
 async def test_what_is_missing_is_told(word: str, environment: dict[str, str], code: int, sentence: str) -> None:
     """One sentence, and a status that is not 0."""
-    checked = await checks(word, **environment)
-    assert (code, True, "") == (checked.code, checked.with_word("failed")[0].startswith(sentence), checked.complaints)
+    checked = await run_check(word, **environment)
+    assert (code, True, "") == (
+        checked.code,
+        checked.rows_with_status("failed")[0].startswith(sentence),
+        checked.stderr,
+    )

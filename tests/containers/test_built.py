@@ -21,7 +21,7 @@ from helpers.scratch_root import Built
 from ccrun import __version__
 
 #: Seconds for a service to end, on a machine that does much else.
-PATIENCE: Final = 30.0
+WAIT_SECONDS: Final = 30.0
 #: As the worker starts an agent.
 AS_AGENT: Final = (
     *("setpriv", "--reuid=agent", "--regid=agent", "--clear-groups"),
@@ -104,7 +104,7 @@ async def test_api_serves(api: Built) -> None:
         # What is started here only waits for process 1, which an engine would tell to end.
         (process_1,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(process_1), signal.SIGTERM)
-        assert 0 == await asyncio.to_thread(process.wait, PATIENCE)
+        assert 0 == await asyncio.to_thread(process.wait, WAIT_SECONDS)
     assert 0 != api.run(*api.health, environment=port).returncode
 
 

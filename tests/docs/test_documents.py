@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 import pytest
 from helpers.deploy import make_clone
-from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, PATIENCE, StartService
+from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, WAIT_SECONDS, StartService
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -134,7 +134,7 @@ async def test_a_call_is_answered(command: str, start_service: StartService, tmp
     """By a running service, with what the document leaves to the reader filled in."""
     async with start_service(ANTHROPIC_API_KEY=MADE_UP_KEY) as service:
         submitted = await service.submit(taskId="deploy-1")
-        await service.until_over(submitted["taskId"])
+        await service.until_final(submitted["taskId"])
         text = command.replace("http://127.0.0.1:8080", service.url)
         # The receivers of the documents are nobody's.
         text = re.sub(r"https://(your-app\.)?example\.com/[\w/-]+", "http://127.0.0.1:9/", text)
@@ -156,7 +156,7 @@ async def test_a_call_is_answered(command: str, start_service: StartService, tmp
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             output, _ = await process.communicate()
         assert 0 == process.returncode, output.decode()
 

@@ -17,14 +17,14 @@ from typing import Any, Final
 
 import aiohttp
 import pytest
-from helpers.git import Ground, ground
-from helpers.service import CALLBACK_SECRET, PATIENCE, StartService
+from helpers.git import GitSetup, git_setup
+from helpers.service import CALLBACK_SECRET, WAIT_SECONDS, StartService
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 
 from ccrun.task import CallbackState, Status
 
-__all__ = ["ground"]
+__all__ = ["git_setup"]
 
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "docs" / "examples"
 FILES: Final = sorted(EXAMPLES.glob("*.json"))
@@ -32,10 +32,12 @@ FILES: Final = sorted(EXAMPLES.glob("*.json"))
 
 @needs_ssh
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-async def test_an_example_is_a_task_that_goes_well(file: Path, start_service: StartService, ground: Ground) -> None:
+async def test_an_example_is_a_task_that_goes_well(
+    file: Path, start_service: StartService, git_setup: GitSetup
+) -> None:
     """Each file is taken as it is, but for what it names as a variable, and for where its callback goes."""
-    await ground.repos.create("demo", {"README.md": "# Demo\n"})
-    async with GitSsh(ground.repos) as ssh, GitHttp(ground.repos) as http, start_service() as service:
+    await git_setup.repos.create("demo", {"README.md": "# Demo\n"})
+    async with GitSsh(git_setup.repos) as ssh, GitHttp(git_setup.repos) as http, start_service() as service:
         variables = {
             "${GIT_REPO}": http.url("demo"),
             "${GIT_TOKEN}": TOKEN,
@@ -47,7 +49,7 @@ async def test_an_example_is_a_task_that_goes_well(file: Path, start_service: St
             field: variables.get(value, value) if isinstance(value, str) else value for field, value in body.items()
         }
         answer = await service.submit(**{**body, "callbackUrl": "http://127.0.0.1:9/"})
-        record = await service.until_over(answer["taskId"])
+        record = await service.until_final(answer["taskId"])
     assert (Status.COMPLETED, None) == (record.status, record.error)
     assert not [error for error in record.action_errors if error.action != "uploadFiles"]
 
@@ -55,7 +57,7 @@ async def test_an_example_is_a_task_that_goes_well(file: Path, start_service: St
 async def until_listening(process: asyncio.subprocess.Process) -> str:
     """Wait until a receiver says where it listens."""
     assert process.stdout is not None
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         async for line in process.stdout:
             if line.startswith(b"listening on "):
                 return f"http://127.0.0.1:{int(line.split()[2])}/"
@@ -97,7 +99,7 @@ async def receiver(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
             argv = [str(tmp_path / "receiver")]
             build = ("go", "build", "-o", *argv, str(folder / "receiver.go"))
             building = await asyncio.create_subprocess_exec(*build, env=environment)
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(WAIT_SECONDS):
                 assert 0 == await building.wait()
     process = await asyncio.create_subprocess_exec(*argv, env=environment, stdout=asyncio.subprocess.PIPE)
     try:

@@ -14,7 +14,7 @@ import attrs
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, PATIENCE, Service, StartService, read_events
+from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, WAIT_SECONDS, Service, StartService, read_events
 
 from ccrun.task import CallbackState, Reason, Status
 from ccrun.testing.model import Conversation, Hang, Reply, Say, UseTool, sequence
@@ -32,7 +32,7 @@ class Receiver:
 
     async def next(self) -> tuple[bytes, dict[str, str]]:
         """Return body and headers of the next callback."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             return await self.got.get()
 
 
@@ -67,14 +67,14 @@ async def test_the_stream_is_live(start_service: StartService) -> None:
     said = sequence(UseTool("Bash", {"command": "true"}, text="I begin."), Hang())
     async with start_service(said) as service:
         body = service.body(allowedTools=["Bash"])
-        async with asyncio.timeout(PATIENCE), service.http.post(f"{service.url}/run", json=body) as response:
+        async with asyncio.timeout(WAIT_SECONDS), service.http.post(f"{service.url}/run", json=body) as response:
             async for event in read_events(response):
                 if "I begin." in str(event.data):
                     break
             task_id = response.headers["X-Task-Id"]
             assert "running" == (await service.get(f"/tasks/{task_id}"))["status"]
             await service.http.post(f"{service.url}/cancel/{task_id}")
-        await service.until_over(task_id)
+        await service.until_final(task_id)
 
 
 async def test_the_log_the_events_and_a_resumed_stream_agree(service: Service) -> None:
@@ -116,7 +116,7 @@ async def test_a_callback_is_delivered_again_on_demand(service: Service, receive
     )
     async with service.http.post(f"{service.url}/tasks/{answer['taskId']}/webhook") as response:
         assert 202 == response.status
-    await service.place.sweep()
+    await service.deployment.sweep()
     second = await receiver.next()
     assert (first[0], first[1]["webhook-id"]) == (second[0], second[1]["webhook-id"])
 
@@ -141,7 +141,7 @@ async def test_twenty_tasks_at_once_all_finish(start_service: StartService, back
         status = await service.get("/tasks/status")
         assert {"local": 2, "gcp": None}[backend_name] == status["max"]
         assert status["active"] <= (status["max"] or 20)
-        records = await asyncio.gather(*(service.until_over(answer["taskId"]) for answer in answers))
+        records = await asyncio.gather(*(service.until_final(answer["taskId"]) for answer in answers))
         assert [Status.COMPLETED] * 20 == [record.status for record in records]
 
 
@@ -150,7 +150,7 @@ async def test_a_client_that_leaves_does_not_disturb_a_reader_of_its_task(start_
     script = sequence(UseTool("Bash", {"command": "true"}, text="I begin."), Say("Done."))
     async with start_service(script) as service:
         body = service.body(allowedTools=["Bash"])
-        async with asyncio.timeout(PATIENCE), service.http.post(f"{service.url}/run", json=body) as response:
+        async with asyncio.timeout(WAIT_SECONDS), service.http.post(f"{service.url}/run", json=body) as response:
             task_id = response.headers["X-Task-Id"]
             reading = asyncio.create_task(service.events(task_id))
             await response.content.readany()
@@ -226,7 +226,7 @@ print(json.dumps({"type":"result","is_error":False,"num_turns":1,"digest":digest
     )
     async with start_service(CLAUDE_CLI=str(cli)) as service:
         answer = await service.submit()
-        record = await service.until_over(answer["taskId"])
+        record = await service.until_final(answer["taskId"])
         assert Status.COMPLETED == record.status
         digest, lines = hashlib.sha256(), 0
         async with service.http.get(f"{service.url}/tasks/{answer['taskId']}/logs") as response:
@@ -254,27 +254,27 @@ async def test_two_services_on_one_folder_share_it(start_service: StartService, 
         await other.until(answer["taskId"], lambda record: record.status is Status.RUNNING)
         async with other.http.post(f"{other.url}/cancel/{answer['taskId']}") as response:
             assert 200 == response.status
-        assert Reason.CANCELLED == (await one.until_over(answer["taskId"])).reason
+        assert Reason.CANCELLED == (await one.until_final(answer["taskId"])).reason
 
 
 async def test_a_worker_killed_outright_is_settled_at_once(start_service: StartService, receiver: Receiver) -> None:
     """The task fails as `worker_lost`, the callback comes, and nothing of the agent goes on."""
     async with start_service(lambda _: Hang()) as service:
         answer = await service.submit(callbackUrl=receiver.url)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             # The agent is at work.
             while not service.model.requests:
                 await asyncio.sleep(0.02)
-        await service.place.kill_worker(answer["taskId"])
-        async with asyncio.timeout(PATIENCE):
+        await service.deployment.kill_worker(answer["taskId"])
+        async with asyncio.timeout(WAIT_SECONDS):
             # Whoever asks for the task settles it.
             while "running" == (await service.get(f"/tasks/{answer['taskId']}"))["status"]:
                 await asyncio.sleep(0.05)
-        await service.place.sweep()
+        await service.deployment.sweep()
         body, _ = await receiver.next()
         assert "failed" == json.loads(body)["status"]
-        record = await service.until_over(answer["taskId"])
+        record = await service.until_final(answer["taskId"])
         assert Reason.WORKER_LOST == record.reason
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             while Path(f"/tmp/ws-{answer['taskId']}").exists():
                 await asyncio.sleep(0.05)

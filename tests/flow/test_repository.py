@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.git import Ground, ground
-from helpers.service import PATIENCE, Service, StartService
+from helpers.git import GitSetup, git_setup
+from helpers.service import WAIT_SECONDS, Service, StartService
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Repository
@@ -19,7 +19,7 @@ from standins.repos import Repository
 from ccrun.task import Status
 from ccrun.testing.model import Hang, Say, Script, UseTool, sequence
 
-__all__ = ["ground"]
+__all__ = ["git_setup"]
 pytestmark = needs_ssh
 
 COMMIT = {"git": {"commit": True, "commitMessage": "Update test snapshots", "push": True, "branch": "main"}}
@@ -31,15 +31,15 @@ def editing(command: str) -> Script:
 
 
 @pytest.fixture
-async def repository(ground: Ground) -> Repository:
+async def repository(git_setup: GitSetup) -> Repository:
     """A repository with a little code."""
-    return await ground.repos.create("org/code", {"src/a.txt": "old\n", "README.md": "# Code\n"})
+    return await git_setup.repos.create("org/code", {"src/a.txt": "old\n", "README.md": "# Code\n"})
 
 
 @pytest.fixture
-async def ssh(ground: Ground) -> AsyncIterator[GitSsh]:
+async def ssh(git_setup: GitSetup) -> AsyncIterator[GitSsh]:
     """Its server."""
-    async with GitSsh(ground.repos) as server:
+    async with GitSsh(git_setup.repos) as server:
         yield server
 
 
@@ -77,9 +77,9 @@ async def test_an_agent_edits_a_repository_and_the_callback_tells_what_became_of
                 "uploadFiles": {"glob Patterns": [".out/**/*.webm", "*.md"], "gcsPrefix": "artifacts"},
             },
         )
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             told = await got.get()
-        record = await service.until_over(answer["taskId"])
+        record = await service.until_final(answer["taskId"])
         public = await service.get(f"/tasks/{answer['taskId']}")
         sha = await repository.sha("main")
         assert (Status.COMPLETED, ()) == (record.status, record.action_errors)
@@ -119,13 +119,13 @@ async def test_a_cancelled_task_keeps_its_changes(
     script = sequence(UseTool("Bash", {"command": "echo new >src/a.txt"}, text="I begin."), Hang())
     async with start_service(script) as service:
         answer = await service.submit(gitRepo=ssh.url("org/code"), sshKey=key_pair().openssh, allowedTools=["Bash"])
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             # The tool has run when its result is sent.
             while len(service.model.requests) < 2:
                 await asyncio.sleep(0.02)
         async with service.http.post(f"{service.url}/cancel/{answer['taskId']}") as response:
             assert 200 == response.status
-        record = await service.until_over(answer["taskId"])
+        record = await service.until_final(answer["taskId"])
         assert Status.CANCELLED == record.status
         [kept] = record.uploaded_files or ()
         assert "rescue.patch" == kept.original_path
@@ -134,14 +134,14 @@ async def test_a_cancelled_task_keeps_its_changes(
 
 @pytest.mark.parametrize("backend_name", ["local"])
 async def test_a_token_opens_a_repository_over_http(
-    start_service: StartService, ground: Ground, repository: Repository
+    start_service: StartService, git_setup: GitSetup, repository: Repository
 ) -> None:
     """From clone to push; it is in no argument, file or environment that the agent can see."""
     look = (
         "cat .git/config; { env; cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; } "
         f"| grep -c {TOKEN}; echo new >src/a.txt"
     )
-    async with GitHttp(ground.repos) as server, start_service(editing(look)) as service:
+    async with GitHttp(git_setup.repos) as server, start_service(editing(look)) as service:
         events = await service.run(
             gitRepo=server.url("org/code"), gitToken=TOKEN, allowedTools=["Bash"], postExecutionActions=COMMIT
         )
@@ -168,7 +168,7 @@ async def test_workspaces_leave_nothing_behind(
         answer = await service.submit(
             gitRepo=ssh.url("org/code"), sshKey=key_pair().openssh, allowedTools=["Bash"], postExecutionActions=COMMIT
         )
-        await service.until_over(answer["taskId"])
-        async with asyncio.timeout(PATIENCE):
+        await service.until_final(answer["taskId"])
+        async with asyncio.timeout(WAIT_SECONDS):
             while list(Path("/tmp").glob(f"ws-{answer['taskId']}*")):
                 await asyncio.sleep(0.02)

@@ -28,7 +28,7 @@ from ccrun.blobs import Blob, BlobInfo
 from ccrun.jobs import ExecutionState
 from ccrun.store import Store
 from ccrun.task import Outcome, Reason, Status, TaskId, TaskRecord
-from helpers.service import MADE_UP_KEY, PATIENCE, Event, read_events
+from helpers.service import MADE_UP_KEY, WAIT_SECONDS, Event, read_events
 
 #: `ApiDependencies.max_request_bytes` of the API under test.
 MAX_REQUEST_BYTES: Final = 256 * 1024
@@ -68,7 +68,7 @@ def bearer(token: str) -> dict[str, str]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition is true."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         while not condition():
             await asyncio.sleep(0.005)
 

@@ -1,4 +1,4 @@
-"""Checks of a service, run as a command."""
+"""Run `ccrun check` as a command."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Final, TypeAlias
 
 import attrs
 
-from helpers.service import PATIENCE
+from helpers.service import WAIT_SECONDS
 
 TOKEN: Final = "made-up-token-of-the-tests"
 
 
 @attrs.frozen(kw_only=True)
-class Checked:
-    """Checks that are over; a row each, without the times."""
+class CheckResult:
+    """The result of `ccrun check`: one row for each check, without durations."""
 
     code: int
     rows: list[str]
-    complaints: str
+    stderr: str
 
-    def with_word(self, word: str) -> list[str]:
-        """Return what the rows with that word say."""
-        return [row.partition(" ")[2].strip() for row in self.rows if row.startswith(f"{word} ")]
-
-
-Checks: TypeAlias = Callable[..., Awaitable[Checked]]
+    def rows_with_status(self, status: str) -> list[str]:
+        """Return the text of the rows with that status."""
+        return [row.partition(" ")[2].strip() for row in self.rows if row.startswith(f"{status} ")]
 
 
-async def run(*words: str | Path, **environment: str) -> Checked:
-    """Run a command to its end."""
+RunCheck: TypeAlias = Callable[..., Awaitable[CheckResult]]
+
+
+async def run_command(*words: str | Path, **environment: str) -> CheckResult:
+    """Run a command and wait until it exits."""
     process = await asyncio.create_subprocess_exec(
         *words,
         env={**os.environ, "COLUMNS": "1000", **environment},
@@ -43,16 +43,16 @@ async def run(*words: str | Path, **environment: str) -> Checked:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(PATIENCE):
-            output, complaints = await process.communicate()
+        async with asyncio.timeout(WAIT_SECONDS):
+            output, stderr = await process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     assert process.returncode is not None
     rows = [line.partition("s ")[2] for line in output.decode().splitlines()]
-    return Checked(code=process.returncode, rows=rows, complaints=complaints.decode())
+    return CheckResult(code=process.returncode, rows=rows, stderr=stderr.decode())
 
 
-async def checks(word: str, *files: Path, **environment: str) -> Checked:
-    """Run the checks of that name."""
-    return await run(sys.executable, "-P", "-m", "ccrun", "check", word, *files, **environment)
+async def run_check(word: str, *files: Path, **environment: str) -> CheckResult:
+    """Run `ccrun check` with this subcommand."""
+    return await run_command(sys.executable, "-P", "-m", "ccrun", "check", word, *files, **environment)

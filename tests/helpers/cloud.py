@@ -40,10 +40,10 @@ from helpers.api import ApiResponse
 from helpers.service import (
     CALLBACK_SECRET,
     MADE_UP_KEY,
-    PATIENCE,
-    CloudPlace,
+    WAIT_SECONDS,
+    CloudDeployment,
     Event,
-    cloud_place,
+    cloud_deployment,
     read_events,
     until_record,
 )
@@ -95,7 +95,7 @@ class Receiver:
 class Cloud:
     """An instance of the API, and the stand-ins that it uses."""
 
-    place: CloudPlace
+    deployment: CloudDeployment
     url: str
     http: aiohttp.ClientSession
     jobs: CloudRunJobs
@@ -104,7 +104,7 @@ class Cloud:
     @property
     def store(self) -> Store:
         """The tasks, read without injected faults."""
-        return self.place.store
+        return self.deployment.store
 
     async def call(self, method: str, path: str, **request: Any) -> ApiResponse:
         """Send a request to the API."""
@@ -132,7 +132,7 @@ class Cloud:
 
     async def events(self, task_id: str) -> list[Event]:
         """Return all events of a task."""
-        async with asyncio.timeout(PATIENCE), self.http.get(f"{self.url}/tasks/{task_id}/events") as response:
+        async with asyncio.timeout(WAIT_SECONDS), self.http.get(f"{self.url}/tasks/{task_id}/events") as response:
             assert response.status == 200, await response.text()
             return [event async for event in read_events(response)]
 
@@ -151,18 +151,18 @@ class Cloud:
     async def until_payload_opened(self, task_id: str) -> None:
         """Wait until the worker of a task has opened and deleted its payload."""
         await self.until_running(task_id)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             while "encrypted-payload.bin" in await self.names(task_id):
                 await asyncio.sleep(0.02)
 
     def executions(self, task_id: str) -> list[Execution]:
         """Return the executions of a task."""
-        every = self.place.cloud_run.executions.values()
+        every = self.deployment.cloud_run.executions.values()
         return [execution for execution in every if execution.overrides["TASK_ID"] == task_id]
 
     async def until_executions_finished(self, task_id: str) -> None:
         """Wait until all executions of a task have finished."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             await asyncio.gather(*(execution.finished.wait() for execution in self.executions(task_id)))
 
     async def sweep(self) -> SweepReport:
@@ -172,7 +172,7 @@ class Cloud:
     async def names(self, task_id: str) -> set[str]:
         """Return the names of a task's objects: without `sessions/{taskId}/`, and only the first segment of any other name."""
         found = set()
-        async with self.http.get(f"{self.place.gcs.direct}/storage/v1/b/{BUCKET}/o") as response:
+        async with self.http.get(f"{self.deployment.gcs.direct}/storage/v1/b/{BUCKET}/o") as response:
             for item in (await response.json()).get("items", []):
                 if task_id in item["name"]:
                     name = item["name"].removeprefix(f"sessions/{task_id}/")
@@ -183,19 +183,19 @@ class Cloud:
 class StartCloud(Protocol):
     """Starts an instance of the API."""
 
-    def __call__(self, place: CloudPlace | None = None) -> AbstractAsyncContextManager[Cloud]:
+    def __call__(self, deployment: CloudDeployment | None = None) -> AbstractAsyncContextManager[Cloud]:
         """Start an instance, and stop it on exit.
 
         Args:
-            place: The stand-ins to use; new ones by default.
+            deployment: The stand-ins to use; new ones by default.
         """
 
 
 @contextlib.asynccontextmanager
-async def start_cloud(cli: Path, place: CloudPlace | None = None) -> AsyncIterator[Cloud]:
+async def start_cloud(cli: Path, deployment: CloudDeployment | None = None) -> AsyncIterator[Cloud]:
     """Start an instance of the API, as `StartCloud` describes."""
     async with contextlib.AsyncExitStack() as stack:
-        if place is None:
+        if deployment is None:
             environment = {
                 **os.environ,
                 "CLAUDE_CLI": str(cli),
@@ -203,11 +203,15 @@ async def start_cloud(cli: Path, place: CloudPlace | None = None) -> AsyncIterat
                 "LOG_LEVEL": "WARNING",
                 "FLUSH_SECONDS": "0.05",
             }
-            place = await stack.enter_async_context(cloud_place(environment))
-        store = Store(await stack.enter_async_context(open_blobs(BUCKET, emulator=place.gcs.url, policy=CALL_POLICY)))
-        key = await stack.enter_async_context(open_key(place.kms, policy=CALL_POLICY))
+            deployment = await stack.enter_async_context(cloud_deployment(environment))
+        store = Store(
+            await stack.enter_async_context(open_blobs(BUCKET, emulator=deployment.gcs.url, policy=CALL_POLICY))
+        )
+        key = await stack.enter_async_context(open_key(deployment.kms, policy=CALL_POLICY))
         executions = await stack.enter_async_context(
-            open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=place.cloud_run.host, policy=LAUNCH_POLICY)
+            open_cloud_run(
+                project=PROJECT, region=REGION, job=JOB, emulator=deployment.cloud_run.host, policy=LAUNCH_POLICY
+            )
         )
         callbacks = OwedCallbacks(
             store=store,
@@ -237,7 +241,7 @@ async def start_cloud(cli: Path, place: CloudPlace | None = None) -> AsyncIterat
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         yield Cloud(
-            place=place,
+            deployment=deployment,
             url=f"http://127.0.0.1:{runner.addresses[0][1]}",
             http=await stack.enter_async_context(aiohttp.ClientSession()),
             jobs=executions,

@@ -31,7 +31,7 @@ IN_ORDER: Final = (
     "setup-scheduler.sh",
 )
 #: Seconds. A script takes one or two.
-PATIENCE: Final = 60.0
+WAIT_SECONDS: Final = 60.0
 SETTINGS: Final = {
     "PROJECT_ID": PROJECT,
     "CLOUDRUN_CALLBACK_SECRET": "made-up-callback-secret",
@@ -115,7 +115,7 @@ class Clone:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=WAIT_SECONDS,
             check=False,
         )
         assert [] == list((self.folder / "tmp").iterdir()), "a script left files behind"

@@ -1,4 +1,4 @@
-"""A git of the worker's and one of the agent's, real servers to talk to, and a workspace to clone into."""
+"""Git as the worker runs it, git servers over SSH and HTTP, and a directory to clone into."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ccrun.worker.git.run import Git
 
 #: Seconds for one exchange with a server on loopback.
 SECONDS: Final = 30.0
-#: Of this process alone: others run these tests at the same time, and whoever ends a child ends all that carries its mark.
+#: Unique to this process. Killing a child kills every process with its marker, and other processes run these tests too.
 MARKER: Final = f"made-up-marker-{os.getpid()}"
 PROGRAM: Final = run.find_git(run.SYSTEM_PATH)
 PROTOCOLS: Final = "https:ssh:http:file"
 
 
 def git_at(home: Path, user: User | None = None, protocols: str = PROTOCOLS) -> Git:
-    """Return a git as the worker makes it."""
+    """Return git as the worker configures it."""
     home.mkdir(parents=True, exist_ok=True)
     inherited = {name: value for name, value in os.environ.items() if name == "PATH"}
     environment = run.environment(program=PROGRAM, inherited=inherited, home=home, marker=MARKER, protocols=protocols)
@@ -38,32 +38,32 @@ def git_at(home: Path, user: User | None = None, protocols: str = PROTOCOLS) -> 
 
 
 def ssh_access(url: str, key: KeyPair | str | None = None) -> Access:
-    """Return how to get into a server over SSH, by default with the key that it takes."""
+    """Return access to a server over SSH, by default with a key that the server accepts."""
     text = key if isinstance(key, str) else (key or key_pair()).openssh
     return Access(remote=parse_git_url(url), ssh_key=Secret(text))
 
 
 def http_access(url: str, token: str | None = TOKEN) -> Access:
-    """Return how to get into a server over HTTP, by default with the token that it takes."""
+    """Return access to a server over HTTP, by default with a token that the server accepts."""
     secret = None if token is None else GitToken.parse(token)
     return Access(remote=parse_git_url(url), git_token=secret)
 
 
 @attrs.frozen(kw_only=True)
-class Ground:
-    """Where a test clones: servers, a home that is empty, and a folder to clone into."""
+class GitSetup:
+    """Repositories to clone, an empty home directory and a directory to clone into."""
 
     repos: Repos
     folder: Path
 
     @property
     def git(self) -> Git:
-        """The worker's git."""
+        """Git as the worker configures it."""
         return git_at(self.folder / "home")
 
     @property
     def into(self) -> Path:
-        """Where the repository goes."""
+        """The directory to clone into."""
         return self.folder / "repository"
 
     async def clone(
@@ -77,25 +77,25 @@ class Ground:
 
 
 @pytest.fixture
-def ground(tmp_path: Path) -> Ground:
-    """Repositories, and a place to clone them to."""
-    return Ground(repos=Repos(tmp_path / "remote"), folder=tmp_path / "local")
+def git_setup(tmp_path: Path) -> GitSetup:
+    """Repositories, and a directory to clone into."""
+    return GitSetup(repos=Repos(tmp_path / "remote"), folder=tmp_path / "local")
 
 
 @pytest.fixture
-async def ssh(ground: Ground) -> AsyncIterator[GitSsh]:
-    """The repositories, over SSH."""
-    async with GitSsh(ground.repos) as server:
+async def ssh(git_setup: GitSetup) -> AsyncIterator[GitSsh]:
+    """A server of the repositories over SSH."""
+    async with GitSsh(git_setup.repos) as server:
         yield server
 
 
 @pytest.fixture
-async def http(ground: Ground) -> AsyncIterator[GitHttp]:
-    """The repositories, over HTTP; for the token alone."""
-    async with GitHttp(ground.repos) as server:
+async def http(git_setup: GitSetup) -> AsyncIterator[GitHttp]:
+    """A server of the repositories over HTTP, which requires the token."""
+    async with GitHttp(git_setup.repos) as server:
         yield server
 
 
 def agent_user() -> User | None:
-    """Return a user for an agent, where this process may start others as one."""
+    """Return a user to run an agent as, or None if this process may not switch users."""
     return find_user("61234", run.SYSTEM_PATH) if os.geteuid() == 0 else None

@@ -13,7 +13,7 @@ from typing import Final
 from ccrun.backends.local.jobs import MAX_QUEUED, SubprocessJobs
 from ccrun.jobs import ExecutionState, Jobs
 from ccrun.task import TaskId
-from helpers.service import PATIENCE
+from helpers.service import WAIT_SECONDS
 
 A, B, C = TaskId("task-a"), TaskId("task-b"), TaskId("task-c")
 
@@ -60,7 +60,7 @@ async def stopped_workers(directory: Path) -> AsyncIterator[MakeJobs]:
 
 async def until_state(jobs: Jobs, task_id: TaskId, *states: ExecutionState, name: str | None = None) -> ExecutionState:
     """Wait until the execution of a task has one of these states, and return it."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         while (state := await jobs.state(task_id, name)) not in states:
             await asyncio.sleep(0.01)
     return state
@@ -68,7 +68,7 @@ async def until_state(jobs: Jobs, task_id: TaskId, *states: ExecutionState, name
 
 async def until_written(path: Path) -> str:
     """Wait until a worker has written its file, and return the content."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         while not path.exists() or not path.read_text():
             await asyncio.sleep(0.01)
     return path.read_text()

@@ -28,15 +28,15 @@ from ccrun.store import Store
 from ccrun.task import TaskId, TaskRecord
 from ccrun.testing.model import Script, ScriptedModel
 
-#: Seconds. No wait of a test is longer than this, however busy the machine is.
-PATIENCE: Final = 90.0
+#: Seconds. The longest wait of a test, with room for a busy machine.
+WAIT_SECONDS: Final = 90.0
 MADE_UP_KEY: Final = "made-up-key-of-the-tests"
 CALLBACK_SECRET: Final = "made-up-callback-secret-of-the-tests"
 
 
 @attrs.frozen(kw_only=True)
 class Event:
-    """A server-sent event as a client sees it."""
+    """A server-sent event as a client receives it."""
 
     name: str
     data: Any
@@ -61,31 +61,31 @@ async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
                 fields = {}
 
 
-class Place(Protocol):
-    """Where the tasks of a service live, and what a test does to it."""
+class Deployment(Protocol):
+    """The storage and the workers of a service, and what a test does to them."""
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """What service and workers are told of it."""
+        """The environment variables of the service and the workers."""
         ...
 
     @property
     def store(self) -> Store:
-        """The tasks, seen past the service."""
+        """The store, opened without the service."""
         ...
 
     async def kill_worker(self, task_id: str) -> None:
-        """Kill the worker of a task as the kernel does when memory runs out."""
+        """Kill the worker of a task with SIGKILL, as the kernel does when memory is exhausted."""
         ...
 
     async def sweep(self) -> None:
-        """Do what goes on beside a service: nothing where it is part of the service."""
+        """Run a sweep, unless the service runs its own sweeps."""
         ...
 
 
 @attrs.frozen(kw_only=True)
-class LocalPlace:
-    """A folder."""
+class LocalDeployment:
+    """A data directory, with workers as local processes."""
 
     data_dir: Path
 
@@ -104,8 +104,8 @@ class LocalPlace:
 
 
 @attrs.frozen(kw_only=True)
-class CloudPlace:
-    """A bucket, a key and a job of Google's, as stand-ins on loopback. The worker speaks to servers of its own."""
+class CloudDeployment:
+    """Stand-ins of Cloud Storage, Cloud KMS and Cloud Run on loopback."""
 
     environment: dict[str, str]
     store: Store
@@ -125,8 +125,8 @@ class CloudPlace:
 
 
 @contextlib.asynccontextmanager
-async def cloud_place(environment: Mapping[str, str]) -> AsyncIterator[CloudPlace]:
-    """Start the stand-ins; the job runs real workers in that environment."""
+async def cloud_deployment(environment: Mapping[str, str]) -> AsyncIterator[CloudDeployment]:
+    """Start the stand-ins; the job runs real workers in this environment."""
     async with Gcs() as gcs, Kms() as kms:
         settings = {
             "CCRUN_BACKEND": "gcp",
@@ -144,7 +144,7 @@ async def cloud_place(environment: Mapping[str, str]) -> AsyncIterator[CloudPlac
             open_blobs(BUCKET, emulator=gcs.direct) as blobs,
         ):
             settings["CLOUD_RUN_EMULATOR_HOST"] = cloud_run.host
-            yield CloudPlace(
+            yield CloudDeployment(
                 environment=settings,
                 store=Store(blobs),
                 cloud_run=cloud_run,
@@ -156,39 +156,42 @@ async def cloud_place(environment: Mapping[str, str]) -> AsyncIterator[CloudPlac
 
 @attrs.frozen(kw_only=True)
 class Service:
-    """A running ccrun and what is around it."""
+    """A running service with its model, its storage and an HTTP client."""
 
     url: str
     http: aiohttp.ClientSession
     model: ScriptedModel
-    place: Place
+    deployment: Deployment
     store: Store
 
     @property
     def data_dir(self) -> Path:
-        """The folder of a service on the local backend."""
-        assert isinstance(self.place, LocalPlace)
-        return self.place.data_dir
+        """The data directory of a service on the local backend."""
+        assert isinstance(self.deployment, LocalDeployment)
+        return self.deployment.data_dir
 
     def body(self, **fields: Any) -> dict[str, Any]:
-        """Return a request body that works, with these fields."""
+        """Return a valid request body with these fields."""
         return {"prompt": "Do it.", "anthropicApiKey": MADE_UP_KEY, **fields}
 
     async def run(self, **fields: Any) -> list[Event]:
         """Run a task over POST /run and return all of its events."""
-        async with asyncio.timeout(PATIENCE), self.http.post(f"{self.url}/run", json=self.body(**fields)) as response:
+        async with (
+            asyncio.timeout(WAIT_SECONDS),
+            self.http.post(f"{self.url}/run", json=self.body(**fields)) as response,
+        ):
             assert response.status == 200, await response.text()
             return [event async for event in read_events(response)]
 
     async def submit(self, **fields: Any) -> dict[str, Any]:
-        """Submit a task over POST /run-async, by default with a callback to nowhere, and return the answer."""
+        """Submit a task over POST /run-async, by default with an unreachable callback URL, and return the response."""
         fields.setdefault("callbackUrl", "http://127.0.0.1:9/")
         async with self.http.post(f"{self.url}/run-async", json=self.body(**fields)) as response:
             assert response.status == 202, await response.text()
             return dict(await response.json())
 
     async def get(self, path: str) -> dict[str, Any]:
-        """Return the JSON answer to a GET."""
+        """Return the JSON response to a GET."""
         async with self.http.get(self.url + path) as response:
             assert response.status == 200, await response.text()
             return dict(await response.json())
@@ -197,56 +200,56 @@ class Service:
         """Return all events of a task."""
         headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
         async with (
-            asyncio.timeout(PATIENCE),
+            asyncio.timeout(WAIT_SECONDS),
             self.http.get(f"{self.url}/tasks/{task_id}/events{query}", headers=headers) as response,
         ):
             assert response.status == 200, await response.text()
             return [event async for event in read_events(response)]
 
-    async def until(self, task_id: str, holds: Callable[[TaskRecord], bool]) -> TaskRecord:
-        """Wait until something holds of a task's record."""
-        return await until_record(self.store, task_id, holds)
+    async def until(self, task_id: str, condition: Callable[[TaskRecord], bool]) -> TaskRecord:
+        """Wait until the record of a task satisfies a condition."""
+        return await until_record(self.store, task_id, condition)
 
-    async def until_over(self, task_id: str) -> TaskRecord:
-        """Wait until a task is over."""
+    async def until_final(self, task_id: str) -> TaskRecord:
+        """Wait until a task is final."""
         return await self.until(task_id, lambda record: record.status.is_final)
 
 
-async def until_record(store: Store, task_id: str, holds: Callable[[TaskRecord], bool]) -> TaskRecord:
-    """Wait until something holds of a task's record."""
-    async with asyncio.timeout(PATIENCE):
-        while not holds(record := await store.record(TaskId(task_id))):
+async def until_record(store: Store, task_id: str, condition: Callable[[TaskRecord], bool]) -> TaskRecord:
+    """Wait until the record of a task satisfies a condition."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not condition(record := await store.record(TaskId(task_id))):
             await asyncio.sleep(0.02)
     return record
 
 
 class StartService(Protocol):
-    """Starts a service; closes it when the context is left."""
+    """Start a service, and stop it when the context exits."""
 
     def __call__(
         self, script: Script | None = None, *, data_dir: Path | None = None, **settings: str
     ) -> AbstractAsyncContextManager[Service]:
-        """Start one with a scripted model and these settings besides the usual ones."""
+        """Start a service with a scripted model and these additional settings."""
 
 
 @attrs.frozen(kw_only=True)
 class ServeProcess:
-    """A `ccrun serve` in a process of its own, to be killed."""
+    """A `ccrun serve` in a separate process, which a test can kill."""
 
     process: asyncio.subprocess.Process
     url: str
 
     async def kill(self) -> None:
-        """Kill it as the kernel does when memory runs out."""
+        """Kill the process with SIGKILL."""
         self.process.kill()
         await self.process.wait()
 
 
 @contextlib.asynccontextmanager
 async def serve_process(data_dir: Path, log_file: Path | None = None, **settings: str) -> AsyncIterator[ServeProcess]:
-    """Start `ccrun serve` and wait until it listens; it gets SIGTERM when the context is left."""
+    """Start `ccrun serve` and wait until it listens; send SIGTERM when the context exits."""
     environment = {**os.environ, "PORT": "0", "CCRUN_DATA_DIR": str(data_dir), "LOG_FORMAT": "json", **settings}
-    # No pipe: its workers would hold it open, and asyncio waits for that.
+    # Not a pipe: workers would keep it open, and asyncio waits until a pipe is closed.
     with log_file.open("w+b") if log_file else tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "ccrun", "serve"), env=environment, stdout=log
@@ -256,16 +259,16 @@ async def serve_process(data_dir: Path, log_file: Path | None = None, **settings
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(WAIT_SECONDS):
                 await process.wait()
 
 
 async def _listening(log: IO[bytes], process: asyncio.subprocess.Process) -> str:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         while True:
             log.seek(0)
             for line in log.read().splitlines():
                 if b'"service_listening"' in line:
                     return str(json.loads(line)["url"])
-            assert process.returncode is None, "the service ended before it listened"
+            assert process.returncode is None, "the service exited before it listened"
             await asyncio.sleep(0.02)

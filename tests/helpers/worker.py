@@ -1,4 +1,4 @@
-"""One task from payload to outcome, run in the process of the test: a store, a dispatcher to make the task, a worker's parts."""
+"""Run one task in the process of the test: a store, a dispatcher that creates the task, and the parts of a worker."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.run import SYSTEM_PATH
 from ccrun.worker.log_writer import FlushPolicy
 from ccrun.worker.run import run_task
-from helpers.service import MADE_UP_KEY, PATIENCE
+from helpers.service import MADE_UP_KEY, WAIT_SECONDS
 
-#: Another process may run these tests at the same time, with workspaces in the same folder.
+#: Other processes may run these tests at the same time, with workspaces in the same directory.
 TASK = TaskId(f"task-{os.getpid()}")
 RESULT = {
     "type": "result",
@@ -45,7 +45,7 @@ RESULT = {
     "result": "All done.",
     "usage": {"input_tokens": 3},
 }
-#: What every fake CLI begins with.
+#: The first lines of every fake CLI.
 PRELUDE = """
 import json, os, signal, subprocess, sys, time
 def say(**line): print(json.dumps(line, separators=(",", ":")), flush=True)
@@ -57,7 +57,7 @@ FakeCli = Callable[[str], Path]
 
 
 class NoJobs:
-    """A place that runs no workers: the tests run them."""
+    """A platform that starts no workers; the tests run them."""
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
@@ -76,15 +76,15 @@ class NoJobs:
 
 
 @attrs.frozen(kw_only=True)
-class Bench:
-    """A store with a task in it, and what runs it."""
+class WorkerSetup:
+    """A store with a task, and what a worker needs to run it."""
 
     deps: WorkerDependencies
     dispatcher: Dispatcher
     shutdown: asyncio.Event = attrs.field(factory=asyncio.Event)
 
     async def submit(self, **fields: Any) -> None:
-        """Make the task."""
+        """Create the task."""
         defaults: dict[str, Any] = {
             "task_id": TASK,
             "type": TaskType.ASYNC,
@@ -97,21 +97,21 @@ class Bench:
         await self.dispatcher.submit(TaskSpec(**{**defaults, **fields}))
 
     async def run(self, **changes: Any) -> TaskRecord:
-        """Run the task's worker to its end, and return the record that it leaves."""
-        async with asyncio.timeout(PATIENCE):
+        """Run the worker of the task until it returns, and return the final record."""
+        async with asyncio.timeout(WAIT_SECONDS):
             await run_task(attrs.evolve(self.deps, **changes), TASK, shutdown=self.shutdown)
         return await self.deps.store.record(TASK)
 
     async def log(self) -> list[dict[str, Any]]:
-        """Return the lines of the task's log."""
+        """Return the lines of the log of the task."""
         listing = await self.deps.store.listing(TASK, first=1)
         contents = [await self.deps.store.read_chunk(chunk) for chunk in listing.chunks]
         return [json.loads(line) for content in contents for line in content.splitlines()]
 
 
 @pytest.fixture
-async def bench(tmp_path: Path) -> Bench:
-    """A store in a folder, and a worker whose model API nobody serves."""
+async def worker_setup(tmp_path: Path) -> WorkerSetup:
+    """A store in a directory, and a worker whose model API does not exist."""
     store, wrapper = Store(DirectoryBlobs(tmp_path / "data")), LocalKey(tmp_path / "keys" / "key")
     deps = WorkerDependencies(
         store=store,
@@ -126,12 +126,12 @@ async def bench(tmp_path: Path) -> Bench:
         timeouts=WorkerTimeouts(term_grace=0.3, cancel_poll=0.02),
     )
     dispatcher = Dispatcher(store=store, jobs=NoJobs(), wrapper=wrapper, callback_owed=lambda: None)
-    return Bench(deps=deps, dispatcher=dispatcher)
+    return WorkerSetup(deps=deps, dispatcher=dispatcher)
 
 
 @pytest.fixture
 async def serve_model() -> AsyncIterator[Callable[[Script], Any]]:
-    """Return what serves a script as the model API, for as long as the test lasts."""
+    """Return a function that serves a script as the model API until the test ends."""
     models: list[ScriptedModel] = []
 
     async def serve(script: Script) -> ScriptedModel:
@@ -148,7 +148,7 @@ async def serve_model() -> AsyncIterator[Callable[[Script], Any]]:
 
 @pytest.fixture
 def agent() -> Iterator[Callable[[str], Callable[[], Path]]]:
-    """Return what makes a CLI that does as a script for bash says, and then reports success; any user may run it."""
+    """Return a function that makes a CLI from a bash script; the CLI then reports success, and any user may run it."""
     folder = Path(tempfile.mkdtemp(prefix="ccrun-test-"))
     folder.chmod(0o755)
 
@@ -162,12 +162,12 @@ def agent() -> Iterator[Callable[[str], Callable[[], Path]]]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(params=["same user", "user of its own"])
+@pytest.fixture(params=["same user", "separate user"])
 async def agent_user(request: pytest.FixtureRequest) -> User | None:
-    """Whom the agent runs as: the worker's own user, and one that only agents have."""
+    """The user of the agent: the user of the worker (None), or a separate one."""
     if request.param == "same user":
         return None
     try:
         return await asyncio.to_thread(find_user, "61237", SYSTEM_PATH)
     except ConfigError:
-        pytest.skip("this process may not start others as another user")
+        pytest.skip("this process may not switch users")

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import attrs
 import pytest
-from helpers.git import Ground, ground
-from helpers.worker import TASK, Bench, agent, agent_user, bench
+from helpers.git import GitSetup, git_setup
+from helpers.worker import TASK, WorkerSetup, agent, agent_user, worker_setup
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Repository
@@ -33,7 +33,7 @@ from ccrun.task import (
 )
 from ccrun.worker.dependencies import PostRunLimits, WorkerTimeouts
 
-__all__ = ["agent", "agent_user", "bench", "ground"]
+__all__ = ["agent", "agent_user", "git_setup", "worker_setup"]
 pytestmark = needs_ssh
 
 Agent = Callable[..., Callable[[], Path]]
@@ -46,7 +46,7 @@ COMMIT_AND_PUSH = PostRunActions(git=GitAction(commit=True, push=True, commit_me
 class Scene:
     """A repository on a server, and a worker that runs a task on it."""
 
-    bench: Bench
+    worker_setup: WorkerSetup
     repository: Repository
     server: GitSsh
     user: User | None
@@ -56,16 +56,16 @@ class Scene:
     ) -> TaskRecord:
         """Run a task to its end."""
         given = {"git_repo": self.server.url(self.repository.name), "ssh_key": KEY, "post_execution_actions": actions}
-        await self.bench.submit(**{**given, **fields})
-        return await self.bench.run(cli=cli, agent_user=self.user)
+        await self.worker_setup.submit(**{**given, **fields})
+        return await self.worker_setup.run(cli=cli, agent_user=self.user)
 
     async def stored(self, record: TaskRecord) -> dict[str, bytes]:
         """Return what was uploaded, by its path."""
-        return await uploads(self.bench.deps.store, record)
+        return await uploads(self.worker_setup.deps.store, record)
 
     async def said(self, step: str) -> list[str]:
         """Return what the worker says of a step in the log."""
-        lines = await self.bench.log()
+        lines = await self.worker_setup.log()
         return [str(line.get("content")) for line in lines if (line["type"], line.get("step")) == ("worker", step)]
 
 
@@ -82,11 +82,11 @@ async def uploads(store: Store, record: TaskRecord) -> dict[str, bytes]:
 
 
 @pytest.fixture
-async def scene(bench: Bench, ground: Ground, agent_user: User | None) -> AsyncIterator[Scene]:
+async def scene(worker_setup: WorkerSetup, git_setup: GitSetup, agent_user: User | None) -> AsyncIterator[Scene]:
     """A repository with a few files, for an agent of either kind."""
-    repository = await ground.repos.create("group/demo", {"a.txt": "old", "b.txt": "old"})
-    async with GitSsh(ground.repos) as server:
-        yield Scene(bench=bench, repository=repository, server=server, user=agent_user)
+    repository = await git_setup.repos.create("group/demo", {"a.txt": "old", "b.txt": "old"})
+    async with GitSsh(git_setup.repos) as server:
+        yield Scene(worker_setup=worker_setup, repository=repository, server=server, user=agent_user)
 
 
 # --- git ---------------------------------------------------------------------------------------------------------------
@@ -176,14 +176,14 @@ async def test_with_fail_a_branch_that_moved_is_reported_and_the_work_kept(scene
 
     script = agent("echo ours >a.txt")
     strict = PostRunActions(git=GitAction(commit=True, push=True, conflict_strategy="fail"))
-    await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY, post_execution_actions=strict)
+    await scene.worker_setup.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY, post_execution_actions=strict)
 
     def cli() -> Path:
         # The clone is over when the CLI is looked for.
         scene.server.before = move
         return script()
 
-    record = await scene.bench.run(cli=cli, agent_user=scene.user)
+    record = await scene.worker_setup.run(cli=cli, agent_user=scene.user)
     assert record.git_commit is not None
     assert (Status.COMPLETED, False) == (record.status, record.git_commit.pushed)
     [error] = record.action_errors
@@ -271,7 +271,7 @@ async def test_no_secret_is_in_what_is_told(scene: Scene, agent: Agent) -> None:
     assert record.git_commit is not None
     assert "With ***" == record.git_commit.message
     assert "***" in str(record.action_errors)
-    everything = json.dumps(await scene.bench.log()) + repr(record)
+    everything = json.dumps(await scene.worker_setup.log()) + repr(record)
     assert secret not in everything
     assert KEY.reveal().splitlines()[2] not in everything
     assert b"+***" in (await scene.stored(record))["rescue.patch"]
@@ -333,7 +333,7 @@ def rescue_of(stored: Mapping[str, bytes]) -> bytes:
     return stored["rescue.patch"]
 
 
-async def test_a_task_that_fails_keeps_its_changes(scene: Scene, agent: Agent, ground: Ground) -> None:
+async def test_a_task_that_fails_keeps_its_changes(scene: Scene, agent: Agent, git_setup: GitSetup) -> None:
     """Committed or not, new, binary and removed; `git apply` puts them onto what was cloned."""
     script = (
         "git config user.name A; git config user.email a@b; echo new >a.txt; git commit -qam Own; "
@@ -341,9 +341,9 @@ async def test_a_task_that_fails_keeps_its_changes(scene: Scene, agent: Agent, g
     )
     record = await scene.run(agent(script, last="exit 1"), actions=PostRunActions())
     patch = rescue_of(await scene.stored(record))
-    fresh = ground.folder / "fresh"
-    await ground.git("clone", "--quiet", f"file://{scene.repository.path}", str(fresh))
-    await ground.git.at(fresh)("apply", "-", stdin=patch)
+    fresh = git_setup.folder / "fresh"
+    await git_setup.git("clone", "--quiet", f"file://{scene.repository.path}", str(fresh))
+    await git_setup.git.at(fresh)("apply", "-", stdin=patch)
     assert ("new\n", b"\0\1", False) == (
         (fresh / "a.txt").read_text(),
         (fresh / "bin").read_bytes(),
@@ -362,13 +362,13 @@ async def test_a_task_over_its_time_keeps_its_changes(scene: Scene, agent: Agent
 
 async def test_a_task_that_is_cancelled_keeps_its_changes(scene: Scene, agent: Agent) -> None:
     """A cancel on the record."""
-    await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
+    await scene.worker_setup.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     cli = agent('echo new >a.txt; echo \'{"type":"at work"}\'; sleep 60')
-    running = asyncio.create_task(scene.bench.run(cli=cli, agent_user=scene.user))
+    running = asyncio.create_task(scene.worker_setup.run(cli=cli, agent_user=scene.user))
     async with asyncio.timeout(30):
-        while not any(line["type"] == "at work" for line in await scene.bench.log()):
+        while not any(line["type"] == "at work" for line in await scene.worker_setup.log()):
             await asyncio.sleep(0.02)
-    await scene.bench.dispatcher.cancel(TASK)
+    await scene.worker_setup.dispatcher.cancel(TASK)
     record = await running
     assert Status.CANCELLED == record.status
     assert b"+new" in rescue_of(await scene.stored(record))
@@ -376,13 +376,13 @@ async def test_a_task_that_is_cancelled_keeps_its_changes(scene: Scene, agent: A
 
 async def test_a_worker_that_is_told_to_end_keeps_the_changes(scene: Scene, agent: Agent) -> None:
     """Within the time that the platform gives it."""
-    await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
+    await scene.worker_setup.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     cli = agent('echo new >a.txt; echo \'{"type":"at work"}\'; sleep 60')
-    running = asyncio.create_task(scene.bench.run(cli=cli, agent_user=scene.user))
+    running = asyncio.create_task(scene.worker_setup.run(cli=cli, agent_user=scene.user))
     async with asyncio.timeout(30):
-        while not any(line["type"] == "at work" for line in await scene.bench.log()):
+        while not any(line["type"] == "at work" for line in await scene.worker_setup.log()):
             await asyncio.sleep(0.02)
-    scene.bench.shutdown.set()
+    scene.worker_setup.shutdown.set()
     record = await running
     assert Reason.KILLED == record.reason
     assert b"+new" in rescue_of(await scene.stored(record))
@@ -397,9 +397,9 @@ async def test_an_unchanged_tree_leaves_no_patch(scene: Scene, agent: Agent) -> 
 async def test_a_patch_that_is_too_large_keeps_whole_files(scene: Scene, agent: Agent) -> None:
     """Those that fit, and says so."""
     cli = agent("echo new >a.txt; seq 100000 >z.txt", last="exit 1")
-    await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
+    await scene.worker_setup.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     timeouts = WorkerTimeouts(term_grace=0.3, cancel_poll=0.02, actions=PostRunLimits(rescue_bytes=5000))
-    record = await scene.bench.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
+    record = await scene.worker_setup.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
     patch = rescue_of(await scene.stored(record))
     assert b"+new" in patch
     assert b"z.txt" not in patch
@@ -408,10 +408,10 @@ async def test_a_patch_that_is_too_large_keeps_whole_files(scene: Scene, agent: 
 
 async def test_a_patch_of_which_nothing_fits_is_told(scene: Scene, agent: Agent) -> None:
     """And none is kept."""
-    await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
+    await scene.worker_setup.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     timeouts = WorkerTimeouts(term_grace=0.3, cancel_poll=0.02, actions=PostRunLimits(rescue_bytes=5000))
     cli = agent("seq 100000 >z.txt", last="exit 1")
-    record = await scene.bench.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
+    record = await scene.worker_setup.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
     assert None is record.uploaded_files
     assert [ActionError(action="rescue", error="The changes are lost: no file's patch fits into 5000 bytes.")] == list(
         record.action_errors
@@ -427,9 +427,9 @@ class FullBlobs(DirectoryBlobs):
 
 async def test_a_patch_that_cannot_be_stored_is_told(scene: Scene, agent: Agent, tmp_path: Path) -> None:
     """The task ends as it would have."""
-    await scene.bench.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
+    await scene.worker_setup.submit(git_repo=scene.server.url("group/demo"), ssh_key=KEY)
     cli = agent("echo new >a.txt", last="exit 3")
-    record = await scene.bench.run(cli=cli, agent_user=scene.user, store=Store(FullBlobs(tmp_path / "data")))
+    record = await scene.worker_setup.run(cli=cli, agent_user=scene.user, store=Store(FullBlobs(tmp_path / "data")))
     assert (3, [ActionError(action="rescue", error="The storage is full.")]) == (
         record.exit_code,
         list(record.action_errors),
@@ -446,7 +446,7 @@ async def test_a_push_that_hangs_is_given_up(scene: Scene, agent: Agent) -> None
         await asyncio.sleep(600)
 
     script = agent("echo new >a.txt")
-    await scene.bench.submit(
+    await scene.worker_setup.submit(
         git_repo=scene.server.url("group/demo"), ssh_key=KEY, post_execution_actions=COMMIT_AND_PUSH
     )
 
@@ -455,7 +455,7 @@ async def test_a_push_that_hangs_is_given_up(scene: Scene, agent: Agent) -> None
         return script()
 
     timeouts = WorkerTimeouts(term_grace=0.3, cancel_poll=0.02, actions=PostRunLimits(push=0.5))
-    record = await scene.bench.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
+    record = await scene.worker_setup.run(cli=cli, agent_user=scene.user, timeouts=timeouts)
     [error] = record.action_errors
     assert (Status.COMPLETED, "git") == (record.status, error.action)
     assert error.error.startswith("The repository was not pushed within 0.5 s")
@@ -466,11 +466,11 @@ async def test_a_cancel_breaks_off_the_actions(scene: Scene, agent: Agent) -> No
     """The task ends as cancelled, and what was not pushed is kept."""
 
     async def hang(command: str) -> None:
-        await scene.bench.dispatcher.cancel(TASK)
+        await scene.worker_setup.dispatcher.cancel(TASK)
         await asyncio.sleep(600)
 
     script = agent("echo new >a.txt")
-    await scene.bench.submit(
+    await scene.worker_setup.submit(
         git_repo=scene.server.url("group/demo"), ssh_key=KEY, post_execution_actions=COMMIT_AND_PUSH
     )
 
@@ -478,7 +478,7 @@ async def test_a_cancel_breaks_off_the_actions(scene: Scene, agent: Agent) -> No
         scene.server.before = hang
         return script()
 
-    record = await scene.bench.run(cli=cli, agent_user=scene.user)
+    record = await scene.worker_setup.run(cli=cli, agent_user=scene.user)
     assert Status.CANCELLED == record.status
     assert b"+new" in (await scene.stored(record))["rescue.patch"]
 
@@ -490,7 +490,7 @@ async def test_the_time_limit_does_not_cut_off_the_actions(scene: Scene, agent: 
         await asyncio.sleep(1.5)
 
     script = agent("echo new >a.txt")
-    await scene.bench.submit(
+    await scene.worker_setup.submit(
         git_repo=scene.server.url("group/demo"),
         ssh_key=KEY,
         post_execution_actions=COMMIT_AND_PUSH,
@@ -501,13 +501,13 @@ async def test_the_time_limit_does_not_cut_off_the_actions(scene: Scene, agent: 
         scene.server.before = slow
         return script()
 
-    record = await scene.bench.run(cli=cli, agent_user=scene.user)
+    record = await scene.worker_setup.run(cli=cli, agent_user=scene.user)
     assert (Status.COMPLETED, ()) == (record.status, record.action_errors)
 
 
-async def test_it_goes_over_http_with_a_token_too(scene: Scene, agent: Agent, ground: Ground) -> None:
+async def test_it_goes_over_http_with_a_token_too(scene: Scene, agent: Agent, git_setup: GitSetup) -> None:
     """From the clone to the push."""
-    async with GitHttp(ground.repos) as server:
+    async with GitHttp(git_setup.repos) as server:
         record = await scene.run(
             agent("echo new >a.txt"), git_repo=server.url("group/demo"), ssh_key=None, git_token=GitToken.parse(TOKEN)
         )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from helpers.git import Ground, git_at, ground
-from helpers.worker import Bench, agent, agent_user, bench
+from helpers.git import GitSetup, git_at, git_setup
+from helpers.worker import WorkerSetup, agent, agent_user, worker_setup
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Repository, environment, run_git
@@ -19,7 +19,7 @@ from standins.repos import Repository, environment, run_git
 from ccrun.process.user import User
 from ccrun.task import GitAction, GitToken, PostRunActions, Secret, Status, UploadAction
 
-__all__ = ["agent", "agent_user", "bench", "ground"]
+__all__ = ["agent", "agent_user", "git_setup", "worker_setup"]
 pytestmark = needs_ssh
 
 KEY_BODY: Final = key_pair().openssh.splitlines()[2]
@@ -133,9 +133,11 @@ def caught(evidence: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-async def repository(ground: Ground) -> Repository:
+async def repository(git_setup: GitSetup) -> Repository:
     """A repository that attributes everything to the evil drivers already."""
-    return await ground.repos.create("demo", {"a.txt": "old", ".gitattributes": "* filter=evil diff=evil merge=evil\n"})
+    return await git_setup.repos.create(
+        "demo", {"a.txt": "old", ".gitattributes": "* filter=evil diff=evil merge=evil\n"}
+    )
 
 
 PUSHING: Final = PostRunActions(
@@ -146,8 +148,8 @@ PUSHING: Final = PostRunActions(
 @pytest.mark.parametrize("way", ["ssh", "http"])
 @pytest.mark.parametrize("moved", [False, True])
 async def test_nothing_that_was_planted_runs_after_the_agent(
-    bench: Bench,
-    ground: Ground,
+    worker_setup: WorkerSetup,
+    git_setup: GitSetup,
     repository: Repository,
     evidence: Path,
     agent: Callable[..., Any],
@@ -156,7 +158,7 @@ async def test_nothing_that_was_planted_runs_after_the_agent(
     moved: bool,
 ) -> None:
     """Not for the commit, the rebase or the push, over SSH and over HTTP; and the work reaches the server of the request."""
-    async with GitSsh(ground.repos) as over_ssh, GitHttp(ground.repos) as over_http:
+    async with GitSsh(git_setup.repos) as over_ssh, GitHttp(git_setup.repos) as over_http:
         given: dict[str, Any] = (
             {"git_repo": over_ssh.url("demo"), "ssh_key": Secret(key_pair().openssh)}
             if way == "ssh"
@@ -172,14 +174,14 @@ async def test_nothing_that_was_planted_runs_after_the_agent(
             over_ssh.before = over_http.before = move
             return Path(script())
 
-        await bench.submit(
+        await worker_setup.submit(
             **given,
             post_execution_actions=PUSHING,
             # The agent's PATH is the caller's, and so the attacker's.
             environment_secrets={"PATH": Secret("./:../home/bin:/usr/bin:/bin"), "SECRET_ONE": Secret("made-up-value")},
         )
         # What the CLI is started with is not for a trap: the agent plants with the system's own tools.
-        record = await bench.run(cli=cli, agent_user=agent_user)
+        record = await worker_setup.run(cli=cli, agent_user=agent_user)
         assert (Status.COMPLETED, None) == (record.status, record.error)
         assert record.git_commit is not None
         assert record.git_commit.pushed, record.action_errors
@@ -192,10 +194,10 @@ async def test_nothing_that_was_planted_runs_after_the_agent(
 
 
 async def test_the_traps_would_catch_a_careless_git(
-    ground: Ground, repository: Repository, evidence: Path, tmp_path: Path
+    git_setup: GitSetup, repository: Repository, evidence: Path, tmp_path: Path
 ) -> None:
     """Plain `add`, `commit` and `push` in the planted tree, with the token in the environment, give it away."""
-    async with GitHttp(ground.repos) as server:
+    async with GitHttp(git_setup.repos) as server:
         work = tmp_path / "work"
         await git_at(tmp_path / "home")("clone", "--quiet", f"file://{repository.path}", str(work))
         script = tmp_path / "plant"
@@ -212,26 +214,26 @@ async def test_the_traps_would_catch_a_careless_git(
 
 
 async def test_a_rescue_runs_nothing_that_was_planted(
-    bench: Bench,
-    ground: Ground,
+    worker_setup: WorkerSetup,
+    git_setup: GitSetup,
     repository: Repository,
     evidence: Path,
     agent: Callable[..., Any],
     agent_user: User | None,
 ) -> None:
     """The patch of a task that failed is made as carefully as a commit."""
-    async with GitSsh(ground.repos) as server:
+    async with GitSsh(git_setup.repos) as server:
         script = planting(evidence / "trap", server.url("demo").rpartition("/")[0])
-        await bench.submit(git_repo=server.url("demo"), ssh_key=Secret(key_pair().openssh))
-        record = await bench.run(cli=agent(script, last="exit 1"), agent_user=agent_user)
+        await worker_setup.submit(git_repo=server.url("demo"), ssh_key=Secret(key_pair().openssh))
+        record = await worker_setup.run(cli=agent(script, last="exit 1"), agent_user=agent_user)
     assert Status.FAILED == record.status
     assert ["rescue.patch"] == [file.original_path for file in record.uploaded_files or ()]
     assert {} == caught(evidence)
 
 
 async def test_a_submodule_that_is_an_option_is_not_pushed(
-    bench: Bench,
-    ground: Ground,
+    worker_setup: WorkerSetup,
+    git_setup: GitSetup,
     repository: Repository,
     evidence: Path,
     agent: Callable[..., Any],
@@ -240,11 +242,11 @@ async def test_a_submodule_that_is_an_option_is_not_pushed(
     """Its name, its URL or its update would run something at whoever clones it; the work is kept as a patch."""
     trap = evidence / "trap"
     module = f'[submodule "--upload-pack={trap}"]\n\tpath = -sub\n\turl = --upload-pack={trap}\n\tupdate = !{trap}\n'
-    async with GitSsh(ground.repos) as server:
+    async with GitSsh(git_setup.repos) as server:
         given = {"git_repo": server.url("demo"), "ssh_key": Secret(key_pair().openssh)}
-        await bench.submit(**given, post_execution_actions=PostRunActions(git=GitAction(commit=True, push=True)))
+        await worker_setup.submit(**given, post_execution_actions=PostRunActions(git=GitAction(commit=True, push=True)))
         script = agent(f"printf {shlex.quote(module)} >.gitmodules; echo new >a.txt")
-        record = await bench.run(cli=script, agent_user=agent_user)
+        record = await worker_setup.run(cli=script, agent_user=agent_user)
     [error] = record.action_errors
     assert error.error.startswith("The agent's commit has objects that must not be pushed: ")
     assert "gitmodules" in error.error
@@ -254,7 +256,7 @@ async def test_a_submodule_that_is_an_option_is_not_pushed(
 
 
 async def test_an_agent_cannot_look_into_the_worker(
-    bench: Bench, ground: Ground, repository: Repository, agent: Callable[..., Any], evidence: Path
+    worker_setup: WorkerSetup, git_setup: GitSetup, repository: Repository, agent: Callable[..., Any], evidence: Path
 ) -> None:
     """As a user of its own it reads neither memory nor environment of the worker, nor what the worker keeps, nor ends it."""
     import asyncio
@@ -275,9 +277,9 @@ kill -0 {pid} 2>/dev/null && echo kill >>{evidence}/seen/got
 ls /tmp/ws-*.* >/dev/null 2>&1 && echo rooms >>{evidence}/seen/got
 [ "$(id -u)" = {user.uid} ] && echo "as {user.uid}" >>{evidence}/seen/got
 """
-    async with GitSsh(ground.repos) as server:
-        await bench.submit(
+    async with GitSsh(git_setup.repos) as server:
+        await worker_setup.submit(
             git_repo=server.url("demo"), ssh_key=Secret(key_pair().openssh), post_execution_actions=PUSHING
         )
-        await bench.run(cli=agent(script), agent_user=user)
+        await worker_setup.run(cli=agent(script), agent_user=user)
     assert {"got": f"as {user.uid}\n"} == caught(evidence)

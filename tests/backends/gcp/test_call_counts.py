@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import attrs
 import pytest
 from helpers.cloud import Receiver
-from helpers.service import PATIENCE
-from helpers.sides import Call, Door, Sides, open_door, open_sides
+from helpers.recording import Call, RecordedService, RecordingProxy, recorded_service, recording_proxy
+from helpers.service import WAIT_SECONDS
 from standins.gcs import BUCKET, Gcs
 from standins.kms import Kms
 
@@ -39,7 +39,7 @@ class Bucket:
     store: Store
     #: For readers. Its calls are counted.
     read: Store
-    door: Door
+    door: RecordingProxy
 
     def take_calls(self) -> Counter[str]:
         """Return the numbers of calls since the last time, by method."""
@@ -65,7 +65,7 @@ async def bucket() -> AsyncIterator[Bucket]:
     async with (
         Gcs() as gcs,
         Kms() as kms,
-        open_door(gcs, kms) as door,
+        recording_proxy(gcs, kms) as door,
         open_blobs(BUCKET, emulator=gcs.direct) as direct,
         open_blobs(BUCKET, emulator=door.environment["STORAGE_EMULATOR_HOST"]) as counted,
     ):
@@ -89,15 +89,15 @@ async def tail(bucket: Bucket) -> AsyncIterator[TaskPoller]:
 
 
 @pytest.fixture
-async def sides() -> AsyncIterator[Sides]:
+async def recorded() -> AsyncIterator[RecordedService]:
     """Return a service whose model always replies `Done.`."""
-    async with open_sides(sequence(Say("Done."))) as sides:
-        yield sides
+    async with recorded_service(sequence(Say("Done."))) as recorded:
+        yield recorded
 
 
-async def test_submission_makes_four_writes_one_encryption_and_one_launch(sides: Sides) -> None:
+async def test_submission_makes_four_writes_one_encryption_and_one_launch(recorded: RecordedService) -> None:
     """`/run-async` writes payload, record, index entry and active marker, wraps one key, and launches once."""
-    await sides.service.submit(taskId="t")
+    await recorded.service.submit(taskId="t")
     assert {
         Call("cryptoKeys.encrypt", "payload-encryption"): 1,
         Call("objects.insert", "active/{taskId}"): 1,
@@ -105,22 +105,22 @@ async def test_submission_makes_four_writes_one_encryption_and_one_launch(sides:
         Call("objects.insert", "sessions/{taskId}/encrypted-payload.bin"): 1,
         Call("objects.insert", "sessions/{taskId}/metadata.json"): 1,
         Call("Jobs.RunJob", "claude-code-job"): 1,
-    } == sides.api.calls
+    } == recorded.api.calls
 
 
-async def test_calls_grow_linearly_with_submissions(sides: Sides) -> None:
+async def test_calls_grow_linearly_with_submissions(recorded: RecordedService) -> None:
     """Ten concurrent submissions make ten times the calls of one."""
-    sides.place.cloud_run.launch_seconds = float("inf")
-    await asyncio.gather(*(sides.service.submit() for _ in range(10)))
-    assert (40, 10, 10) == tuple(sides.api.count(method) for method in ("objects.", "cryptoKeys.", "Jobs."))
+    recorded.deployment.cloud_run.launch_seconds = float("inf")
+    await asyncio.gather(*(recorded.service.submit() for _ in range(10)))
+    assert (40, 10, 10) == tuple(recorded.api.count(method) for method in ("objects.", "cryptoKeys.", "Jobs."))
 
 
-async def test_payload_is_deleted_once(sides: Sides, receiver: Receiver) -> None:
+async def test_payload_is_deleted_once(recorded: RecordedService, receiver: Receiver) -> None:
     """Only the worker that opens the payload deletes it, not the end of the task or the delivery of its callback."""
-    await sides.service.submit(taskId="t", callbackUrl=receiver.url)
-    await sides.service.until("t", lambda record: record.status.is_final and not record.owes_callback)
+    await recorded.service.submit(taskId="t", callbackUrl=receiver.url)
+    await recorded.service.until("t", lambda record: record.status.is_final and not record.owes_callback)
     payload = Call("objects.delete", "sessions/{taskId}/encrypted-payload.bin")
-    assert (1, 0) == (sides.worker.calls[payload], sides.api.calls[payload])
+    assert (1, 0) == (recorded.worker.calls[payload], recorded.api.calls[payload])
 
 
 async def test_poll_without_changes_is_one_call(bucket: Bucket, tail: TaskPoller) -> None:
@@ -156,8 +156,8 @@ async def test_concurrent_replays_cost_as_much_as_one(bucket: Bucket) -> None:
     feed = Feed(bucket.read, NEVER)
 
     async def replay() -> None:
-        async with feed.follow(TASK, after=Cursor()) as reader, asyncio.timeout(PATIENCE):
-            async for _ in reader.items(idle_seconds=PATIENCE):
+        async with feed.follow(TASK, after=Cursor()) as reader, asyncio.timeout(WAIT_SECONDS):
+            async for _ in reader.items(idle_seconds=WAIT_SECONDS):
                 pass
 
     await asyncio.gather(*(replay() for _ in range(20)))

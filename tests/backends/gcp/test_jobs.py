@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from google.cloud import run_v2
 from grpc import ChannelConnectivity, StatusCode
-from helpers.service import PATIENCE
+from helpers.service import WAIT_SECONDS
 from standins.cloudrun import HANG, JOB, OUT_OF_MEMORY, PROJECT, REGION, CloudRun, Execution, Fault
 
 from ccrun.backends.gcp.calls import NoCredentials
@@ -83,7 +83,7 @@ class Containers:
 
     async def environment(self) -> dict[str, str]:
         """Wait until the container runs, and return its environment."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             while not self._file.exists() or not self._file.read_text():
                 await asyncio.sleep(0.01)
         return dict(json.loads(self._file.read_text()))
@@ -104,7 +104,7 @@ async def launched(server: CloudRun, jobs: CloudRunJobs) -> Execution:
 
 async def until_finished(jobs: CloudRunJobs, execution: Execution) -> ExecutionState:
     """Wait until an execution has finished, and return its state."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         await execution.finished.wait()
     return await jobs.state(TASK, execution.short_name)
 
@@ -235,7 +235,7 @@ async def test_idle_connection_is_reopened(containers: Containers) -> None:
     async with containers.run() as (server, jobs):
         await launched(server, jobs)
         server.reset_connections()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             await jobs._channel.wait_for_state_change(ChannelConnectivity.READY)
         await launched(server, jobs)
         assert 2 == server.calls["RunJob"] == len(server.executions)

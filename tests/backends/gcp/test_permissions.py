@@ -13,8 +13,8 @@ import grpc
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.service import PATIENCE, read_events
-from helpers.sides import Call, Sides, open_sides
+from helpers.recording import Call, RecordedService, recorded_service
+from helpers.service import WAIT_SECONDS, read_events
 from standins import cloudrun
 from standins.gcs import NO_FAULT, Fault
 
@@ -71,12 +71,12 @@ def granted() -> dict[str, dict[str, str]]:
     section = DOCUMENT.read_text().partition("\n## Grants\n")[2].partition("\n## ")[0]
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines() if "`" in line]
     roles = {**PREDENO_FAULTD, **{row[0]: set(row[1].split("` `")) for row in rows if len(row) == 2}}
-    sides: dict[str, dict[str, str]] = {}
+    recorded: dict[str, dict[str, str]] = {}
     side = ""
     for identity, role, _, condition in (row for row in rows if len(row) == 4):
         side = identity.removeprefix("ccrun-") or side
-        sides.setdefault(side, {}).update(dict.fromkeys(roles[role], condition))
-    return sides
+        recorded.setdefault(side, {}).update(dict.fromkeys(roles[role], condition))
+    return recorded
 
 
 def script(conversation: Conversation) -> Reply:
@@ -113,21 +113,21 @@ def test_grants_match_the_calls() -> None:
 class Scene:
     """A service, workers, and the URL of a receiver that accepts all callbacks."""
 
-    sides: Sides
+    recorded: RecordedService
     receiver: str
 
     async def submit(self, task_id: str, prompt: str = "Do it.") -> None:
         """Submit a task with a callback."""
-        await self.sides.service.submit(taskId=task_id, prompt=prompt, callbackUrl=self.receiver)
+        await self.recorded.service.submit(taskId=task_id, prompt=prompt, callbackUrl=self.receiver)
 
     async def post(self, path: str, *, status: int) -> None:
         """Send a POST request, and check the status of the response."""
-        async with self.sides.service.http.post(self.sides.service.url + path) as response:
+        async with self.recorded.service.http.post(self.recorded.service.url + path) as response:
             assert status == response.status, await response.text()
 
     async def until_running(self, task_id: str) -> None:
         """Wait until a worker has started the task."""
-        await self.sides.service.until(task_id, lambda record: record.status is Status.RUNNING)
+        await self.recorded.service.until(task_id, lambda record: record.status is Status.RUNNING)
 
     async def until_delivered(self, task_id: str) -> None:
         """Wait until the callback of a task is delivered."""
@@ -135,14 +135,16 @@ class Scene:
         def is_delivered(record: TaskRecord) -> bool:
             return record.webhook is not None and record.webhook.state is CallbackState.DELIVERED
 
-        await self.sides.service.until(task_id, is_delivered)
+        await self.recorded.service.until(task_id, is_delivered)
 
     async def until_execution_finished(self, task_id: str) -> None:
         """Wait until the execution of a task has finished."""
         found = (
-            each for each in self.sides.place.cloud_run.executions.values() if each.overrides["TASK_ID"] == task_id
+            each
+            for each in self.recorded.deployment.cloud_run.executions.values()
+            if each.overrides["TASK_ID"] == task_id
         )
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             await next(found).finished.wait()
 
 
@@ -155,8 +157,8 @@ async def scene() -> AsyncIterator[Scene]:
 
     app = web.Application()
     app.router.add_post("/hook", receive)
-    async with TestServer(app) as server, open_sides(script) as sides:
-        yield Scene(sides=sides, receiver=str(server.make_url("/hook")))
+    async with TestServer(app) as server, recorded_service(script) as recorded:
+        yield Scene(recorded=recorded, receiver=str(server.make_url("/hook")))
 
 
 async def test_each_side_makes_the_documented_calls(scene: Scene) -> None:
@@ -166,14 +168,14 @@ async def test_each_side_makes_the_documented_calls(scene: Scene) -> None:
     await deliveries(scene)
     await cancels(scene)
     await lost_workers(scene)
-    doors = {"api": scene.sides.api, "worker": scene.sides.worker, "sweep": scene.sides.sweep}
+    doors = {"api": scene.recorded.api, "worker": scene.recorded.worker, "sweep": scene.recorded.sweep}
     seen = {side: {call: PERMISSIONS[call.method] for call in door.calls} for side, door in doors.items()}
     assert documented() == seen
 
 
 async def successful_task(scene: Scene) -> None:
     """Run a task, read everything about it, and submit it a second time."""
-    service = scene.sides.service
+    service = scene.recorded.service
     await service.run(taskId="plain")
     for path in ("/ready", "/tasks", "/tasks/status", "/tasks/plain"):
         await service.get(path)
@@ -186,11 +188,11 @@ async def successful_task(scene: Scene) -> None:
 
 async def uploads(scene: Scene) -> None:
     """Upload the files of a task. The response to one of the uploads is lost."""
-    service, gcs = scene.sides.service, scene.sides.place.gcs
+    service, gcs = scene.recorded.service, scene.recorded.deployment.gcs
     gcs.fail_object("storage.objects.create", "uploads/1.txt", LOST)
     body = {"allowedTools": ["Bash"], "postExecutionActions": {"uploadFiles": {"globPatterns": ["*.txt"]}}}
     await service.submit(taskId="uploaded", prompt="Make files.", callbackUrl=scene.receiver, **body)
-    record = await service.until_over("uploaded")
+    record = await service.until_final("uploaded")
     assert 2 == len(record.uploaded_files or ())
     await scene.until_delivered("uploaded")
     gcs.clear_faults()
@@ -198,7 +200,7 @@ async def uploads(scene: Scene) -> None:
 
 async def deliveries(scene: Scene) -> None:
     """Request redeliveries while the worker and the sweep delete the active marker. Some responses are lost."""
-    gcs = scene.sides.place.gcs
+    gcs = scene.recorded.deployment.gcs
     await scene.submit("called-back")
     # The worker's first record and first chunk.
     gcs.fail("storage.objects.create", LOST, NO_FAULT, LOST)
@@ -208,7 +210,7 @@ async def deliveries(scene: Scene) -> None:
     await scene.post("/tasks/called-back/webhook", status=202)
     await scene.until_execution_finished("called-back")
     gcs.fail("storage.objects.delete", NO_FAULT, LATE)
-    sweeping = asyncio.create_task(scene.sides.place.sweep())
+    sweeping = asyncio.create_task(scene.recorded.deployment.sweep())
     await scene.until_delivered("called-back")
     await scene.post("/tasks/called-back/webhook", status=202)
     await sweeping
@@ -217,35 +219,35 @@ async def deliveries(scene: Scene) -> None:
 
 async def cancels(scene: Scene) -> None:
     """Cancel a running task, and one that has not started."""
-    service = scene.sides.service
+    service = scene.recorded.service
     await scene.submit("running", "Wait.")
     await scene.until_running("running")
     await scene.post("/cancel/running", status=200)
     await scene.until_delivered("running")
-    scene.sides.place.cloud_run.launch_seconds = float("inf")
+    scene.recorded.deployment.cloud_run.launch_seconds = float("inf")
     body = service.body(taskId="pending")
-    async with asyncio.timeout(PATIENCE), service.http.post(f"{service.url}/run", json=body) as response:
+    async with asyncio.timeout(WAIT_SECONDS), service.http.post(f"{service.url}/run", json=body) as response:
         await scene.post("/cancel/pending", status=200)
         assert ["cancelled", "done"] == [event.name async for event in read_events(response)][-2:]
 
 
 async def lost_workers(scene: Scene) -> None:
     """Fail a launch, and lose workers whose tasks the API and the sweep settle."""
-    service, place = scene.sides.service, scene.sides.place
-    place.cloud_run.fail("RunJob", cloudrun.Fault(code=grpc.StatusCode.NOT_FOUND))
+    service, deployment = scene.recorded.service, scene.recorded.deployment
+    deployment.cloud_run.fail("RunJob", cloudrun.Fault(code=grpc.StatusCode.NOT_FOUND))
     body = service.body(taskId="unlaunched")
     async with service.http.post(f"{service.url}/run", json=body) as response:
         assert 502 == response.status
-    place.cloud_run.launch_seconds = 0.0
+    deployment.cloud_run.launch_seconds = 0.0
     # The payload is still there when the worker is killed.
-    place.gcs.fail_always("storage.objects.delete", Fault(status=503))
+    deployment.gcs.fail_always("storage.objects.delete", Fault(status=503))
     for task_id in ("settled-by-api", "settled-by-sweep"):
         await scene.submit(task_id)
         await scene.until_running(task_id)
-        await place.kill_worker(task_id)
+        await deployment.kill_worker(task_id)
         await scene.until_execution_finished(task_id)
-    place.gcs.clear_faults()
+    deployment.gcs.clear_faults()
     assert "failed" == (await service.get("/tasks/settled-by-api"))["status"]
-    await place.sweep()
+    await deployment.sweep()
     for task_id in ("settled-by-api", "settled-by-sweep"):
         await scene.until_delivered(task_id)

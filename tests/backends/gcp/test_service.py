@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from grpc import StatusCode
 from helpers.cloud import Cloud, Receiver
-from helpers.service import MADE_UP_KEY, PATIENCE, StartService
+from helpers.service import MADE_UP_KEY, WAIT_SECONDS, StartService
 from standins import cloudrun, gcs, kms
 from standins.cloudrun import JOB
 from standins.gcs import BUCKET
@@ -36,7 +36,7 @@ UNREACHABLE = {
 
 async def test_task_is_created_as_documented(cloud: Cloud) -> None:
     """The response has the documented fields, the objects have the documented names, and no other objects are written."""
-    cloud.place.cloud_run.launch_seconds = math.inf
+    cloud.deployment.cloud_run.launch_seconds = math.inf
     response = await cloud.post_task(taskId="task-a")
     [execution] = cloud.executions("task-a")
     assert {
@@ -73,13 +73,13 @@ async def test_chunks_have_the_documented_names(cloud: Cloud) -> None:
 
 async def test_creation_makes_four_writes_one_encryption_and_one_launch(cloud: Cloud) -> None:
     """Payload, record, index entry and active marker are written once each, and nothing is read."""
-    cloud.place.cloud_run.launch_seconds = math.inf
-    cloud.place.gcs.calls.clear()
+    cloud.deployment.cloud_run.launch_seconds = math.inf
+    cloud.deployment.gcs.calls.clear()
     await cloud.submit()
     assert ({CREATE: 4}, {"encrypt": 1}, {"RunJob": 1}) == (
-        dict(cloud.place.gcs.calls),
-        dict(cloud.place.kms.calls),
-        dict(cloud.place.cloud_run.calls),
+        dict(cloud.deployment.gcs.calls),
+        dict(cloud.deployment.kms.calls),
+        dict(cloud.deployment.cloud_run.calls),
     )
 
 
@@ -136,7 +136,7 @@ async def test_rejected_launch_is_a_502_that_says_what_to_check(
     cloud: Cloud, code: StatusCode, words: tuple[str, ...]
 ) -> None:
     """The response reports the failure, so the task is stored as failed and owes no callback."""
-    cloud.place.cloud_run.fail("RunJob", cloudrun.Fault(code=code), times=ALWAYS)
+    cloud.deployment.cloud_run.fail("RunJob", cloudrun.Fault(code=code), times=ALWAYS)
     response = await cloud.post_task(taskId="task-a")
     assert (502, []) == (response.status, [word for word in words if word not in response.body["error"]])
     assert await is_failed_without_leftovers(cloud, "task-a")
@@ -145,7 +145,7 @@ async def test_rejected_launch_is_a_502_that_says_what_to_check(
 async def test_exhausted_quota_is_a_503_with_retry_after(cloud: Cloud) -> None:
     """`Retry-After` is the delay that Google asks for, and the task is stored as failed."""
     fault = cloudrun.Fault(code=StatusCode.RESOURCE_EXHAUSTED, retry_seconds=17)
-    cloud.place.cloud_run.fail("RunJob", fault, times=ALWAYS)
+    cloud.deployment.cloud_run.fail("RunJob", fault, times=ALWAYS)
     response = await cloud.post_task(taskId="task-a")
     assert (503, "17") == (response.status, response.headers["Retry-After"])
     assert "Cloud Run" in response.body["error"]
@@ -154,7 +154,7 @@ async def test_exhausted_quota_is_a_503_with_retry_after(cloud: Cloud) -> None:
 
 async def test_unreachable_cloud_run_is_a_503(cloud: Cloud) -> None:
     """Nothing was launched, so the client can retry safely. The task is stored as failed."""
-    cloud.place.cloud_run.stop_listening()
+    cloud.deployment.cloud_run.stop_listening()
     response = await cloud.post_task(taskId="task-a")
     assert (503, True) == (response.status, "Retry-After" in response.headers)
     assert "Cloud Run cannot be reached" in response.body["error"]
@@ -163,10 +163,10 @@ async def test_unreachable_cloud_run_is_a_503(cloud: Cloud) -> None:
 
 async def test_launch_with_a_lost_response_is_not_retried(cloud: Cloud) -> None:
     """The response is 502. The execution that did start finds that the task has failed, and exits with 0."""
-    cloud.place.cloud_run.launch_seconds = 0.5
-    cloud.place.cloud_run.fail("RunJob", cloudrun.Fault(reset="after"))
+    cloud.deployment.cloud_run.launch_seconds = 0.5
+    cloud.deployment.cloud_run.fail("RunJob", cloudrun.Fault(reset="after"))
     response = await cloud.post_task(taskId="task-a")
-    assert (502, 1) == (response.status, cloud.place.cloud_run.calls["RunJob"])
+    assert (502, 1) == (response.status, cloud.deployment.cloud_run.calls["RunJob"])
     await cloud.until_executions_finished("task-a")
     assert [0] == [execution.exit_code for execution in cloud.executions("task-a")]
     assert await is_failed_without_leftovers(cloud, "task-a")
@@ -174,26 +174,26 @@ async def test_launch_with_a_lost_response_is_not_retried(cloud: Cloud) -> None:
 
 async def test_running_task_does_not_fail_when_the_launch_response_is_lost(cloud: Cloud) -> None:
     """A task that a worker has started was launched: the response is 202, and the task completes."""
-    cloud.place.cloud_run.fail("RunJob", cloudrun.Fault(response_delay_seconds=3600))
+    cloud.deployment.cloud_run.fail("RunJob", cloudrun.Fault(response_delay_seconds=3600))
     posting = asyncio.create_task(cloud.post_task(taskId="task-a", prompt="Write 1."))
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         while not cloud.executions("task-a"):
             await asyncio.sleep(0.01)
     await cloud.until_running("task-a")
-    cloud.place.cloud_run.reset_connections()
+    cloud.deployment.cloud_run.reset_connections()
     response = await posting
-    assert (202, 1) == (response.status, cloud.place.cloud_run.calls["RunJob"]), response.text
+    assert (202, 1) == (response.status, cloud.deployment.cloud_run.calls["RunJob"]), response.text
     assert Reason.COMPLETED == (await cloud.until_final("task-a")).reason
 
 
 async def test_replayed_request_of_a_failed_launch_starts_nothing(cloud: Cloud) -> None:
     """The same Idempotency-Key returns the same failed task. A new attempt needs a new key."""
-    cloud.place.cloud_run.fail("RunJob", cloudrun.Fault(code=StatusCode.NOT_FOUND))
+    cloud.deployment.cloud_run.fail("RunJob", cloudrun.Fault(code=StatusCode.NOT_FOUND))
     key = {"Idempotency-Key": "key-1"}
     assert 502 == (await cloud.post_task(headers=key)).status
     replay = await cloud.post_task(headers=key)
     assert (202, "failed", "true") == (replay.status, replay.body["status"], replay.headers["Idempotent-Replay"])
-    assert 1 == cloud.place.cloud_run.calls["RunJob"]
+    assert 1 == cloud.deployment.cloud_run.calls["RunJob"]
     assert 202 == (await cloud.post_task(headers={"Idempotency-Key": "key-2"})).status
 
 
@@ -209,9 +209,9 @@ async def test_failed_write_during_creation_is_retried(
     cloud: Cloud, substring: str, reset: Literal["before", "after"] | None
 ) -> None:
     """After a 503, a lost request or a lost response the write is retried, takes effect once, and the response is 202."""
-    cloud.place.cloud_run.launch_seconds = math.inf
+    cloud.deployment.cloud_run.launch_seconds = math.inf
     fault = gcs.Fault(reset=reset) if reset else gcs.Fault(status=503)
-    cloud.place.gcs.fail_object(CREATE, substring, fault)
+    cloud.deployment.gcs.fail_object(CREATE, substring, fault)
     await cloud.submit(taskId="task-a")
     assert {"encrypted-payload.bin", "metadata.json"} < await cloud.names("task-a")
     assert 4 == len(await cloud.names("task-a"))
@@ -225,13 +225,13 @@ async def test_permanent_write_fault_during_creation_is_a_503(
     """If any write fails permanently, nothing is launched. After a sweep there is no payload and no active task."""
     cloud.jobs.start_timeout = dt.timedelta(0)
     fault = gcs.Fault(reset=reset) if reset else gcs.Fault(status=503)
-    cloud.place.gcs.fail_object(CREATE, substring, fault, times=ALWAYS)
+    cloud.deployment.gcs.fail_object(CREATE, substring, fault, times=ALWAYS)
     response = await cloud.post_task(taskId="task-a", callbackUrl=receiver.url)
-    cloud.place.gcs.clear_faults()
+    cloud.deployment.gcs.clear_faults()
     assert (503, True, 0) == (
         response.status,
         "Cloud Storage" in response.body["error"],
-        cloud.place.cloud_run.calls["RunJob"],
+        cloud.deployment.cloud_run.calls["RunJob"],
     )
     await cloud.sweep()
     remaining = {name for name in await cloud.names("task-a") if not name.startswith("index")}
@@ -244,7 +244,7 @@ async def test_permanent_write_fault_during_creation_is_a_503(
 
 async def test_failed_key_service_is_a_503(cloud: Cloud) -> None:
     """The error names Cloud KMS and the missing permission, and nothing is stored."""
-    cloud.place.kms.denied.add("encrypt")
+    cloud.deployment.kms.denied.add("encrypt")
     response = await cloud.post_task(taskId="task-a")
     assert (503, set()) == (response.status, await cloud.names("task-a"))
     assert "Cloud KMS" in response.body["error"]
@@ -254,8 +254,8 @@ async def test_failed_key_service_is_a_503(cloud: Cloud) -> None:
 @pytest.mark.parametrize("fault", [kms.Fault(status=503), kms.Fault(reset="before"), kms.Fault(reset="after")])
 async def test_transient_fault_of_the_key_service_is_retried(cloud: Cloud, fault: kms.Fault) -> None:
     """Encryption and decryption are retried, and the worker opens the payload."""
-    cloud.place.kms.fail("encrypt", fault)
-    cloud.place.kms.fail("decrypt", fault)
+    cloud.deployment.kms.fail("encrypt", fault)
+    cloud.deployment.kms.fail("decrypt", fault)
     task_id = await cloud.submit(prompt="Write 1.")
     assert Reason.COMPLETED == (await cloud.until_final(task_id)).reason
 
@@ -269,9 +269,9 @@ async def test_repeated_storage_faults_lose_no_line(cloud: Cloud) -> None:
     sequence = [fault for each in faults for fault in (gcs.NO_FAULT, gcs.NO_FAULT, each)]
     task_id = await cloud.submit(prompt="Write 300.")
     for method in ("storage.objects.create", "storage.objects.get", "storage.objects.delete"):
-        cloud.place.gcs.fail(method, *sequence, times=20)
+        cloud.deployment.gcs.fail(method, *sequence, times=20)
     streamed = [event.data for event in await cloud.events(task_id) if event.data.get("type") == "line"]
-    cloud.place.gcs.clear_faults()
+    cloud.deployment.gcs.clear_faults()
     assert Reason.COMPLETED == (await cloud.until_final(task_id)).reason
     async with cloud.http.get(f"{cloud.url}/tasks/{task_id}/logs") as response:
         logged = [json.loads(line) for line in (await response.read()).splitlines()]
@@ -281,7 +281,7 @@ async def test_repeated_storage_faults_lose_no_line(cloud: Cloud) -> None:
 
 async def test_denied_decryption_fails_the_task(cloud: Cloud) -> None:
     """The task fails, and its error names the missing permission."""
-    cloud.place.kms.denied.add("decrypt")
+    cloud.deployment.kms.denied.add("decrypt")
     task_id = await cloud.submit()
     record = await cloud.until_final(task_id)
     assert (Status.FAILED, Reason.PREPARE_FAILED) == (record.status, record.reason)
@@ -291,7 +291,7 @@ async def test_denied_decryption_fails_the_task(cloud: Cloud) -> None:
 
 async def test_unopened_payload_is_deleted_with_the_task(cloud: Cloud) -> None:
     """A task that fails before its payload is opened leaves no payload, also without a callback."""
-    cloud.place.kms.denied.add("decrypt")
+    cloud.deployment.kms.denied.add("decrypt")
     body = {"prompt": "Hang.", "anthropicApiKey": MADE_UP_KEY, "taskId": "task-a"}
     async with cloud.http.post(f"{cloud.url}/run", json=body) as response:
         await response.read()
@@ -302,13 +302,13 @@ async def test_unopened_payload_is_deleted_with_the_task(cloud: Cloud) -> None:
 
 async def test_undeleted_active_marker_does_not_fail_the_task(cloud: Cloud) -> None:
     """The outcome is stored, so the worker exits with 0. A later sweep deletes the marker."""
-    cloud.place.gcs.fail_object("storage.objects.delete", "active", gcs.Fault(status=403), times=ALWAYS)
+    cloud.deployment.gcs.fail_object("storage.objects.delete", "active", gcs.Fault(status=403), times=ALWAYS)
     body = {"prompt": "Write 1.", "anthropicApiKey": MADE_UP_KEY, "taskId": "task-a"}
     async with cloud.http.post(f"{cloud.url}/run", json=body) as response:
         await response.read()
     await cloud.until_executions_finished("task-a")
     assert [0] == [execution.exit_code for execution in cloud.executions("task-a")]
-    cloud.place.gcs.clear_faults()
+    cloud.deployment.gcs.clear_faults()
     assert 1 == len(await cloud.store.active())
     await cloud.sweep()
     assert [] == await cloud.store.active()
@@ -323,7 +323,7 @@ async def test_second_execution_changes_nothing(cloud: Cloud) -> None:
     before = await cloud.until_running(task_id)
     second = await cloud.jobs.launch(task_id)
     assert second is not None
-    execution = cloud.place.cloud_run.executions[second]
+    execution = cloud.deployment.cloud_run.executions[second]
     await execution.finished.wait()
     assert 0 == execution.exit_code, execution.output
     assert before == await cloud.store.record(task_id)
@@ -331,7 +331,7 @@ async def test_second_execution_changes_nothing(cloud: Cloud) -> None:
 
 async def test_one_of_several_executions_runs_the_task(cloud: Cloud, receiver: Receiver) -> None:
     """All executions exit with 0, the log is written once, and one callback is delivered."""
-    cloud.place.cloud_run.launch_seconds = 0.3
+    cloud.deployment.cloud_run.launch_seconds = 0.3
     task_id = await cloud.submit(prompt="Write 3.", callbackUrl=receiver.url)
     await asyncio.gather(*(cloud.jobs.launch(task_id) for _ in range(2)))
     await cloud.until_executions_finished(task_id)
@@ -342,7 +342,7 @@ async def test_one_of_several_executions_runs_the_task(cloud: Cloud, receiver: R
 
 async def test_execution_of_a_cancelled_task_does_nothing(cloud: Cloud, receiver: Receiver) -> None:
     """It exits with 0, and the task stays cancelled."""
-    cloud.place.cloud_run.launch_seconds = 0.3
+    cloud.deployment.cloud_run.launch_seconds = 0.3
     task_id = await cloud.submit(callbackUrl=receiver.url)
     response = await cloud.call("POST", f"/cancel/{task_id}")
     assert (200, "cancelled") == (response.status, response.body["status"])

@@ -12,7 +12,7 @@ import attrs
 import pytest
 from grpc import StatusCode
 from helpers.cloud import CLI, Cloud, Receiver, StartCloud
-from helpers.service import PATIENCE, CloudPlace, StartService
+from helpers.service import WAIT_SECONDS, CloudDeployment, StartService
 from standins import cloudrun, gcs
 from standins.cloudrun import EXITED, OUT_OF_MEMORY, TIMED_OUT
 
@@ -27,7 +27,7 @@ from ccrun.task import CallbackInfo, CallbackState, Reason, Status, TaskId, Task
 async def kill(cloud: Cloud, task_id: str, fault: str = EXITED) -> None:
     """Kill the container of a task. Cloud Run then reports `fault`."""
     [execution] = cloud.executions(task_id)
-    cloud.place.cloud_run.kill(execution.short_name, fault=fault)
+    cloud.deployment.cloud_run.kill(execution.short_name, fault=fault)
     await execution.finished.wait()
 
 
@@ -44,7 +44,7 @@ async def time_out(cloud: Cloud, task_id: str) -> None:
 async def cancel_in_console(cloud: Cloud, task_id: str) -> None:
     """Cancel the execution as an operator does in the console, without a grace period."""
     [execution] = cloud.executions(task_id)
-    cloud.place.cloud_run.cancel(execution.short_name)
+    cloud.deployment.cloud_run.cancel(execution.short_name)
     await execution.finished.wait()
 
 
@@ -52,7 +52,7 @@ async def kill_and_prune(cloud: Cloud, task_id: str) -> None:
     """Kill the container, and remove the execution from Cloud Run."""
     [execution] = cloud.executions(task_id)
     await kill(cloud, task_id)
-    cloud.place.cloud_run.prune(execution.short_name)
+    cloud.deployment.cloud_run.prune(execution.short_name)
 
 
 #: By name: what loses the worker, and the reason and exit code with which the task is settled.
@@ -68,17 +68,17 @@ LOSSES: dict[str, tuple[Callable[[Cloud, str], Coroutine[None, None, None]], Rea
 async def lose_worker(cloud: Cloud, loss: str, receiver: Receiver) -> tuple[TaskId, Reason, int]:
     """Run a task until its worker is lost. Return its ID, and the reason and exit code with which it must be settled."""
     lose, reason, exit_code = LOSSES[loss]
-    cloud.place.cloud_run.term_grace_seconds = 0.0
+    cloud.deployment.cloud_run.term_grace_seconds = 0.0
     task_id = await cloud.submit(taskId=f"task-{loss}", callbackUrl=receiver.url)
     await cloud.until_payload_opened(task_id)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         await lose(cloud, task_id)
     return task_id, reason, exit_code
 
 
 async def submit_without_start(cloud: Cloud, receiver: Receiver) -> TaskId:
     """Submit a task whose container never starts, and whose start timeout is exceeded immediately."""
-    cloud.place.cloud_run.launch_seconds = math.inf
+    cloud.deployment.cloud_run.launch_seconds = math.inf
     cloud.jobs.start_timeout = dt.timedelta(0)
     return await cloud.submit(taskId="task-never", callbackUrl=receiver.url)
 
@@ -110,11 +110,11 @@ async def test_sweep_settles_each_lost_worker_once(cloud: Cloud, receiver: Recei
 async def test_get_settles_a_task(cloud: Cloud, receiver: Receiver, loss: str) -> None:
     """`GET /tasks/{taskId}` settles the task without decrypting or delivering. The sweep then delivers the callback once."""
     task_id, reason, exit_code = await lose_worker(cloud, loss, receiver)
-    cloud.place.kms.calls.clear()
+    cloud.deployment.kms.calls.clear()
     record = await cloud.get(task_id)
     assert ("failed", reason, exit_code) == (record["status"], record["reason"], record["exitCode"])
     assert record == await cloud.get(task_id)
-    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.received)
+    assert (0, []) == (cloud.deployment.kms.calls["decrypt"], receiver.received)
     assert "encrypted-payload.bin" not in await cloud.names(task_id)
     assert SweepReport(delivered=1) == await cloud.sweep()
     assert SweepReport() == await cloud.sweep()
@@ -136,7 +136,7 @@ async def test_get_settles_a_task_that_never_started(cloud: Cloud, receiver: Rec
 
 async def test_task_within_its_start_timeout_is_not_settled(cloud: Cloud, receiver: Receiver) -> None:
     """Before the start timeout, neither a reader nor a sweep settles the task."""
-    cloud.place.cloud_run.launch_seconds = math.inf
+    cloud.deployment.cloud_run.launch_seconds = math.inf
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.sweep()
     assert "pending" == (await cloud.get(task_id))["status"]
@@ -146,20 +146,20 @@ async def test_open_stream_settles_its_task(cloud: Cloud, receiver: Receiver) ->
     """A silent stream checks the execution and finishes with the error. The API neither decrypts nor delivers the callback."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_payload_opened(task_id)
-    cloud.place.kms.calls.clear()
+    cloud.deployment.kms.calls.clear()
     reading = asyncio.create_task(cloud.events(task_id))
     await kill(cloud, task_id)
     *_, error, done = await reading
     assert ("error", "done", "failed") == (error.name, done.name, done.data["status"])
     assert Reason.WORKER_LOST is (await cloud.store.record(task_id)).reason
-    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.received)
+    assert (0, []) == (cloud.deployment.kms.calls["decrypt"], receiver.received)
 
 
 async def test_unreachable_cloud_run_settles_nothing(cloud: Cloud, receiver: Receiver) -> None:
     """If the state of the execution is unknown, the task stays running, and readers get a response."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
-    cloud.place.cloud_run.stop_listening()
+    cloud.deployment.cloud_run.stop_listening()
     assert SweepReport() == await cloud.sweep()
     assert "running" == (await cloud.get(task_id))["status"]
 
@@ -168,7 +168,7 @@ async def test_undeleted_payload_is_deleted_by_a_later_sweep(cloud: Cloud, recei
     """A payload that a sweep could not delete is deleted by the next one, even while the receiver fails."""
     receiver.status = 500
     task_id = await submit_without_start(cloud, receiver)
-    cloud.place.gcs.fail_object("storage.objects.delete", "encrypted-payload", gcs.Fault(status=403))
+    cloud.deployment.gcs.fail_object("storage.objects.delete", "encrypted-payload", gcs.Fault(status=403))
     assert SweepReport(failed=1) == await cloud.sweep()
     assert {"active", "encrypted-payload.bin"} == await leftovers(cloud, task_id)
     assert SweepReport(undelivered=1) == await cloud.sweep()
@@ -227,10 +227,10 @@ async def test_unreachable_receiver_leaves_the_callback_owed(cloud: Cloud, recei
 async def test_denied_decryption_leaves_the_callback_owed(cloud: Cloud, receiver: Receiver) -> None:
     """The record contains the error, and a later sweep delivers the callback."""
     task_id = await submit_and_settle(cloud, receiver)
-    cloud.place.kms.denied.add("decrypt")
+    cloud.deployment.kms.denied.add("decrypt")
     assert SweepReport(undelivered=1) == await cloud.sweep()
     assert "useToDecrypt" in str((await webhook_of(cloud, task_id)).last_error)
-    cloud.place.kms.denied.clear()
+    cloud.deployment.kms.denied.clear()
     await make_callback_due(cloud, task_id)
     assert SweepReport(delivered=1) == await cloud.sweep()
     assert 1 == len(receiver.received)
@@ -263,7 +263,7 @@ async def cancel(cloud: Cloud, task_id: str) -> int:
 
 async def until_delivered(cloud: Cloud, task_id: TaskId) -> None:
     """Wait until the executions of a task have finished, and run sweeps until its callback is delivered."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(WAIT_SECONDS):
         await cloud.until_executions_finished(task_id)
         while (await webhook_of(cloud, task_id)).state is not CallbackState.DELIVERED:
             await cloud.sweep()
@@ -275,9 +275,9 @@ async def test_another_instance_cancels_a_running_task(
     """Any instance of the API can cancel an execution, since the record contains its name. One callback is delivered."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
-    async with make_cloud(cloud.place) as other:
+    async with make_cloud(cloud.deployment) as other:
         assert 200 == await cancel(other, task_id)
-        assert 1 == cloud.place.cloud_run.calls["CancelExecution"]
+        assert 1 == cloud.deployment.cloud_run.calls["CancelExecution"]
         await until_delivered(cloud, task_id)
         for instance in (cloud, other):
             assert ("cancelled", 130) == (
@@ -292,27 +292,27 @@ async def test_another_service_cancels_and_the_sweep_command_delivers(
 ) -> None:
     """Two services and a sweep, as `ccrun serve` and `ccrun sweep` run them, share only the cloud."""
     async with start_service(CLAUDE_CLI=str(fake_cli(CLI))) as service:
-        assert isinstance(service.place, CloudPlace)
-        settings = await asyncio.to_thread(config.load, {**service.place.sweep_environment, "PORT": "0"})
+        assert isinstance(service.deployment, CloudDeployment)
+        settings = await asyncio.to_thread(config.load, {**service.deployment.sweep_environment, "PORT": "0"})
         async with serving(settings, {}) as other:
-            service.place.cloud_run.term_grace_seconds = 0.0
+            service.deployment.cloud_run.term_grace_seconds = 0.0
             task_id = (await service.submit(prompt="Hang.", callbackUrl=receiver.url))["taskId"]
             await service.until(task_id, lambda record: record.status is Status.RUNNING)
             async with service.http.post(f"{other}/cancel/{task_id}") as response:
                 assert 200 == response.status
-            [execution] = service.place.cloud_run.executions.values()
+            [execution] = service.deployment.cloud_run.executions.values()
             await execution.finished.wait()
-            await service.place.sweep()
+            await service.deployment.sweep()
             assert "cancelled" == (await service.get(f"/tasks/{task_id}"))["status"]
     assert ["cancelled"] == [callback["status"] for callback in receiver.received]
 
 
 async def test_task_is_cancelled_during_its_launch(cloud: Cloud, receiver: Receiver) -> None:
     """If a task is cancelled before Cloud Run responds to the launch, the worker that starts finds it cancelled."""
-    cloud.place.cloud_run.fail("RunJob", cloudrun.Fault(delay_seconds=0.5))
+    cloud.deployment.cloud_run.fail("RunJob", cloudrun.Fault(delay_seconds=0.5))
     posting = asyncio.create_task(cloud.post_task(taskId="task-a", callbackUrl=receiver.url))
-    async with asyncio.timeout(PATIENCE):
-        while cloud.place.cloud_run.calls["RunJob"] == 0:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while cloud.deployment.cloud_run.calls["RunJob"] == 0:
             await asyncio.sleep(0.01)
     assert 200 == await cancel(cloud, "task-a")
     assert 202 == (await posting).status
@@ -325,10 +325,10 @@ async def test_task_is_cancelled_during_its_launch(cloud: Cloud, receiver: Recei
 
 async def test_pending_task_is_cancelled_immediately(cloud: Cloud, receiver: Receiver) -> None:
     """A task is cancelled before a worker starts. The sweep, not the API, delivers its callback."""
-    cloud.place.cloud_run.launch_seconds = math.inf
+    cloud.deployment.cloud_run.launch_seconds = math.inf
     task_id = await cloud.submit(callbackUrl=receiver.url)
     assert (200, 409) == (await cancel(cloud, task_id), await cancel(cloud, task_id))
-    assert (0, []) == (cloud.place.kms.calls["decrypt"], receiver.received)
+    assert (0, []) == (cloud.deployment.kms.calls["decrypt"], receiver.received)
     assert SweepReport(delivered=1) == await cloud.sweep()
     assert (["cancelled"], set()) == (
         [callback["status"] for callback in receiver.received],
@@ -338,7 +338,7 @@ async def test_pending_task_is_cancelled_immediately(cloud: Cloud, receiver: Rec
 
 async def test_rejected_cancel_reaches_the_worker_through_the_record(cloud: Cloud, receiver: Receiver) -> None:
     """The response is 200, and the worker finds the cancel request in the record."""
-    cloud.place.cloud_run.fail("CancelExecution", cloudrun.Fault(code=StatusCode.PERMISSION_DENIED), times=1000)
+    cloud.deployment.cloud_run.fail("CancelExecution", cloudrun.Fault(code=StatusCode.PERMISSION_DENIED), times=1000)
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
     assert 200 == await cancel(cloud, task_id)
@@ -349,7 +349,7 @@ async def test_rejected_cancel_reaches_the_worker_through_the_record(cloud: Clou
 
 async def test_cancel_of_a_killed_worker_is_settled_as_cancelled(cloud: Cloud, receiver: Receiver) -> None:
     """If the worker is killed without a grace period, the sweep settles the task as cancelled."""
-    cloud.place.cloud_run.term_grace_seconds = 0.0
+    cloud.deployment.cloud_run.term_grace_seconds = 0.0
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
     assert 200 == await cancel(cloud, task_id)
@@ -364,7 +364,7 @@ async def test_worker_that_is_cancelled_in_the_console_finishes_its_task(cloud: 
     task_id = await cloud.submit(callbackUrl=receiver.url)
     await cloud.until_running(task_id)
     [execution] = cloud.executions(task_id)
-    cloud.place.cloud_run.cancel(execution.short_name)
+    cloud.deployment.cloud_run.cancel(execution.short_name)
     await cloud.until_executions_finished(task_id)
     assert 0 == execution.exit_code, execution.output
     assert SweepReport() == await cloud.sweep()
@@ -383,7 +383,7 @@ async def test_concurrent_cancels_and_sweeps_give_one_final_status(
         statuses = await asyncio.gather(cancel(cloud, task_id), cancel(other, task_id), cloud.sweep(), other.sweep())
         return task_id, [status for status in statuses if isinstance(status, int)]
 
-    async with make_cloud(cloud.place) as other:
+    async with make_cloud(cloud.deployment) as other:
         finished_tasks = [await race(number, delay, other) for number, delay in enumerate(delays)]
         for task_id, statuses in finished_tasks:
             await until_delivered(cloud, task_id)

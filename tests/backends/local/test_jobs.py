@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.jobs import A, B, C, MakeJobs, stopped_workers, until_state, until_written
-from helpers.service import PATIENCE
+from helpers.service import WAIT_SECONDS
 
 from ccrun.backends.local.jobs import SubprocessJobs
 from ccrun.errors import Busy
@@ -103,7 +103,7 @@ async def test_exit_of_a_worker_is_reported(tmp_path: Path) -> None:
         on_worker_exit=exited.set,
     ) as jobs:
         await jobs.launch(A)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(WAIT_SECONDS):
             await exited.wait()
 
 
@@ -127,7 +127,7 @@ async def test_clear_removes_processes_and_files_of_one_task(make_jobs: MakeJobs
         with subprocess.Popen(["sleep", "600"], env={**os.environ, tree.MARKER_VARIABLE: f"{tmp_path}/{A}"}) as process:
             async with make_jobs() as jobs:
                 await jobs.clear(A)
-            assert -9 == process.wait(PATIENCE)
+            assert -9 == process.wait(WAIT_SECONDS)
         assert [False, False, True] == [directory.exists() for directory in (first, second, other_task)]
     finally:
         other_task.rmdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from helpers.git import Ground, agent_user, git_at, ground, http_access
+from helpers.git import GitSetup, agent_user, git_at, git_setup, http_access
 from standins.githttp import GitHttp, needs_backend
 from standins.repos import Executable, Link, Repository, Submodule
 
@@ -18,7 +18,7 @@ from ccrun.worker.git.changes import Changes, Identity
 from ccrun.worker.git.clone import Clone
 from ccrun.worker.git.run import Git, GitError
 
-__all__ = ["ground"]
+__all__ = ["git_setup"]
 pytestmark = needs_backend
 
 
@@ -26,7 +26,7 @@ pytestmark = needs_backend
 class Tree:
     """A clone as an agent works in it."""
 
-    ground: Ground
+    git_setup: GitSetup
     repository: Repository
     cloned: Clone
     user: User | None = None
@@ -34,19 +34,19 @@ class Tree:
     @property
     def path(self) -> Path:
         """The agent's folder."""
-        return self.ground.into
+        return self.git_setup.into
 
     async def git(self, *arguments: str) -> str:
         """Run git as the agent might."""
         identity = {"GIT_AUTHOR_NAME": "Agent", "GIT_AUTHOR_EMAIL": "agent@example.com"}
         identity |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in identity.items()}
-        return (await self.ground.git.at(self.path, **identity)(*arguments)).decode().strip()
+        return (await self.git_setup.git.at(self.path, **identity)(*arguments)).decode().strip()
 
     async def changes(self, *, excludes_dotenv: bool = False) -> Changes:
         """Look at what was left."""
-        git = git_at(self.ground.folder / "home", self.user, protocols="")
+        git = git_at(self.git_setup.folder / "home", self.user, protocols="")
         return await changes.examine(
-            git, self.path, base=self.cloned.base, excludes_dotenv=excludes_dotenv, room=self.ground.folder
+            git, self.path, base=self.cloned.base, excludes_dotenv=excludes_dotenv, room=self.git_setup.folder
         )
 
     async def listed(self, found: Changes, tree: str) -> dict[str, str]:
@@ -77,18 +77,18 @@ KEPT = {
 }
 
 
-async def make(ground: Ground, files: dict[str, object] | None = FILES) -> Tree:
+async def make(git_setup: GitSetup, files: dict[str, object] | None = FILES) -> Tree:
     """Clone a repository with these files."""
-    repository = await ground.repos.create("demo", files)  # type: ignore[arg-type]
-    async with GitHttp(ground.repos, public=True) as server:
-        cloned = await ground.clone(http_access(server.url("demo"), None))
-    return Tree(ground=ground, repository=repository, cloned=cloned)
+    repository = await git_setup.repos.create("demo", files)  # type: ignore[arg-type]
+    async with GitHttp(git_setup.repos, public=True) as server:
+        cloned = await git_setup.clone(http_access(server.url("demo"), None))
+    return Tree(git_setup=git_setup, repository=repository, cloned=cloned)
 
 
 @pytest.fixture
-async def tree(ground: Ground) -> Tree:
+async def tree(git_setup: GitSetup) -> Tree:
     """A clone with a few files."""
-    return await make(ground)
+    return await make(git_setup)
 
 
 # --- what is taken up ------------------------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ async def test_a_name_that_is_no_utf8_is_taken_up(tree: Tree) -> None:
     assert "100644 x" == (await tree.listed(found, (await found.stage()).tree))[os.fsdecode(b"\xff\xfe")]
 
 
-async def test_a_file_may_become_a_folder_and_a_folder_a_file(ground: Ground) -> None:
+async def test_a_file_may_become_a_folder_and_a_folder_a_file(git_setup: GitSetup) -> None:
     """In one commit."""
-    tree = await make(ground, {"a": "file", "b/c": "in a folder"})
+    tree = await make(git_setup, {"a": "file", "b/c": "in a folder"})
     (tree.path / "a").unlink()
     (tree.path / "a").mkdir()
     (tree.path / "a" / "x").write_text("x")
@@ -160,9 +160,9 @@ async def test_only_wanted_paths_are_taken_up(tree: Tree) -> None:
     assert expected == await tree.listed(found, staged.tree)
 
 
-async def test_what_git_ignores_is_left_alone(ground: Ground) -> None:
+async def test_what_git_ignores_is_left_alone(git_setup: GitSetup) -> None:
     """As `.gitignore` and the agent's own excludes of the repository say; tracked files are never ignored."""
-    tree = await make(ground, {".gitignore": "*.log\ntracked\n", "tracked": "old"})
+    tree = await make(git_setup, {".gitignore": "*.log\ntracked\n", "tracked": "old"})
     (tree.path / "a.log").write_text("log")
     (tree.path / "tracked").write_text("new")
     found = await tree.changes()
@@ -199,12 +199,12 @@ async def test_a_repository_inside_is_left_out_and_named(tree: Tree) -> None:
     assert {*KEPT, ".gitmodules", "module"} == set(await tree.listed(found, staged.tree))
 
 
-async def test_a_submodule_that_was_not_asked_for_is_no_change(ground: Ground) -> None:
+async def test_a_submodule_that_was_not_asked_for_is_no_change(git_setup: GitSetup) -> None:
     """Its folder is empty, and stays committed as it was."""
-    inner = await ground.repos.create("inner", {"a": "a"})
+    inner = await git_setup.repos.create("inner", {"a": "a"})
     sha = await inner.sha()
     assert sha is not None
-    tree = await make(ground, {"a.txt": "a", "lib": Submodule("https://example.com/inner.git", sha)})
+    tree = await make(git_setup, {"a.txt": "a", "lib": Submodule("https://example.com/inner.git", sha)})
     found = await tree.changes()
     assert (await found.stage()).is_empty
 
@@ -226,9 +226,9 @@ async def test_the_agents_own_commits_are_kept(tree: Tree) -> None:
     assert "The agent's own" == await found.message(own)
 
 
-async def test_an_empty_repository_gets_its_first_commit(ground: Ground) -> None:
+async def test_an_empty_repository_gets_its_first_commit(git_setup: GitSetup) -> None:
     """Without a parent."""
-    tree = await make(ground, None)
+    tree = await make(git_setup, None)
     (tree.path / "a").write_text("a")
     found = await tree.changes()
     staged = await found.stage()
@@ -237,18 +237,20 @@ async def test_an_empty_repository_gets_its_first_commit(ground: Ground) -> None
     assert "" == (await found.git("log", "-1", "--format=%P", commit)).decode().strip()
 
 
-async def test_the_identity_is_that_of_the_repository(ground: Ground) -> None:
+async def test_the_identity_is_that_of_the_repository(git_setup: GitSetup) -> None:
     """As `.gitconfig` at its top says, without what could end a header; else that of Claude Code."""
-    tree = await make(ground, {".gitconfig": '[user]\n\tname = "Ro<b>ot\\n"\n\temail = bot@example.com\n'})
+    tree = await make(git_setup, {".gitconfig": '[user]\n\tname = "Ro<b>ot\\n"\n\temail = bot@example.com\n'})
     found = await tree.changes()
     await found.stage()
     assert Identity(name="Robot", email="bot@example.com") == await found.identity()
 
 
 @pytest.mark.parametrize("content", [None, "[user\n", "[include]\n\tpath = /etc/passwd\n", "[user]\n\tname\n"])
-async def test_a_gitconfig_that_says_nothing_leaves_the_usual_identity(ground: Ground, content: str | None) -> None:
+async def test_a_gitconfig_that_says_nothing_leaves_the_usual_identity(
+    git_setup: GitSetup, content: str | None
+) -> None:
     """Missing, broken, or leading elsewhere."""
-    tree = await make(ground, {"a": "a"} if content is None else {".gitconfig": content})
+    tree = await make(git_setup, {"a": "a"} if content is None else {".gitconfig": content})
     found = await tree.changes()
     await found.stage()
     assert Identity() == await found.identity()
@@ -257,9 +259,9 @@ async def test_a_gitconfig_that_says_nothing_leaves_the_usual_identity(ground: G
 # --- .env ------------------------------------------------------------------------------------------------------------
 
 
-async def test_our_dotenv_is_never_taken_up(ground: Ground) -> None:
+async def test_our_dotenv_is_never_taken_up(git_setup: GitSetup) -> None:
     """Not even when the agent has added it to its index, or the repository has one of its own."""
-    tree = await make(ground, {".env": "OWN=1\n", "a": "a"})
+    tree = await make(git_setup, {".env": "OWN=1\n", "a": "a"})
     (tree.path / ".env").write_text("SECRET=made-up\n")
     await tree.git("add", "--force", ".env")
     found = await tree.changes(excludes_dotenv=True)
@@ -302,9 +304,9 @@ async def test_an_index_that_is_no_good_is_made_anew(tree: Tree, damage: str) ->
     assert {**KEPT, "changed.txt": "100644 new"} == await tree.listed(found, (await found.stage()).tree)
 
 
-async def test_a_sparse_checkout_removes_nothing(ground: Ground) -> None:
+async def test_a_sparse_checkout_removes_nothing(git_setup: GitSetup) -> None:
     """What the agent has no files of is not taken for removed."""
-    tree = await make(ground, {"a/1": "1", "b/2": "2"})
+    tree = await make(git_setup, {"a/1": "1", "b/2": "2"})
     await tree.git("sparse-checkout", "set", "a")
     assert not (tree.path / "b" / "2").exists()
     (tree.path / "a" / "1").write_text("new")
@@ -331,14 +333,14 @@ async def test_settings_of_the_agents_decide_nothing(tree: Tree) -> None:
 
 async def test_a_workspace_without_a_repository_is_told(tree: Tree) -> None:
     """The agent may have removed it."""
-    (tree.path / ".git").rename(tree.ground.folder / "moved-away")
+    (tree.path / ".git").rename(tree.git_setup.folder / "moved-away")
     with pytest.raises(GitError, match=r"^The workspace is not a git repository, or git can no longer read it\.$"):
         await tree.changes()
 
 
 async def test_another_repository_in_its_place_is_told(tree: Tree) -> None:
     """The commit that was cloned is not in it."""
-    (tree.path / ".git").rename(tree.ground.folder / "moved-away")
+    (tree.path / ".git").rename(tree.git_setup.folder / "moved-away")
     await tree.git("init", "--quiet")
     with pytest.raises(GitError, match=r"^The repository no longer has the commit that was cloned"):
         await tree.changes()
@@ -349,9 +351,9 @@ async def test_a_file_that_cannot_be_read_is_told_and_the_others_go(tree: Tree) 
     user = await asyncio.to_thread(agent_user)
     if user is None:
         pytest.skip("needs root, to work as a user who may not read everything")
-    for folder in (tree.ground.folder, *tree.ground.folder.rglob("*")):
+    for folder in (tree.git_setup.folder, *tree.git_setup.folder.rglob("*")):
         os.chown(folder, user.uid, user.gid, follow_symlinks=False)
-    for above in (tree.ground.folder, *tree.ground.folder.parents):
+    for above in (tree.git_setup.folder, *tree.git_setup.folder.parents):
         if above.stat().st_uid == 0 and "pytest" in str(above):
             above.chmod(0o755)
     (tree.path / "locked").write_text("x")
@@ -380,10 +382,10 @@ async def test_a_patch_gives_the_tree_back(tree: Tree) -> None:
     staged = await found.stage()
     patch = io.BytesIO()
     assert await found.patch(patch, max_bytes=10_000_000)
-    fresh = tree.ground.folder / "fresh"
-    await tree.ground.git("clone", "--quiet", f"file://{tree.repository.path}", str(fresh))
-    await tree.ground.git.at(fresh)("apply", "--index", "-", stdin=patch.getvalue())
-    assert staged.tree == (await tree.ground.git.at(fresh)("write-tree")).decode().strip()
+    fresh = tree.git_setup.folder / "fresh"
+    await tree.git_setup.git("clone", "--quiet", f"file://{tree.repository.path}", str(fresh))
+    await tree.git_setup.git.at(fresh)("apply", "--index", "-", stdin=patch.getvalue())
+    assert staged.tree == (await tree.git_setup.git.at(fresh)("write-tree")).decode().strip()
 
 
 async def test_a_patch_ends_at_its_bound(tree: Tree) -> None:

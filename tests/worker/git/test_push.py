@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import pytest
-from helpers.git import SECONDS, Ground, ground, http_access, ssh_access
+from helpers.git import SECONDS, GitSetup, git_setup, http_access, ssh_access
 from standins.githttp import GitHttp
 from standins.gitssh import GitSsh, Mode, needs_ssh
 from standins.repos import Executable, Link, Repository
@@ -20,7 +20,7 @@ from ccrun.worker.git.push import BranchMoved, Push, Pushed, import_commit
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError
 
-__all__ = ["ground"]
+__all__ = ["git_setup"]
 pytestmark = needs_ssh
 
 WHO = Identity(name="Bot", email="bot@example.com")
@@ -30,7 +30,7 @@ WHO = Identity(name="Bot", email="bot@example.com")
 class Work:
     """A clone, whose changes are committed and pushed as the worker does."""
 
-    ground: Ground
+    git_setup: GitSetup
     repository: Repository
     access: Access
     cloned: Clone
@@ -39,7 +39,7 @@ class Work:
     @property
     def path(self) -> Path:
         """The agent's folder."""
-        return self.ground.into
+        return self.git_setup.into
 
     def write(self, **files: str) -> None:
         """Write files; `a__txt` stands for `a.txt`."""
@@ -49,13 +49,13 @@ class Work:
     async def git(self, *arguments: str) -> str:
         """Run git as the agent might."""
         identity = {f"GIT_{role}_{part}": "agent" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
-        return (await self.ground.git.at(self.path, **identity)(*arguments)).decode().strip()
+        return (await self.git_setup.git.at(self.path, **identity)(*arguments)).decode().strip()
 
     async def import_commit(self) -> Git:
         """Commit all changes, and bring them into a repository of the worker's."""
-        git = self.ground.git
+        git = self.git_setup.git
         found = await changes.examine(
-            git, self.path, base=self.cloned.base, excludes_dotenv=False, room=self.ground.folder
+            git, self.path, base=self.cloned.base, excludes_dotenv=False, room=self.git_setup.folder
         )
         staged = await found.stage()
         commit = found.head if staged.is_empty else await found.commit(staged, "Ours", WHO)
@@ -66,11 +66,11 @@ class Work:
 
     async def import_pack(self, commit: str, content: bytes, *, shallow: bytes = b"") -> Git:
         """Bring a pack into a repository of the worker's."""
-        pack = self.ground.folder / "pack"
+        pack = self.git_setup.folder / "pack"
         pack.write_bytes(content)
         return await import_commit(
-            self.ground.git,
-            self.ground.folder / "vault",
+            self.git_setup.git,
+            self.git_setup.folder / "vault",
             commit=commit,
             pack=pack,
             clone=self.cloned,
@@ -87,8 +87,8 @@ class Work:
 class Start:
     """Starts a piece of work on a repository with these files."""
 
-    def __init__(self, ground: Ground) -> None:
-        self._ground = ground
+    def __init__(self, git_setup: GitSetup) -> None:
+        self._ground = git_setup
         self.servers: list[GitSsh] = []
         self.keepsakes: list[PackSnapshot] = []
 
@@ -105,13 +105,13 @@ class Start:
         cloned = await self._ground.clone(access, revision=revision, depth=depth)
         snapshot = await PackSnapshot.of(self._ground.into)
         self.keepsakes.append(snapshot)
-        return Work(ground=self._ground, repository=repository, access=access, cloned=cloned, snapshot=snapshot)
+        return Work(git_setup=self._ground, repository=repository, access=access, cloned=cloned, snapshot=snapshot)
 
 
 @pytest.fixture
-async def start(ground: Ground) -> AsyncIterator[Start]:
+async def start(git_setup: GitSetup) -> AsyncIterator[Start]:
     """Return what starts a piece of work."""
-    starter = Start(ground)
+    starter = Start(git_setup)
     yield starter
     for snapshot in starter.keepsakes:
         snapshot.close()
@@ -179,9 +179,9 @@ async def test_a_branch_that_is_missing_is_made(start: Start) -> None:
     assert {"main": work.cloned.base, "feature/x": pushed.sha} == await work.repository.branches()
 
 
-async def test_a_branch_behind_the_clone_is_moved_forward(start: Start, ground: Ground) -> None:
+async def test_a_branch_behind_the_clone_is_moved_forward(start: Start, git_setup: GitSetup) -> None:
     """Although what was cloned is cut off: the branch stands in its past, which is looked up."""
-    repository = await ground.repos.create("demo", {"a.txt": "1"}, allow_any_sha1=True)
+    repository = await git_setup.repos.create("demo", {"a.txt": "1"}, allow_any_sha1=True)
     await repository.make_branch("topic")
     for number in "234":
         await repository.commit({"a.txt": number}, branch="topic")
@@ -202,16 +202,16 @@ async def test_what_is_there_already_is_not_pushed_again(start: Start) -> None:
     assert first == await push.push(bare_repo, work.access, wanted, seconds=SECONDS)
 
 
-async def test_it_goes_over_http_with_the_token(start: Start, ground: Ground) -> None:
+async def test_it_goes_over_http_with_the_token(start: Start, git_setup: GitSetup) -> None:
     """As over SSH."""
-    repository = await ground.repos.create("demo", {"a.txt": "old"})
-    async with GitHttp(ground.repos) as server:
+    repository = await git_setup.repos.create("demo", {"a.txt": "old"})
+    async with GitHttp(git_setup.repos) as server:
         access = http_access(server.url("demo"))
-        cloned = await ground.clone(access)
-        snapshot = await PackSnapshot.of(ground.into)
+        cloned = await git_setup.clone(access)
+        snapshot = await PackSnapshot.of(git_setup.into)
         start.keepsakes.append(snapshot)
         work = Work(
-            ground=ground,
+            git_setup=git_setup,
             repository=repository,
             access=access,
             cloned=cloned,
@@ -302,7 +302,7 @@ async def test_several_commits_are_put_on_top_in_their_order(start: Start) -> No
 async def test_a_branch_that_was_rewritten_is_put_below(start: Start) -> None:
     """The commit that was cloned is no longer in it."""
     work = await start({"a.txt": "old"})
-    other = await work.ground.repos.create("other", {"z.txt": "z"})
+    other = await work.git_setup.repos.create("other", {"z.txt": "z"})
     await work.repository.git("fetch", "--quiet", f"file://{other.path}", "+main:main")
     theirs = await work.repository.sha("main")
     work.write(b__txt="ours")
@@ -323,7 +323,7 @@ async def test_what_cannot_be_put_on_top_replaces_the_branch(start: Start) -> No
         + f"M 100644 inline n.txt\ndata {len(str(number))}\n{number}\n"
         for number in range(push.MAX_REBASED + 1)
     )
-    await work.ground.git.at(work.path)("fast-import", "--quiet", stdin=many.encode())
+    await work.git_setup.git.at(work.path)("fast-import", "--quiet", stdin=many.encode())
     await work.git("checkout", "--quiet", "many")
     pushed = await work.push()
     assert Recovery(method="force-with-lease", remote_sha=theirs) == pushed.recovery
@@ -427,7 +427,7 @@ async def test_a_commit_whose_objects_are_not_all_there_is_refused(start: Start)
         b"tree 1234567890123456789012345678901234567890\nparent %s\n" % str(work.cloned.base).encode()
         + b"author a <a> 1 +0000\ncommitter a <a> 1 +0000\n\nx\n"
     )
-    git = work.ground.git.at(work.path)
+    git = work.git_setup.git.at(work.path)
     sha = (await git("hash-object", "-t", "commit", "-w", "--literally", "--stdin", stdin=commit)).decode().strip()
     pack = await git("pack-objects", "--quiet", "--stdout", stdin=f"{sha}\n".encode())
     with pytest.raises(GitError):
@@ -437,7 +437,7 @@ async def test_a_commit_whose_objects_are_not_all_there_is_refused(start: Start)
 async def test_objects_that_would_hurt_others_are_refused(start: Start) -> None:
     """A tree with a `.git` in it writes into the repository of whoever checks it out."""
     work = await start({"a.txt": "old"})
-    git = work.ground.git.at(work.path)
+    git = work.git_setup.git.at(work.path)
     inner = bytes.fromhex(await work.git("rev-parse", "HEAD^{tree}"))
     arguments = ("hash-object", "-t", "tree", "-w", "--literally", "--stdin")
     tree = (await git(*arguments, stdin=b"40000 .git\0" + inner)).decode().strip()

@@ -1,6 +1,6 @@
-"""Google Cloud with a door for each side: the API, the worker and the sweep, so that a test can tell who calls what.
+"""Recording proxies between Google Cloud and the API, the worker and the sweep: which process calls which method.
 
-A door is an address of its own for each stand-in. It notes each call, by method and resource, and passes it on.
+Each process has its own set of proxies. A proxy counts each call, by method and resource, and forwards it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ccrun.backends.gcp.blobs import open_blobs
 from ccrun.server import serving
 from ccrun.store import Store
 from ccrun.testing.model import Script, ScriptedModel
-from helpers.service import CALLBACK_SECRET, CloudPlace, Service
+from helpers.service import CALLBACK_SECRET, CloudDeployment, Service
 
 POLL_SECONDS: Final = 0.2
-#: From an object's name, or the prefix of a listing, to what stands for it in the documentation.
+#: Patterns of object names and list prefixes, and how the documentation writes them.
 RESOURCES: Final = (
     (re.compile(r"(sessions)/[^/]+/[0-9]{3,}-[0-9]{8}-[0-9]{6}\.jsonl"), r"\1/{taskId}/NNN-YYYYMMDD-HHMMSS.jsonl"),
     (re.compile(r"(sessions)/[^/]+/uploads/.+"), r"\1/{taskId}/uploads/{path}"),
@@ -45,38 +45,38 @@ RESOURCES: Final = (
 
 @attrs.frozen(order=True)
 class Call:
-    """A method of Google's and what it is used on."""
+    """A method of a Google API and the resource that it is called on."""
 
     method: str
     resource: str
 
 
 @attrs.frozen(kw_only=True)
-class Door:
-    """Where one side finds Google Cloud; `calls` is what it did there."""
+class RecordingProxy:
+    """The addresses through which one process reaches Google Cloud, and the calls that it made."""
 
     calls: Counter[Call]
     environment: dict[str, str]
 
     def count(self, method: str) -> int:
-        """Return how often a method was called, or all methods whose names begin so."""
-        return sum(timeouts for call, timeouts in self.calls.items() if call.method.startswith(method))
+        """Return the number of calls of methods whose names start with `method`."""
+        return sum(number for call, number in self.calls.items() if call.method.startswith(method))
 
 
 @attrs.frozen(kw_only=True)
-class Sides:
-    """A service, the doors that it and its workers go through, and what is behind them."""
+class RecordedService:
+    """A service, and the recording proxies of the API, the workers and the sweep."""
 
-    api: Door
-    worker: Door
-    sweep: Door
-    place: CloudPlace
+    api: RecordingProxy
+    worker: RecordingProxy
+    sweep: RecordingProxy
+    deployment: CloudDeployment
     service: Service
 
 
 @contextlib.asynccontextmanager
-async def open_sides(script: Script) -> AsyncIterator[Sides]:
-    """Start the stand-ins with their doors, and a service with real workers and a scripted model on them."""
+async def recorded_service(script: Script) -> AsyncIterator[RecordedService]:
+    """Start the stand-ins target recording proxies, and a service with real workers and a scripted model."""
     async with contextlib.AsyncExitStack() as stack:
         model = await stack.enter_async_context(ScriptedModel(script))
         gcs, kms = await stack.enter_async_context(Gcs()), await stack.enter_async_context(Kms())
@@ -92,14 +92,14 @@ async def open_sides(script: Script) -> AsyncIterator[Sides]:
             "PORT": "0",
             "POLL_SECONDS": str(POLL_SECONDS),
         }
-        worker = await stack.enter_async_context(open_door(gcs, kms))
+        worker = await stack.enter_async_context(recording_proxy(gcs, kms))
         command = (sys.executable, "-P", "-m", "ccrun.worker")
         cloud_run = await stack.enter_async_context(
             CloudRun(command=command, environment={**settings, **worker.environment})
         )
-        api = await stack.enter_async_context(open_door(gcs, kms, cloud_run))
-        sweep = await stack.enter_async_context(open_door(gcs, kms, cloud_run))
-        place = CloudPlace(
+        api = await stack.enter_async_context(recording_proxy(gcs, kms, cloud_run))
+        sweep = await stack.enter_async_context(recording_proxy(gcs, kms, cloud_run))
+        deployment = CloudDeployment(
             environment={**settings, **api.environment},
             store=Store(await stack.enter_async_context(open_blobs(BUCKET, emulator=gcs.direct))),
             cloud_run=cloud_run,
@@ -108,35 +108,35 @@ async def open_sides(script: Script) -> AsyncIterator[Sides]:
             sweep_environment={**settings, **sweep.environment},
         )
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        loaded = await asyncio.to_thread(config.load, place.environment)
-        url = await stack.enter_async_context(serving(loaded, place.environment))
-        service = Service(url=url, http=http, model=model, place=place, store=place.store)
-        yield Sides(api=api, worker=worker, sweep=sweep, place=place, service=service)
+        loaded = await asyncio.to_thread(config.load, deployment.environment)
+        url = await stack.enter_async_context(serving(loaded, deployment.environment))
+        service = Service(url=url, http=http, model=model, deployment=deployment, store=deployment.store)
+        yield RecordedService(api=api, worker=worker, sweep=sweep, deployment=deployment, service=service)
 
 
 @contextlib.asynccontextmanager
-async def open_door(gcs: Gcs, kms: Kms, cloud_run: CloudRun | None = None) -> AsyncIterator[Door]:
-    """Open addresses of their own for these servers."""
+async def recording_proxy(gcs: Gcs, kms: Kms, cloud_run: CloudRun | None = None) -> AsyncIterator[RecordingProxy]:
+    """Start recording proxies in front of these servers."""
     calls: Counter[Call] = Counter()
     async with contextlib.AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
-        storage = await stack.enter_async_context(_http_door(http, gcs.url, calls))
-        keys = await stack.enter_async_context(_http_door(http, f"http://{kms.host}", calls))
+        storage = await stack.enter_async_context(_http_proxy(http, gcs.url, calls))
+        keys = await stack.enter_async_context(_http_proxy(http, f"http://{kms.host}", calls))
         environment = {"STORAGE_EMULATOR_HOST": storage, "KMS_EMULATOR_HOST": keys.removeprefix("http://")}
         if cloud_run is not None:
-            jobs = await stack.enter_async_context(_grpc_door(cloud_run.host, calls))
+            jobs = await stack.enter_async_context(_grpc_proxy(cloud_run.host, calls))
             environment["CLOUD_RUN_EMULATOR_HOST"] = jobs
-        yield Door(calls=calls, environment=environment)
+        yield RecordingProxy(calls=calls, environment=environment)
 
 
 @contextlib.asynccontextmanager
-async def _http_door(http: aiohttp.ClientSession, behind: str, calls: Counter[Call]) -> AsyncIterator[str]:
+async def _http_proxy(http: aiohttp.ClientSession, target: str, calls: Counter[Call]) -> AsyncIterator[str]:
     async def answer(request: web.BaseRequest) -> web.Response:
         # Not `request.read()`, which has a limit.
         body = await request.content.read()
         calls[_http_call(request, body)] += 1
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
-        url = URL(behind + request.raw_path, encoded=True)
+        url = URL(target + request.raw_path, encoded=True)
         try:
             async with http.request(request.method, url, headers=headers, data=body) as response:
                 kept = {name: value for name, value in response.headers.items() if name.lower() not in HOP_BY_HOP}
@@ -177,14 +177,14 @@ def _resource(name: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _grpc_door(behind: str, calls: Counter[Call]) -> AsyncIterator[str]:
-    async with grpc.aio.insecure_channel(behind) as channel:
+async def _grpc_proxy(target: str, calls: Counter[Call]) -> AsyncIterator[str]:
+    async with grpc.aio.insecure_channel(target) as channel:
 
         class Everything(grpc.GenericRpcHandler):
             def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
                 path = handler_call_details.method
                 service, _, method = path.rpartition("/")
-                # Without serializers, bytes go through as they are.
+                # Without serializers, messages are forwarded as bytes.
                 forward: Any = channel.unary_unary(path)
 
                 async def answer(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
