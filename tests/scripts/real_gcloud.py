@@ -1,10 +1,10 @@
-"""Run by the Python of the real gcloud: does it take the calls of the scripts, and would it show what the stand-in shows?
+"""Check calls of the gcloud stand-in with the code of the real gcloud. Runs in the Python of gcloud, without the network.
 
-It reads the notes of the stand-in, and reports what differs. It stays off the network: of gcloud only the parser, what makes a
-job or a service out of flags, and the printer are used.
+Reads the log of calls from standard input. Each command line must be valid, and each output must be what gcloud would print for
+the same resource. Prints the faults, and the jobs and services that gcloud would create, as JSON.
 """
 
-# Its imports are of another Python.
+# The imports are modules of gcloud.
 # mypy: ignore-errors
 
 import contextlib
@@ -30,21 +30,21 @@ parser = gcloud_main.CreateCLI([])._CLI__parser
 client = types.SimpleNamespace(_VERSION="v1", MESSAGES_MODULE=apis.GetMessagesModule("run", "v1"))
 
 
-def made_of(argv, arguments):
-    """Return the job or the service that gcloud would make of these flags."""
+def deployed_resource(argv, arguments):
+    """Return the job or the service that gcloud would create from these flags."""
     if argv[1] == "jobs":
         changes = flags.GetJobConfigurationChanges(arguments, release_track=base.ReleaseTrack.GA)
-        made = job.Job.New(client, "namespace")
+        new = job.Job.New(client, "namespace")
     else:
         changes = flags.GetServiceConfigurationChanges(arguments, release_track=base.ReleaseTrack.GA)
-        made = service.Service.New(client, "namespace")
-    made = encoding.MessageToPyValue(config_changes.WithChanges(made, changes).Message())
-    made["metadata"]["name"] = argv[2 if argv[1] == "deploy" else 3]
-    return made
+        new = service.Service.New(client, "namespace")
+    resource = encoding.MessageToPyValue(config_changes.WithChanges(new, changes).Message())
+    resource["metadata"]["name"] = argv[2 if argv[1] == "deploy" else 3]
+    return resource
 
 
-def shown(arguments, resource):
-    """Return what gcloud would print of this resource."""
+def printed(arguments, resource):
+    """Return what gcloud would print for this resource."""
     resources = iter(resource if isinstance(resource, list) else [resource])
     for slices in arguments.flatten or ():
         key = []
@@ -58,20 +58,20 @@ def shown(arguments, resource):
     return text.getvalue()
 
 
-found = []
+reports = []
 for call in map(json.loads, sys.stdin):
     argv = call["argv"]
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             arguments = parser.parse_args(argv)
     except SystemExit:
-        found.append({"argv": argv, "fault": said.getvalue()})
+        reports.append({"argv": argv, "fault": errors.getvalue()})
         continue
     if "deploy" in argv:
-        found.append({"argv": argv, "made": made_of(argv, arguments)})
+        reports.append({"argv": argv, "resource": deployed_resource(argv, arguments)})
     elif call["output"] is not None and arguments.format:
-        output = shown(arguments, call["resource"])
+        output = printed(arguments, call["resource"])
         if output != call["output"]:
-            found.append({"argv": argv, "fault": f"{output!r} is not {call['output']!r}"})
-json.dump(found, sys.stdout)
+            reports.append({"argv": argv, "fault": f"{output!r} is not {call['output']!r}"})
+json.dump(reports, sys.stdout)
