@@ -1,8 +1,8 @@
-"""Google's provider for Terraform, as far as a plan goes: it has the provider's schema, and makes nothing.
+"""A stand-in for Google's Terraform provider. It can plan, but creates nothing.
 
-Terraform speaks to it as to the real one (its plugin protocol, version 5) and so checks a configuration against the schema:
-names, types, what is required, what may not be set. What only Google's own code checks is not checked: the form of values, which
-arguments exclude each other.
+The stand-in serves the schema of the real provider with version 5 of Terraform's plugin protocol, so that Terraform checks the names
+and types of arguments, and which ones are required or read-only. Checks in the code of Google's provider are missing: the format
+of values, and arguments that exclude each other.
 https://developer.hashicorp.com/terraform/plugin/terraform-plugin-protocol
 """
 
@@ -18,14 +18,14 @@ from typing import Any, Final
 
 import grpc
 
-#: Of the protocol: how often a block may stand there.
+#: The nesting modes of blocks in the protocol.
 _NESTING: Final = {"single": 1, "list": 2, "set": 3}
-#: Of the provider itself as much as is used.
+#: The part of the provider's own schema that the configuration uses.
 _PROVIDER: Final = {
     "attributes": {name: {"type": "string", "optional": True} for name in ("project", "region")},
     "blocks": {},
 }
-#: What the provider makes of a resource's arguments, where other resources use it.
+#: Computed attributes that other resources use, as patterns of the resource's arguments.
 _COMPUTED: Final[Mapping[tuple[str, str], str]] = {
     ("google_cloud_run_v2_service", "uri"): "https://{name}.example",
     ("google_kms_crypto_key", "id"): "{key_ring}/cryptoKeys/{name}",
@@ -40,13 +40,13 @@ Schema = Mapping[str, Any]
 
 @contextlib.contextmanager
 def google(resources: Mapping[str, Schema], *, project: str) -> Iterator[dict[str, str]]:
-    """Run the provider; give the variables by which Terraform finds it.
+    """Run the provider; yield the environment variables by which Terraform finds it.
 
     Args:
         resources: The schema of each resource, by its type.
-        project: What resources get as their project that name none.
+        project: The project of resources that do not set one.
     """
-    answers: dict[str, Callable[[bytes], bytes]] = {
+    methods: dict[str, Callable[[bytes], bytes]] = {
         "GetSchema": lambda _: _schema(resources),
         "PrepareProviderConfig": lambda request: _field(1, _fields(request)[1]),
         "ValidateResourceTypeConfig": lambda _: b"",
@@ -59,7 +59,7 @@ def google(resources: Mapping[str, Schema], *, project: str) -> Iterator[dict[st
         [
             grpc.method_handlers_generic_handler(
                 "tfplugin5.Provider",
-                {name: grpc.unary_unary_rpc_method_handler(_answering(answer)) for name, answer in answers.items()},
+                {name: grpc.unary_unary_rpc_method_handler(_handler(method)) for name, method in methods.items()},
             )
         ]
     )
@@ -73,11 +73,11 @@ def google(resources: Mapping[str, Schema], *, project: str) -> Iterator[dict[st
         server.stop(None).wait()
 
 
-def _answering(answer: Callable[[bytes], bytes]) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-    return lambda request, _: answer(request)
+def _handler(method: Callable[[bytes], bytes]) -> Callable[[bytes, grpc.ServicerContext], bytes]:
+    return lambda request, _: method(request)
 
 
-# --- what it says ------------------------------------------------------------------------------------------------------
+# --- responses ---------------------------------------------------------------------------------------------------------
 
 
 def _schema(resources: Mapping[str, Schema]) -> bytes:
@@ -118,11 +118,11 @@ def _plan(resources: Mapping[str, Schema], project: str, request: Mapping[int, b
     for (each, name), pattern in _COMPUTED.items():
         if each == kind and name in computed:
             planned[name] = pattern.format(**planned)
-    # What is planned, and that this provider is of the old kind, which need not plan what it computes.
+    # Field 1 is the planned state. Field 5 marks a provider of the legacy SDK, which may leave computed attributes unknown.
     return _field(1, _field(2, json.dumps(planned).encode())) + _field(5, 1)
 
 
-# --- protocol buffers and MessagePack, as much as that takes ------------------------------------------------------------
+# --- the needed parts of protocol buffers and MessagePack --------------------------------------------------------------
 
 
 def _varint(value: int) -> bytes:
@@ -137,7 +137,7 @@ def _field(number: int, value: bytes | int) -> bytes:
 
 
 def _fields(message: bytes) -> dict[int, bytes]:
-    """Return the fields that are messages, strings or bytes; the last of each number."""
+    """Return the fields that are messages, strings or bytes; of several with one number, the last."""
     found, at = {}, 0
 
     def number() -> int:
@@ -160,7 +160,7 @@ def _fields(message: bytes) -> dict[int, bytes]:
     return found
 
 
-#: After the first byte: how many bytes tell the length, or hold the value, and how they are read.
+#: Number of bytes of the length, or format of the value, by the first byte.
 _LENGTHS: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
 _NUMBERS: Final = dict(
     zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True)
@@ -169,7 +169,7 @@ _CONSTANTS: Final = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 def _unpacked(packed: bytes) -> Any:
-    """Return a value that is all known: one that Terraform does not know yet is an error."""
+    """Decode a value. A value that is unknown until Terraform applies the plan is an error."""
     at = 0
 
     def take(size: int) -> bytes:
@@ -190,7 +190,7 @@ def _unpacked(packed: bytes) -> Any:
         elif first in _LENGTHS:
             kind, size = first, int.from_bytes(take(_LENGTHS[first]), "big")
         else:
-            raise ValueError(f"a value that is not known, or of a kind that is not ({first:#x})")
+            raise ValueError(f"unknown or unsupported value ({first:#x})")
         match kind:
             case 0x80 | 0xDE | 0xDF:
                 return {value(): value() for _ in range(size)}
