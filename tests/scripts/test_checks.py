@@ -29,7 +29,9 @@ def script(clone: Clone) -> RunCheck:
     return check
 
 
-async def test_the_script_finds_the_deployed_service(script: RunCheck, clone: Clone, start_service: StartService) -> None:
+async def test_the_script_finds_the_deployed_service(
+    script: RunCheck, clone: Clone, start_service: StartService
+) -> None:
     """Without SERVICE_URL, gcloud is asked where it is; settings come from `.env`."""
     async with start_service(CCRUN_API_TOKENS=TOKEN) as service:
         state = clone.state
