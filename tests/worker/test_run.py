@@ -242,7 +242,7 @@ async def test_cli_without_output_is_stalled(worker_setup: WorkerSetup, fake_cli
     timeouts = attrs.evolve(worker_setup.deps.timeouts, first_line=0.3)
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "time.sleep(600)"), timeouts=timeouts)
     assert (Status.FAILED, Reason.STALLED) == (record.status, record.reason)
-    assert "The Claude CLI output nothing within 0.3 s." == record.error
+    assert "The Claude CLI printed nothing within 0.3 s." == record.error
 
 
 async def test_cli_that_retries_with_a_rejected_credential_is_stopped(
