@@ -135,11 +135,11 @@ def test_environment_has_only_the_expected_variables() -> None:
 def test_secrets_cannot_override_variables_of_ccrun() -> None:
     """A secret with the name of a reserved variable is ignored; PATH and NO_PROXY are merged; LANG may be overridden."""
     defaults = {**agent_environment(task()), **agent_environment(task(), is_oauth=True, is_root=True)}
-    hostile = {name: Secret("theirs") for name in (*defaults, "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK")}
-    del hostile["no_proxy"]
-    changed = {**agent_environment(task(environment_secrets=hostile), is_oauth=True, is_root=True)}
-    merged = {"PATH": "theirs:/usr/bin:/bin", "NO_PROXY": "theirs,127.0.0.1", "no_proxy": "theirs,127.0.0.1"}
-    assert changed == {**agent_environment(task(), is_oauth=True, is_root=True), **merged, "LANG": "theirs"}
+    secrets = {name: Secret("secret") for name in (*defaults, "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK")}
+    del secrets["no_proxy"]
+    changed = {**agent_environment(task(environment_secrets=secrets), is_oauth=True, is_root=True)}
+    merged = {"PATH": "secret:/usr/bin:/bin", "NO_PROXY": "secret,127.0.0.1", "no_proxy": "secret,127.0.0.1"}
+    assert changed == {**agent_environment(task(), is_oauth=True, is_root=True), **merged, "LANG": "secret"}
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URL", "PATH", "LD_LIBRARY_PATH", "GITHUB_TOKEN", "NODE_OPTIONS", "MY_HOME"])
@@ -411,12 +411,12 @@ OK = Exit(code=0)
         ([MAX_TURNS_RESULT], Exit(code=1), {}, Reason.MAX_TURNS, 1, "Reached maximum number of turns (1)"),
         ([API_RESULT], Exit(code=1), {}, Reason.API_ERROR, 1, "API Error: 500"),
         ([API_RESULT], OK, {}, Reason.API_ERROR, 1, "API Error: 500"),
-        ([RESULT, {**RESULT, "is_error": True, "result": "Oh."}], OK, {}, Reason.AGENT_ERROR, 1, "Oh."),
+        ([RESULT, {**RESULT, "is_error": True, "result": "Failed."}], OK, {}, Reason.AGENT_ERROR, 1, "Failed."),
         ([{"type": "result", "is_error": True}], OK, {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
         ([{"type": "result"}], OK, {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
         ([RESULT], Exit(code=3), {}, Reason.AGENT_ERROR, 3, "Claude process exited with code 3"),
         ([], Exit(code=1), {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
-        ([b"noise"], OK, {}, Reason.AGENT_ERROR, 1, "The Claude CLI exited without a result."),
+        ([b"text"], OK, {}, Reason.AGENT_ERROR, 1, "The Claude CLI exited without a result."),
         ([API_RESULT], Exit(code=1), {"rejected": "No."}, Reason.CREDENTIAL_REJECTED, 1, "No."),
         ([], Exit(code=143, signal=15), {"rejected": "No."}, Reason.CREDENTIAL_REJECTED, 143, "No."),
         ([RETRY_401], Exit(code=1), {}, Reason.CREDENTIAL_REJECTED, 1, "Claude process exited with code 1"),
@@ -669,27 +669,27 @@ async def test_commands_and_subagents_of_the_task_override_those_of_the_reposito
 ) -> None:
     """Those of the repository with other names are still available."""
     for kind, name, origin in (
-        ("commands", "greet", "theirs"),
-        ("commands", "only", "theirs"),
-        ("agents", "rev", "theirs"),
+        ("commands", "greet", "repository"),
+        ("commands", "only", "repository"),
+        ("agents", "rev", "repository"),
     ):
         directory = task_dir / "work" / ".claude" / kind
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"{name}.md").write_text(f"---\nname: {name}\ndescription: d-{origin}\n---\nbody-{origin}")
     (task_dir / "config" / "commands").mkdir()
-    (task_dir / "config" / "commands" / "greet.md").write_text("---\ndescription: d-ours\n---\nbody-ours")
-    ours = ConfigFile(frontmatter={"description": "d-ours", "tools": "Read, Grep"}, content="body-ours")
-    run = await run_cli(task(prompt="/greet", subagents={"rev": ours}), sequence(Say("Done.")))
+    (task_dir / "config" / "commands" / "greet.md").write_text("---\ndescription: d-task\n---\nbody-task")
+    subagent = ConfigFile(frontmatter={"description": "d-task", "tools": "Read, Grep"}, content="body-task")
+    run = await run_cli(task(prompt="/greet", subagents={"rev": subagent}), sequence(Say("Done.")))
     assert {"greet", "only"} <= set(run.init["slash_commands"])
     assert "rev" in run.init["agents"]
-    assert ("body-ours" in run.request_body(), "body-theirs" in run.request_body()) == (True, False)
-    assert ("rev: d-ours" in run.request_body(), "rev: d-theirs" in run.request_body()) == (True, False)
+    assert ("body-task" in run.request_body(), "body-repository" in run.request_body()) == (True, False)
+    assert ("rev: d-task" in run.request_body(), "rev: d-repository" in run.request_body()) == (True, False)
 
 
 MCP_SERVER = """
 import json, os, sys
-with open("seen", "w") as seen:
-    json.dump([sys.argv[1:], os.environ.get("GIVEN")], seen)
+with open("received", "w") as file:
+    json.dump([sys.argv[1:], os.environ.get("GIVEN")], file)
 for line in sys.stdin:
     request = json.loads(line)
     match request["method"]:
@@ -705,7 +705,7 @@ for line in sys.stdin:
 
 async def test_cli_expands_variables_in_the_mcp_configuration(run_cli: Callable[..., Any], task_dir: Path) -> None:
     """`${VAR}` is replaced by a secret of the task, in arguments and variables; servers of the repository do not start."""
-    (task_dir / "work" / ".mcp.json").write_text('{"mcpServers":{"theirs":{"command":"touch","args":["ran"]}}}')
+    (task_dir / "work" / ".mcp.json").write_text('{"mcpServers":{"repository":{"command":"touch","args":["ran"]}}}')
     (task_dir / "work" / ".claude").mkdir()
     (task_dir / "work" / ".claude" / "settings.json").write_text('{"enableAllProjectMcpServers":true}')
     server = {
@@ -713,10 +713,10 @@ async def test_cli_expands_variables_in_the_mcp_configuration(run_cli: Callable[
         "args": ["-c", MCP_SERVER, "${TOKEN}", "${MISSING:-none}"],
         "env": {"GIVEN": "<${TOKEN}>"},
     }
-    spec = task(mcp_config={"mcpServers": {"ours": server}}, environment_secrets={"TOKEN": Secret("s3cret")})
+    spec = task(mcp_config={"mcpServers": {"task": server}}, environment_secrets={"TOKEN": Secret("s3cret")})
     run = await run_cli(spec, sequence(Say("Done.")))
-    assert [(server["name"], server["status"]) for server in run.init["mcp_servers"]] == [("ours", "connected")]
-    assert json.loads((task_dir / "work" / "seen").read_text()) == [["s3cret", "none"], "<s3cret>"]
+    assert [(server["name"], server["status"]) for server in run.init["mcp_servers"]] == [("task", "connected")]
+    assert json.loads((task_dir / "work" / "received").read_text()) == [["s3cret", "none"], "<s3cret>"]
     assert not (task_dir / "work" / "ran").exists()
 
 
@@ -729,13 +729,13 @@ async def test_repository_cannot_redirect_requests(
 ) -> None:
     """With any settings in the repository, requests go to the proxy, with the run token."""
     (task_dir / "work" / ".claude").mkdir()
-    theirs = {
-        "apiKeyHelper": "echo theirs",
+    settings = {
+        "apiKeyHelper": "echo other",
         "env": {
-            "ANTHROPIC_API_KEY": "theirs",
-            "ANTHROPIC_AUTH_TOKEN": "theirs",
+            "ANTHROPIC_API_KEY": "other",
+            "ANTHROPIC_AUTH_TOKEN": "other",
             "ANTHROPIC_BASE_URL": "http://127.0.0.1:1",
-            "CLAUDE_CODE_OAUTH_TOKEN": "theirs",
+            "CLAUDE_CODE_OAUTH_TOKEN": "other",
             "CLAUDE_CODE_USE_BEDROCK": "1",
             "CLAUDE_CODE_USE_FOUNDRY": "1",
             "CLAUDE_CODE_USE_VERTEX": "1",
@@ -744,7 +744,7 @@ async def test_repository_cannot_redirect_requests(
             "NO_PROXY": "example.com",
         },
     }
-    (task_dir / "work" / ".claude" / "settings.json").write_text(json.dumps(theirs))
+    (task_dir / "work" / ".claude" / "settings.json").write_text(json.dumps(settings))
     run = await run_cli(task(), sequence(Say("Done.")), is_oauth=is_oauth)
     assert run.outcome.reason is Reason.COMPLETED
     headers = run.requests[0].headers

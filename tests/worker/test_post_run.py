@@ -249,7 +249,7 @@ async def test_dotenv_committed_by_the_agent_is_not_pushed(setup: PostRunSetup, 
 
 
 async def test_dotenv_of_the_repository_is_merged(setup: PostRunSetup, agent: Agent) -> None:
-    """The agent reads actions the original variables and the secrets; the file on the server is unchanged."""
+    """The agent reads both the original variables and the secrets; the file on the server is unchanged."""
     await setup.repository.commit({".env": "ORIGINAL=1\n"})
     script = 's=$(git status --porcelain); printf "%s" "$s" >status.txt; (. ./.env; echo "$ORIGINAL $SECRET_ONE" | rev >read.txt)'
     await setup.run(agent(script), environment_secrets={"SECRET_ONE": Secret("made-up-value")})
@@ -287,7 +287,7 @@ async def test_secrets_are_redacted(setup: PostRunSetup, agent: Agent) -> None:
 
 
 async def test_files_are_uploaded_and_recorded(setup: PostRunSetup, agent: Agent) -> None:
-    """They are uploaded below the prefix. A link is not uploaded, and git actions run as well."""
+    """They are stored below the prefix. A link is not uploaded, and git actions run as well."""
     actions = PostRunActions(
         git=COMMIT_AND_PUSH.git, upload_files=UploadAction(glob_patterns=("**/*.log", "out"), gcs_prefix="prefix")
     )
@@ -326,7 +326,7 @@ async def test_uploads_do_not_need_a_repository(setup: PostRunSetup, agent: Agen
 
 
 async def test_actions_run_only_after_success(setup: PostRunSetup, agent: Agent) -> None:
-    """For a failed task, only the patch of its changes is uploaded."""
+    """For a failed task, only the patch of its changes is stored."""
     actions = PostRunActions(git=COMMIT_AND_PUSH.git, upload_files=UploadAction(glob_patterns=("**",)))
     record = await setup.run(agent("echo new >a.txt", last="exit 3"), actions=actions)
     assert (Status.FAILED, 3, None) == (record.status, record.exit_code, record.git_commit)
@@ -417,7 +417,7 @@ async def test_patch_that_is_too_large_has_only_complete_files(setup: PostRunSet
 
 
 async def test_patch_without_any_complete_file_is_reported(setup: PostRunSetup, agent: Agent) -> None:
-    """No patch is uploaded."""
+    """No patch is stored."""
     await setup.worker_setup.submit(git_repo=setup.server.url("group/demo"), ssh_key=KEY)
     timeouts = WorkerTimeouts(term_grace=0.3, cancel_poll=0.02, actions=PostRunLimits(rescue_bytes=5000))
     cli = agent("seq 100000 >z.txt", last="exit 1")
@@ -516,7 +516,7 @@ async def test_timeout_of_the_task_does_not_stop_the_actions(setup: PostRunSetup
 
 
 async def test_clone_and_push_over_http_with_a_token(setup: PostRunSetup, agent: Agent, git_setup: GitSetup) -> None:
-    """The worker uses the token for actions."""
+    """The worker uses the token for both operations."""
     async with GitHttp(git_setup.repos) as server:
         record = await setup.run(
             agent("echo new >a.txt"), git_repo=server.url("group/demo"), ssh_key=None, git_token=GitToken.parse(TOKEN)

@@ -266,7 +266,7 @@ def test_is_allowed() -> None:
 
 
 async def test_only_allowed_requests_are_forwarded(upstream: Upstream) -> None:
-    """Other requests, request_body as raw bytes, are client errors and do not reach the model API."""
+    """Other requests, sent as raw bytes, are client errors and do not reach the model API."""
     received: list[str] = []
 
     async def api(request: web.Request) -> web.Response:
@@ -321,7 +321,7 @@ def test_only_known_headers_are_forwarded() -> None:
 
 
 async def test_bodies_are_streamed(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """Each part of a request or response body is forwarded before the next part is request_body."""
+    """Each part of a request or response body is forwarded before the next part is sent."""
     part_received, part_read = asyncio.Event(), asyncio.Event()
 
     async def api(request: web.Request) -> web.StreamResponse:
@@ -487,7 +487,7 @@ async def test_message_of_a_rejection_is_short_and_redacted(
 
 
 async def test_redirect_is_not_followed(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """A redirect of the model API is an error that says to change the base URL."""
+    """A redirect of the model API is an error, and its message is about the base URL."""
     received: list[str] = []
 
     async def api(request: web.Request) -> web.Response:

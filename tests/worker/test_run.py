@@ -242,7 +242,7 @@ async def test_cli_without_output_is_stalled(worker_setup: WorkerSetup, fake_cli
     timeouts = attrs.evolve(worker_setup.deps.timeouts, first_line=0.3)
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "time.sleep(600)"), timeouts=timeouts)
     assert (Status.FAILED, Reason.STALLED) == (record.status, record.reason)
-    assert "The Claude CLI output nothing within 0.3 s." == record.error
+    assert "The Claude CLI printed nothing within 0.3 s." == record.error
 
 
 async def test_cli_that_retries_with_a_rejected_credential_is_stopped(
@@ -301,7 +301,7 @@ async def test_payload_of_another_task_is_rejected(worker_setup: WorkerSetup, fa
 
 async def test_agent_does_not_inherit_the_environment(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
     """It has the allowed variables and the secrets of the request, but not the credential."""
-    await worker_setup.submit(environment_secrets={"TEST_TOKEN": Secret("hush")})
+    await worker_setup.submit(environment_secrets={"TEST_TOKEN": Secret("made-up-token")})
     await worker_setup.run(
         cli=lambda: fake_cli(PRELUDE + "say(type='env', names=sorted(os.environ), values=str(os.environ))")
     )

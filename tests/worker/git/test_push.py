@@ -92,7 +92,7 @@ class CloneFactory:
         self.servers: list[GitSsh] = []
         self.snapshots: list[PackSnapshot] = []
 
-    async def __call__(
+    async def create(
         self, files: Any = None, *, revision: str | None = None, depth: int = 1, **options: Any
     ) -> CloneSetup:
         """Create the repository `demo` with these files, and clone it."""
@@ -113,7 +113,7 @@ class CloneFactory:
 
 
 @pytest.fixture
-async def clone_demo(git_setup: GitSetup) -> AsyncIterator[CloneFactory]:
+async def clones(git_setup: GitSetup) -> AsyncIterator[CloneFactory]:
     """A factory of clones, which stops its servers after the test."""
     factory = CloneFactory(git_setup)
     yield factory
@@ -129,9 +129,9 @@ LINES = "".join(f"line {number}\n" for number in range(20))
 # --- a branch that has not moved -------------------------------------------------------------------------------------
 
 
-async def test_changes_reach_the_branch(clone_demo: CloneFactory) -> None:
+async def test_changes_reach_the_branch(clones: CloneFactory) -> None:
     """Changes of all kinds become one commit, with the cloned commit as its parent."""
-    setup = await clone_demo({"a.txt": "old", "deleted.txt": "x", "tool": "t"})
+    setup = await clones.create({"a.txt": "old", "deleted.txt": "x", "tool": "t"})
     setup.write(a__txt="new", b__txt="b")
     (setup.path / "deleted.txt").unlink()
     (setup.path / "tool").chmod(0o755)
@@ -154,9 +154,9 @@ async def test_changes_reach_the_branch(clone_demo: CloneFactory) -> None:
     assert setup.cloned.base == base.sha
 
 
-async def test_commits_of_the_agent_are_pushed(clone_demo: CloneFactory) -> None:
+async def test_commits_of_the_agent_are_pushed(clones: CloneFactory) -> None:
     """They precede the commit of the worker and are unchanged."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     setup.write(b__txt="b")
     await setup.git("add", "b.txt")
     await setup.git("commit", "--quiet", "-m", "Agent commit")
@@ -166,39 +166,39 @@ async def test_commits_of_the_agent_are_pushed(clone_demo: CloneFactory) -> None
     assert ["Worker commit", "Agent commit"] == messages[:2]
 
 
-async def test_first_branch_of_an_empty_repository_is_created(clone_demo: CloneFactory) -> None:
+async def test_first_branch_of_an_empty_repository_is_created(clones: CloneFactory) -> None:
     """It has the name from the request."""
-    setup = await clone_demo(None)
+    setup = await clones.create(None)
     setup.write(a__txt="a")
     pushed = await setup.push("trunk")
     assert {"trunk": pushed.sha} == await setup.repository.branches()
 
 
-async def test_missing_branch_is_created(clone_demo: CloneFactory) -> None:
+async def test_missing_branch_is_created(clones: CloneFactory) -> None:
     """This also works with a detached HEAD."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     await setup.git("checkout", "--quiet", "--detach")
     setup.write(a__txt="new")
     pushed = await setup.push("feature/x")
     assert {"main": setup.cloned.base, "feature/x": pushed.sha} == await setup.repository.branches()
 
 
-async def test_branch_behind_the_clone_is_fast_forwarded(clone_demo: CloneFactory, git_setup: GitSetup) -> None:
+async def test_branch_behind_the_clone_is_fast_forwarded(clones: CloneFactory, git_setup: GitSetup) -> None:
     """The clone is shallow, so its history is fetched to find the commit of the branch."""
     repository = await git_setup.repos.create("demo", {"a.txt": "1"}, allow_any_sha1=True)
     await repository.make_branch("topic")
     for number in "234":
         await repository.commit({"a.txt": number}, branch="topic")
-    setup = await clone_demo.clone(repository, revision="topic")
+    setup = await clones.clone(repository, revision="topic")
     setup.write(b__txt="b")
     pushed = await setup.push("main", rebases=False)
     assert None is pushed.recovery
     assert 5 == len(await repository.log("main"))
 
 
-async def test_repeated_push_changes_nothing(clone_demo: CloneFactory) -> None:
+async def test_repeated_push_changes_nothing(clones: CloneFactory) -> None:
     """The branch is already at the commit."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     setup.write(a__txt="new")
     bare_repo = await setup.import_commit()
     wanted = Push(branch="main", base=setup.cloned.base, identity=IDENTITY, rebases=True)
@@ -206,14 +206,14 @@ async def test_repeated_push_changes_nothing(clone_demo: CloneFactory) -> None:
     assert first == await push.push(bare_repo, setup.access, wanted, seconds=SECONDS)
 
 
-async def test_push_over_http_with_a_token(clone_demo: CloneFactory, git_setup: GitSetup) -> None:
+async def test_push_over_http_with_a_token(clones: CloneFactory, git_setup: GitSetup) -> None:
     """The changes reach the branch as they do over SSH."""
     repository = await git_setup.repos.create("demo", {"a.txt": "old"})
     async with GitHttp(git_setup.repos) as server:
         access = http_access(server.url("demo"))
         cloned = await git_setup.clone(access)
         snapshot = await PackSnapshot.of(git_setup.into)
-        clone_demo.snapshots.append(snapshot)
+        clones.snapshots.append(snapshot)
         setup = CloneSetup(
             git_setup=git_setup,
             repository=repository,
@@ -229,9 +229,9 @@ async def test_push_over_http_with_a_token(clone_demo: CloneFactory, git_setup: 
 # --- a branch that has moved -----------------------------------------------------------------------------------------
 
 
-async def test_changes_of_other_files_are_rebased(clone_demo: CloneFactory) -> None:
+async def test_changes_of_other_files_are_rebased(clones: CloneFactory) -> None:
     """There is no conflict, and the remote changes are preserved."""
-    setup = await clone_demo({"a.txt": "old", "b.txt": "old"})
+    setup = await clones.create({"a.txt": "old", "b.txt": "old"})
     remote = await setup.repository.commit({"b.txt": "remote"})
     setup.write(a__txt="local")
     pushed = await setup.push()
@@ -240,9 +240,9 @@ async def test_changes_of_other_files_are_rebased(clone_demo: CloneFactory) -> N
     assert (remote,) == (await setup.repository.log("main"))[0].parents
 
 
-async def test_conflicting_lines_of_the_agent_are_used(clone_demo: CloneFactory) -> None:
+async def test_conflicting_lines_of_the_agent_are_used(clones: CloneFactory) -> None:
     """The other lines of the file are merged, and the file is reported."""
-    setup = await clone_demo({"a.txt": LINES})
+    setup = await clones.create({"a.txt": LINES})
     remote = await setup.repository.commit(
         {"a.txt": LINES.replace("line 3\n", "REMOTE 3\n").replace("line 15", "REMOTE 15")}
     )
@@ -259,17 +259,17 @@ async def test_conflicting_lines_of_the_agent_are_used(clone_demo: CloneFactory)
         ({"a.txt": None}, {"a.txt": "local"}, {"a.txt": b"local"}),
         ({"a.txt": "remote"}, {"a.txt": None}, {}),
         ({"n.txt": "remote"}, {"n.txt": "local"}, {"n.txt": b"local", "a.txt": b"old"}),
-        ({"a.txt": b"\0theirs"}, {"a.txt": b"\0ours"}, {"a.txt": b"\0ours"}),
+        ({"a.txt": b"\0remote"}, {"a.txt": b"\0local"}, {"a.txt": b"\0local"}),
         ({"l": Link("x")}, {"l": Link("y")}, {"l": b"y", "a.txt": b"old"}),
         ({"d": "file"}, {"d/e": "in a directory"}, {"d/e": b"in a directory", "a.txt": b"old"}),
     ],
     ids=["removed-changed", "changed-removed", "both-added", "binary", "links", "file-directory"],
 )
 async def test_conflicting_files_of_the_agent_are_used(
-    clone_demo: CloneFactory, remote: Any, local: Any, expected: Any
+    clones: CloneFactory, remote: Any, local: Any, expected: Any
 ) -> None:
     """The conflicts: changed and removed, added twice, binary, links, a file and a directory of the same name."""
-    setup = await clone_demo({"a.txt": "old", "keep.txt": "k"})
+    setup = await clones.create({"a.txt": "old", "keep.txt": "k"})
     await setup.repository.commit(remote)
     for name, content in local.items():
         path = setup.path / name
@@ -292,9 +292,9 @@ async def test_conflicting_files_of_the_agent_are_used(
     assert expected == files
 
 
-async def test_several_commits_are_rebased_in_order(clone_demo: CloneFactory) -> None:
+async def test_several_commits_are_rebased_in_order(clones: CloneFactory) -> None:
     """Each has its message and its author."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     await setup.repository.commit({"b.txt": "remote"})
     for number in "12":
         setup.write(a__txt=number)
@@ -309,9 +309,9 @@ async def test_several_commits_are_rebased_in_order(clone_demo: CloneFactory) ->
     ] == commits[:3]
 
 
-async def test_commits_are_rebased_onto_a_rewritten_branch(clone_demo: CloneFactory) -> None:
+async def test_commits_are_rebased_onto_a_rewritten_branch(clones: CloneFactory) -> None:
     """The branch no longer contains the cloned commit."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     other = await setup.git_setup.repos.create("other", {"z.txt": "z"})
     await setup.repository.git("fetch", "--quiet", f"file://{other.path}", "+main:main")
     remote = await setup.repository.sha("main")
@@ -322,9 +322,9 @@ async def test_commits_are_rebased_onto_a_rewritten_branch(clone_demo: CloneFact
     assert {"z.txt": b"z", "b.txt": b"local"} == await setup.repository.files("main")
 
 
-async def test_branch_is_replaced_when_a_rebase_is_impossible(clone_demo: CloneFactory) -> None:
+async def test_branch_is_replaced_when_a_rebase_is_impossible(clones: CloneFactory) -> None:
     """The history exceeds `MAX_REBASED`. The record has the replaced commit, so that it can be restored."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     remote = await setup.repository.commit({"b.txt": "remote"})
     parent = await setup.git("rev-parse", "HEAD")
     many = "".join(
@@ -340,9 +340,9 @@ async def test_branch_is_replaced_when_a_rebase_is_impossible(clone_demo: CloneF
     assert {"a.txt": b"old", "n.txt": str(push.MAX_REBASED).encode()} == await setup.repository.files("main")
 
 
-async def test_moved_branch_is_an_error_without_rebases(clone_demo: CloneFactory) -> None:
+async def test_moved_branch_is_an_error_without_rebases(clones: CloneFactory) -> None:
     """Nothing is pushed, and the error has the commit of the branch."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     remote = await setup.repository.commit({"b.txt": "remote"})
     setup.write(a__txt="local")
     with pytest.raises(BranchMoved, match=rf"^main has moved to {remote[:12]} meanwhile, so nothing was pushed\.$"):
@@ -350,9 +350,9 @@ async def test_moved_branch_is_an_error_without_rebases(clone_demo: CloneFactory
     assert remote == await setup.repository.sha("main")
 
 
-async def test_concurrent_push_loses_nothing(clone_demo: CloneFactory) -> None:
+async def test_concurrent_push_loses_nothing(clones: CloneFactory) -> None:
     """After a push between fetch and push, the worker fetches and rebases again."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     setup.write(a__txt="local")
     remote_shas: list[str] = []
 
@@ -360,16 +360,16 @@ async def test_concurrent_push_loses_nothing(clone_demo: CloneFactory) -> None:
         if "receive-pack" in command and len(remote_shas) < 2:
             remote_shas.append(await setup.repository.commit({f"{len(remote_shas)}.txt": "remote"}))
 
-    clone_demo.servers[-1].before = push_concurrently
+    clones.servers[-1].before = push_concurrently
     pushed = await setup.push()
     assert pushed.recovery is not None
     assert remote_shas[-1] == pushed.recovery.remote_sha
     assert {"0.txt", "1.txt", "a.txt"} == set(await setup.repository.files("main"))
 
 
-async def test_push_fails_after_repeated_concurrent_pushes(clone_demo: CloneFactory) -> None:
+async def test_push_fails_after_repeated_concurrent_pushes(clones: CloneFactory) -> None:
     """The worker attempts it `PUSH_ATTEMPTS` times."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     setup.write(a__txt="local")
     remote_shas: list[str] = []
 
@@ -377,7 +377,7 @@ async def test_push_fails_after_repeated_concurrent_pushes(clone_demo: CloneFact
         if "receive-pack" in command:
             remote_shas.append(await setup.repository.commit({f"{len(remote_shas)}.txt": "remote"}))
 
-    clone_demo.servers[-1].before = push_concurrently
+    clones.servers[-1].before = push_concurrently
     with pytest.raises(GitError, match=r"^main was changed by others at each attempt"):
         await setup.push()
     assert push.PUSH_ATTEMPTS == len(remote_shas)
@@ -388,9 +388,9 @@ async def test_push_fails_after_repeated_concurrent_pushes(clone_demo: CloneFact
 
 
 @pytest.mark.parametrize("hook", ["update", "pre-receive"])
-async def test_rejection_has_the_message_of_the_server(clone_demo: CloneFactory, hook: str) -> None:
+async def test_rejection_has_the_message_of_the_server(clones: CloneFactory, hook: str) -> None:
     """The branch is protected, as on GitHub."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     setup.repository.protect("main", hook=hook)
     setup.write(a__txt="local")
     with pytest.raises(
@@ -400,21 +400,21 @@ async def test_rejection_has_the_message_of_the_server(clone_demo: CloneFactory,
     assert setup.cloned.base == await setup.repository.sha("main")
 
 
-async def test_push_to_a_read_only_repository_fails(clone_demo: CloneFactory) -> None:
+async def test_push_to_a_read_only_repository_fails(clones: CloneFactory) -> None:
     """The clone has succeeded."""
-    setup = await clone_demo({"a.txt": "old"})
-    clone_demo.servers[-1].read_only = True
+    setup = await clones.create({"a.txt": "old"})
+    clones.servers[-1].read_only = True
     setup.write(a__txt="local")
     with pytest.raises(GitError):
         await setup.push()
     assert setup.cloned.base == await setup.repository.sha("main")
 
 
-async def test_push_to_a_server_that_hangs_is_stopped(clone_demo: CloneFactory) -> None:
+async def test_push_to_a_server_that_hangs_is_stopped(clones: CloneFactory) -> None:
     """The push has a timeout."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     setup.write(a__txt="local")
-    clone_demo.servers[-1].mode = Mode.HANG
+    clones.servers[-1].mode = Mode.HANG
     with pytest.raises(GitError, match=r"^The repository was not pushed within 1 s"):
         await setup.push(seconds=1)
 
@@ -423,16 +423,16 @@ async def test_push_to_a_server_that_hangs_is_stopped(clone_demo: CloneFactory) 
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PACK\0\0\0\2\0\0\0\1x"])
-async def test_invalid_pack_is_rejected(clone_demo: CloneFactory, content: bytes) -> None:
+async def test_invalid_pack_is_rejected(clones: CloneFactory, content: bytes) -> None:
     """It is not imported."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     with pytest.raises(GitError):
         await setup.import_pack("1" * 40, content)
 
 
-async def test_commit_with_missing_objects_is_rejected(clone_demo: CloneFactory) -> None:
+async def test_commit_with_missing_objects_is_rejected(clones: CloneFactory) -> None:
     """The tree of the commit does not exist."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     commit = (
         b"tree 1234567890123456789012345678901234567890\nparent %s\n" % str(setup.cloned.base).encode()
         + b"author a <a> 1 +0000\ncommitter a <a> 1 +0000\n\nx\n"
@@ -444,9 +444,9 @@ async def test_commit_with_missing_objects_is_rejected(clone_demo: CloneFactory)
         await setup.import_pack(sha, pack)
 
 
-async def test_tree_with_dot_git_is_rejected(clone_demo: CloneFactory) -> None:
+async def test_tree_with_dot_git_is_rejected(clones: CloneFactory) -> None:
     """A checkout of such a tree would write to the repository."""
-    setup = await clone_demo({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"})
     git = setup.git_setup.git.at(setup.path)
     inner = bytes.fromhex(await setup.git("rev-parse", "HEAD^{tree}"))
     arguments = ("hash-object", "-t", "tree", "-w", "--literally", "--stdin")
@@ -458,9 +458,9 @@ async def test_tree_with_dot_git_is_rejected(clone_demo: CloneFactory) -> None:
         await setup.import_pack(commit, pack)
 
 
-async def test_executable_mode_is_preserved(clone_demo: CloneFactory) -> None:
+async def test_executable_mode_is_preserved(clones: CloneFactory) -> None:
     """An executable file has the same mode after clone, commit and rebase."""
-    setup = await clone_demo({"tool": Executable("#!/bin/sh\n")})
+    setup = await clones.create({"tool": Executable("#!/bin/sh\n")})
     await setup.repository.commit({"b.txt": "remote"})
     (setup.path / "tool").write_text("#!/bin/sh\ntrue\n")
     await setup.push()
