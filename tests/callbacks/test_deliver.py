@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from helpers.callbacks import (
     QUICK,
-    Receiver,
-    answer,
+    ScriptedReceiver,
     raw_receiver,
     receiver,
+    respond,
     send,
 )
 
@@ -31,12 +31,12 @@ from ccrun.callbacks.deliver import Delivery
 # --- the request -----------------------------------------------------------------------------------------------------
 
 
-async def test_sends_the_length_of_the_body() -> None:
-    """A body of any size is sent whole, with its length, as receivers behind a proxy need it."""
+async def test_request_has_a_content_length() -> None:
+    """A large body is sent with its length, not in chunks, as receivers behind a proxy need it."""
     body = b'"' + b"x" * 3_000_000 + b'"'
-    async with receiver(answer(200)) as scripted:
+    async with receiver(respond(200)) as scripted:
         assert Delivery(delivered=True, attempts=1) == await send(scripted.url, body)
-        [(headers, got)] = scripted.got
+        [(headers, got)] = scripted.requests
         assert body == got
         assert str(len(body)) == headers["content-length"]
 
@@ -46,27 +46,27 @@ async def test_sends_the_length_of_the_body() -> None:
     [("user:pass", "user:pass"), ("us%40er:p%C3%A4ss%E2%82%AC", "us@er:päss€"), ("user", "user:"), (":pass", ":pass")],
 )
 async def test_userinfo_becomes_basic_authentication(userinfo: str, credentials: str) -> None:
-    """User and password of the URL are sent as HTTP clients do, in UTF-8 (RFC 7617), never as part of the URL."""
-    async with receiver(answer(200)) as scripted:
+    """The user and password of the URL are sent as an `Authorization` header in UTF-8 (RFC 7617), not in the URL."""
+    async with receiver(respond(200)) as scripted:
         await send(scripted.url.replace("http://", f"http://{userinfo}@"))
-        [(headers, _)] = scripted.got
+        [(headers, _)] = scripted.requests
         assert f"Basic {base64.b64encode(credentials.encode()).decode()}" == headers["authorization"]
         assert "@" not in headers["host"]
 
 
-async def test_takes_no_proxy_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy of the environment would make the connection for us, past the guard."""
-    async with receiver(answer(200)) as proxy, receiver(answer(200)) as scripted:
+async def test_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delivery ignores proxy variables, because a proxy would bypass the guard."""
+    async with receiver(respond(200)) as proxy, receiver(respond(200)) as scripted:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         monkeypatch.setenv("http_proxy", proxy.url)
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
         assert Delivery(delivered=True, attempts=1) == await send(scripted.url)
-        assert proxy.got == []
+        assert proxy.requests == []
 
 
-async def test_a_certificate_that_cannot_be_trusted_gets_no_body(tmp_path: Path) -> None:
-    """Nothing is sent to a receiver that cannot prove its name."""
+async def test_untrusted_certificate_gets_no_request(tmp_path: Path) -> None:
+    """Nothing is sent to a receiver whose certificate is not trusted."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = dt.datetime.now(dt.UTC)
@@ -84,15 +84,15 @@ async def test_a_certificate_that_cannot_be_trusted_gets_no_body(tmp_path: Path)
     )
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(pem)
-    scripted = Receiver([answer(200)])
+    scripted = ScriptedReceiver([respond(200)])
     app = web.Application()
-    app.router.add_post("/", scripted.take)
+    app.router.add_post("/", scripted.handle)
     server = TestServer(app, scheme="https")
     await server.start_server(ssl=context)
     delivery = await send(f"https://localhost:{server.port}/", policy=attrs.evolve(QUICK, attempts=1))
     await server.close()
     assert delivery.error == "The receiver's certificate cannot be trusted."
-    assert scripted.got == []
+    assert scripted.requests == []
 
 
 # --- the response ----------------------------------------------------------------------------------------------------
@@ -100,20 +100,20 @@ async def test_a_certificate_that_cannot_be_trusted_gets_no_body(tmp_path: Path)
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_redirects_are_not_followed(status: int) -> None:
-    """A redirect is told and not followed: it could lead inside, with the body and its signature."""
-    async with receiver(answer(status, Location="/elsewhere"), answer(200)) as scripted:
+    """A redirect fails the delivery, because it could send the body and its signature to a private address."""
+    async with receiver(respond(status, Location="/elsewhere"), respond(200)) as scripted:
         error = f"The receiver answered {status} to another address; redirects are not followed."
         assert Delivery(delivered=False, attempts=1, error=error, final=True) == await send(scripted.url)
-        assert len(scripted.got) == 1
+        assert len(scripted.requests) == 1
 
 
-async def test_tells_what_kind_of_no_answer() -> None:
-    """Each way of not answering is told in its own sentence, which holds nothing of the URL."""
+async def test_each_connection_failure_has_its_error() -> None:
+    """Each kind of failure has its own error, without any part of the URL."""
 
     async def close(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
 
-    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def send_no_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example.com ESMTP\r\n")
         await writer.drain()
         await reader.read()
@@ -121,11 +121,11 @@ async def test_tells_what_kind_of_no_answer() -> None:
     once = attrs.evolve(QUICK, attempts=1)
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    async with raw_receiver(close) as closing, raw_receiver(babble) as babbling:
+    async with raw_receiver(close) as closing, raw_receiver(send_no_http) as no_http:
         urls = {
             closing: "The receiver closed the connection without an answer.",
-            babbling: "The receiver's answer is not HTTP.",
-            babbling.replace("http:", "https:"): "No secure connection to the receiver could be made.",
+            no_http: "The receiver's answer is not HTTP.",
+            no_http.replace("http:", "https:"): "No secure connection to the receiver could be made.",
             f"http://user:made-up@127.0.0.1:{port}/path?token=made-up": "The receiver could not be connected to.",
             "http://user:made-up@name.invalid/path?token=made-up": "The receiver's name could not be looked up.",
         }
@@ -147,18 +147,18 @@ async def test_tells_what_kind_of_no_answer() -> None:
         "http://us%3Aer:pw@127.0.0.1:1/",
     ],
 )
-async def test_what_is_no_url_is_final(url: str) -> None:
-    """A URL that cannot be called is told, and nothing of it is repeated."""
+async def test_invalid_url_is_a_final_failure(url: str) -> None:
+    """The delivery is not retried, and the error does not contain the URL."""
     error = "The callback's address is not a valid URL."
     assert Delivery(delivered=False, attempts=1, error=error, final=True) == await send(url)
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.05])
-async def test_the_body_of_an_answer_is_not_read(pause: float) -> None:
-    """An answer counts by its status, whether its body is huge or drips without end."""
+async def test_body_of_a_response_is_not_read(pause: float) -> None:
+    """Only the status of a response counts, even if its body is huge or never ends."""
     written = 0
 
-    async def flood(request: web.Request) -> web.StreamResponse:
+    async def stream_body(request: web.Request) -> web.StreamResponse:
         nonlocal written
         response = web.StreamResponse(headers={"Content-Encoding": "gzip"})
         await response.prepare(request)
@@ -169,23 +169,23 @@ async def test_the_body_of_an_answer_is_not_read(pause: float) -> None:
                 await asyncio.sleep(pause)
         return response
 
-    async with receiver(flood) as scripted:
+    async with receiver(stream_body) as scripted:
         began = time.monotonic()
         assert Delivery(delivered=True, attempts=1) == await send(scripted.url)
         assert time.monotonic() - began < 2
     assert written < 100
 
 
-async def test_cancelling_ends_the_delivery() -> None:
-    """A delivery that is cancelled is over at once, and so is its connection."""
+async def test_cancelled_delivery_closes_its_connection() -> None:
+    """A cancelled delivery stops immediately and closes its connection."""
     connected, closed = asyncio.Event(), asyncio.Event()
 
-    async def watch(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    async def wait_for_close(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         connected.set()
         await reader.read()
         closed.set()
 
-    async with raw_receiver(watch) as url:
+    async with raw_receiver(wait_for_close) as url:
         task = asyncio.create_task(send(url))
         async with asyncio.timeout(5):
             await connected.wait()

@@ -26,7 +26,7 @@ from ccrun.task import Secret
 
 @contextmanager
 def running(*command: str) -> Iterator[str]:
-    """Run a receiver that prints its port; the URL at which it takes callbacks."""
+    """Run a receiver that prints its port; yield the URL for callbacks."""
     environment = {"PATH": os.environ["PATH"], "CLOUDRUN_CALLBACK_SECRET": SECRET.reveal(), "PYTHONUTF8": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -38,7 +38,7 @@ def running(*command: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def express() -> Iterator[str]:
-    """The guide's Node receiver under the real Express, which is installed on first use."""
+    """Run the Node receiver of the guide with Express, which is installed on first use."""
     node = node_with_packages()
     with running(node, str(RECEIVERS / "express_receiver.js")) as url:
         yield url
@@ -46,20 +46,20 @@ def express() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def flask() -> Iterator[str]:
-    """The guide's Python receiver under the real Flask."""
+    """Run the Python receiver of the guide with Flask."""
     with running(sys.executable, str(RECEIVERS / "flask_receiver.py")) as url:
         yield url
 
 
 def payload(metadata: Any) -> bytes:
-    """Return a callback as it is sent, with metadata that a request brought."""
+    """Return the body of a callback with the metadata of a request."""
     return javascript_json.dumps(
         {"taskId": "t-1", "status": "completed", "exitCode": 0, "error": None, "metadata": metadata}
     )
 
 
 def nested(depth: int) -> Any:
-    """Return a value of so many levels."""
+    """Return a value with this number of levels."""
     value: Any = 1.5
     for _ in range(depth // 2):
         value = {"a": [value]}
@@ -91,50 +91,50 @@ NAMES = TEXTS | st.integers(0, 30).map(str) | st.sampled_from(["__proto__", "429
 @example(metadata={"n": [1.0, 1e21, -0.0, 1e-7, 0.000001, 5e-324, 2**53 - 1]})
 @example(metadata={"s": '\u2028\u2029\x00\x1f\x7f\b\t\n\f\r"\\/ é 😀'})
 @example(metadata=nested(ijson.MAX_DEPTH - 2))
-async def test_node_recipe_verifies_any_metadata(express: str, metadata: Any) -> None:
-    """The guide's Node receiver verifies a callback with whatever I-JSON metadata a request may bring."""
+async def test_node_receiver_verifies_any_metadata(express: str, metadata: Any) -> None:
+    """The Node receiver of the guide verifies callbacks with any I-JSON metadata."""
     assert await send(express, payload(metadata)) == VERIFIED
 
 
 ASCII = st.text(st.characters(max_codepoint=0x7E))
 
 
-def is_spelled_alike(value: Any) -> bool:
-    """Return whether Python and JavaScript spell each number in the value alike."""
+def has_same_json(value: Any) -> bool:
+    """Return whether Python and JavaScript format each number in the value in the same way."""
     match value:
         case float():
             return not 1e-9 <= abs(value) < 1e-4
         case list():
-            return all(map(is_spelled_alike, value))
+            return all(map(has_same_json, value))
         case dict():
-            return all(map(is_spelled_alike, value.values()))
+            return all(map(has_same_json, value.values()))
     return True
 
 
 @settings(max_examples=75, deadline=None)
-@given(metadata=metadata_of(ASCII | st.integers(0, 30).map(str), ASCII).filter(is_spelled_alike))
+@given(metadata=metadata_of(ASCII | st.integers(0, 30).map(str), ASCII).filter(has_same_json))
 @example(metadata={"b": 1, "10": 2, "9": 3, "n": [1.0, 1e21, -0.0, 0.0001, 9.9e-10, 5e-324, 1e20, 1e16]})
 @example(metadata={"s": '\x00\x1f\b\t\n\f\r"\\/~'})
 @example(metadata=nested(ijson.MAX_DEPTH - 2))
-async def test_python_recipe_verifies_ascii_metadata(flask: str, metadata: Any) -> None:
-    """The guide's Python receiver verifies a callback that holds nothing which Python spells in its own way."""
+async def test_python_receiver_verifies_ascii_metadata(flask: str, metadata: Any) -> None:
+    """The Python receiver of the guide verifies callbacks whose metadata Python and JavaScript format in the same way."""
     assert await send(flask, payload(metadata)) == VERIFIED
 
 
 @pytest.mark.parametrize("metadata", [{"s": "\x7f"}, {"s": "é"}, {"n": 0.00001}, {"n": 1e-9}, {"n": 9.9e-5}])
-async def test_javascript_wins_where_one_text_cannot_suit_both(express: str, flask: str, metadata: Any) -> None:
-    """What Python spells otherwise only the Node receiver verifies; this is the limit that the module tells of."""
+async def test_body_is_formatted_as_javascript_does(express: str, flask: str, metadata: Any) -> None:
+    """Only the Node receiver verifies values that Python formats differently; `ccrun.javascript_json` documents this limit."""
     assert await send(express, payload(metadata)) == VERIFIED
     assert Delivery(delivered=False, attempts=1, error="The receiver answered 401.", final=True) == await send(
         flask, payload(metadata)
     )
 
 
-async def test_recipes_refuse_a_changed_body(express: str, flask: str) -> None:
-    """The receivers of these tests do verify: a signature by another secret is refused."""
-    refused = Delivery(delivered=False, attempts=1, error="The receiver answered 401.", final=True)
+async def test_receivers_reject_another_secret(express: str, flask: str) -> None:
+    """Both receivers reject a signature that was made with another secret."""
+    rejected = Delivery(delivered=False, attempts=1, error="The receiver answered 401.", final=True)
     for url in (express, flask):
         delivery = await deliver(
             Secret(url), BODY, webhook_id="msg-t-1", secret=Secret("another"), guard=EVERYWHERE, policy=QUICK
         )
-        assert refused == delivery
+        assert rejected == delivery

@@ -5,8 +5,8 @@ import pytest
 from helpers.callbacks import (
     PUBLIC_ONLY,
     QUICK,
-    answer,
     receiver,
+    respond,
     send,
 )
 
@@ -40,13 +40,13 @@ LOOPBACK_HOSTS = [
 
 
 @pytest.mark.parametrize("host", LOOPBACK_HOSTS)
-async def test_loopback_is_refused_in_any_spelling(host: str) -> None:
-    """No spelling of loopback is connected to, whether it is refused as an address, as a name or as a URL."""
-    async with receiver(answer(200)) as scripted:
+async def test_no_notation_of_loopback_is_connected_to(host: str) -> None:
+    """Delivery makes no connection to loopback, however the host is written."""
+    async with receiver(respond(200)) as scripted:
         port = scripted.url.split(":")[2]
         delivery = await send(f"http://{host}:{port}", guard=PUBLIC_ONLY, policy=attrs.evolve(QUICK, attempts=1))
         assert not delivery.delivered
-        assert scripted.got == []
+        assert scripted.requests == []
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ async def test_loopback_is_refused_in_any_spelling(host: str) -> None:
         "[64:ff9b::a9fe:a9fe]",
     ],
 )
-async def test_a_refused_address_is_told(host: str) -> None:
-    """The refusal is told in one sentence without the address."""
+async def test_private_address_is_rejected(host: str) -> None:
+    """The delivery fails finally, and its error does not have the address."""
     error = "The callback's address is not public."
     assert Delivery(delivered=False, attempts=1, error=error, final=True) == await send(
         f"http://{host}/", guard=PUBLIC_ONLY
@@ -134,16 +134,16 @@ async def test_a_refused_address_is_told(host: str) -> None:
         "8.8.8.8/32",
     ],
 )
-def test_is_not_public(address: str) -> None:
-    """Nothing but an address of the public internet counts as public, least of all what is no address."""
+def test_other_addresses_are_not_public(address: str) -> None:
+    """Private, reserved, embedded and malformed addresses are not public."""
     assert not is_public(address)
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "::ffff:8.8.8.8", "2606:4700:4700::1111", "2a00:1450:4001::1"]
 )
-def test_is_public(address: str) -> None:
-    """Addresses of the public internet are public."""
+def test_addresses_of_the_internet_are_public(address: str) -> None:
+    """Addresses of the public internet are public, also when they are mapped to IPv6."""
     assert is_public(address)
 
 
@@ -166,15 +166,15 @@ def test_is_public(address: str) -> None:
     ],
 )
 def test_guard_trusts_allowed_hosts(allowed: str, host: str, trusted: bool) -> None:
-    """A host is trusted by its exact name, or by a name above it that begins with a star."""
+    """A host is trusted if its name equals an allowed name, or matches an allowed `*.` pattern."""
     assert trusted is CallbackGuard(allowed_hosts=frozenset({allowed})).trusts(host)
 
 
-async def test_an_allowed_host_may_be_private() -> None:
-    """A host that is named may have any address; the same address under another name may not."""
-    async with receiver(answer(200)) as scripted:
-        named = scripted.url.replace("127.0.0.1", "localhost")
+async def test_allowed_host_may_be_private() -> None:
+    """An allowed host may have a private address; the same address is rejected under another name."""
+    async with receiver(respond(200)) as scripted:
+        allowed_url = scripted.url.replace("127.0.0.1", "localhost")
         guard = CallbackGuard(allowed_hosts=frozenset({"localhost"}))
-        assert Delivery(delivered=True, attempts=1) == await send(named, guard=guard)
+        assert Delivery(delivered=True, attempts=1) == await send(allowed_url, guard=guard)
         assert not (await send(scripted.url, guard=guard)).delivered
-        assert len(scripted.got) == 1
+        assert len(scripted.requests) == 1

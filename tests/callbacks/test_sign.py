@@ -13,14 +13,14 @@ from ccrun.task import Secret
 
 
 def test_signature_covers_timestamp_and_body() -> None:
-    """The headers are those that the guide describes and those of the Standard Webhooks specification."""
+    """The headers are those of the guide and those of the Standard Webhooks specification."""
     headers = sign(b'{"a":1}', webhook_id="msg-1", secret=Secret("abc"), timestamp=1700000000)
-    ours = hmac.new(b"abc", b'1700000000.{"a":1}', hashlib.sha256).hexdigest()
+    hexadecimal = hmac.new(b"abc", b'1700000000.{"a":1}', hashlib.sha256).hexdigest()
     standard = base64.b64encode(hmac.new(b"abc", b'msg-1.1700000000.{"a":1}', hashlib.sha256).digest()).decode()
     assert {
         "Content-Type": "application/json",
         "User-Agent": "cloudrun-claude-code/async-task",
-        "X-Webhook-Signature": f"sha256={ours}",
+        "X-Webhook-Signature": f"sha256={hexadecimal}",
         "X-Webhook-Timestamp": "1700000000",
         "webhook-id": "msg-1",
         "webhook-timestamp": "1700000000",
@@ -29,7 +29,7 @@ def test_signature_covers_timestamp_and_body() -> None:
 
 
 @pytest.mark.parametrize(
-    ("secret", "given_to_library"),
+    ("secret", "library_secret"),
     [
         (f"whsec_{base64.b64encode(bytes(32)).decode()}", f"whsec_{base64.b64encode(bytes(32)).decode()}"),
         ("whsec_YWJjZA", "whsec_YWJjZA"),
@@ -38,8 +38,8 @@ def test_signature_covers_timestamp_and_body() -> None:
         ("whsec_a", base64.b64encode(b"whsec_a").decode()),
     ],
 )
-def test_standard_webhooks_library_verifies(secret: str, given_to_library: str) -> None:
-    """The reference library verifies, given a `whsec_` secret as it is and any other in base64."""
+def test_standard_webhooks_library_verifies(secret: str, library_secret: str) -> None:
+    """The reference library verifies the signature, given a `whsec_` secret unchanged or any other secret in base64."""
     body = '{"é":"\u2028"}'.encode()
     headers = sign(body, webhook_id="msg-1", secret=Secret(secret), timestamp=int(time.time()))
-    assert Webhook(given_to_library).verify(body, headers) == {"é": "\u2028"}
+    assert Webhook(library_secret).verify(body, headers) == {"é": "\u2028"}
