@@ -15,18 +15,18 @@ from ccrun.task import Status, TaskId, TaskRecord
 
 @pytest.fixture
 def blobs(tmp_path: Path) -> WatchedBlobs:
-    """Where the store of a test keeps its objects."""
+    """Return an empty storage."""
     return WatchedBlobs(tmp_path / "blobs")
 
 
 @pytest.fixture
 def store(blobs: WatchedBlobs) -> Store:
-    """The store of a test."""
+    """Return a store in the storage."""
     return Store(blobs)
 
 
 async def add_tasks(store: Store, count: int) -> list[TaskRecord]:
-    """Add so many tasks, a millisecond apart; return them, newest first. Every tenth is failed."""
+    """Add tasks with creation times a millisecond apart; return them, newest first. Every tenth has failed."""
     tasks = [
         pending(f"t-{number}", NOW + dt.timedelta(milliseconds=number))
         if number % 10
@@ -38,8 +38,8 @@ async def add_tasks(store: Store, count: int) -> list[TaskRecord]:
 
 
 @pytest.mark.parametrize("limit", [1, 7, 10, 12, 100])
-async def test_pages_show_every_task_once(store: Store, limit: int) -> None:
-    """Page after page shows all tasks, newest first, and each page but the last is full."""
+async def test_pages_have_every_task_once(store: Store, limit: int) -> None:
+    """The pages have all tasks, newest first, and only the last page may have fewer tasks than the limit."""
     tasks = await add_tasks(store, 23)
     cursor, pages = None, []
     while True:
@@ -50,8 +50,8 @@ async def test_pages_show_every_task_once(store: Store, limit: int) -> None:
     assert [tasks[start : start + limit] for start in range(0, 23, limit)] == pages
 
 
-async def test_page_goes_on_where_the_last_one_ended(store: Store) -> None:
-    """A task that comes between two pages is not on the second, and nothing is there twice."""
+async def test_new_task_does_not_shift_pages(store: Store) -> None:
+    """A task that is added between two pages is not on the second page, and shifts no task onto it."""
     tasks = await add_tasks(store, 4)
     first = await store.page(limit=2)
     await store.add(pending("newer", NOW + dt.timedelta(hours=1)))
@@ -59,8 +59,8 @@ async def test_page_goes_on_where_the_last_one_ended(store: Store) -> None:
     assert tasks == [*first.tasks, *second.tasks]
 
 
-async def test_page_costs_one_listing(store: Store, blobs: WatchedBlobs) -> None:
-    """However many tasks there are, a page is one listing and as many reads as it has tasks."""
+async def test_page_needs_one_listing(store: Store, blobs: WatchedBlobs) -> None:
+    """A page needs one listing and one read for each of its tasks, independent of the number of tasks."""
     await add_tasks(store, 60)
     cursor = (await store.page(limit=5)).next_cursor
     blobs.listings, blobs.reads = 0, []
@@ -68,8 +68,8 @@ async def test_page_costs_one_listing(store: Store, blobs: WatchedBlobs) -> None
     assert (blobs.listings, len(blobs.reads)) == (1, 5)
 
 
-async def test_pages_of_one_status_show_each_of_its_tasks_once(store: Store) -> None:
-    """Asked for one status, pages hold the tasks of that status alone, and the last one says that it is."""
+async def test_pages_can_be_filtered_by_status(store: Store) -> None:
+    """With a status, the pages have each task with that status once, and the last page has no cursor."""
     tasks = await add_tasks(store, 45)
     first = await store.page(limit=3, status=Status.FAILED)
     second = await store.page(limit=3, status=Status.FAILED, cursor=first.next_cursor)
@@ -77,8 +77,8 @@ async def test_pages_of_one_status_show_each_of_its_tasks_once(store: Store) -> 
     assert second.next_cursor is None
 
 
-async def test_page_that_is_full_early_says_that_more_follows(store: Store) -> None:
-    """A page of one status that is full before the end of the list has a cursor, and what follows is not lost."""
+async def test_full_page_of_a_status_has_a_cursor(store: Store) -> None:
+    """A filtered page that is full before the end of the list has a cursor, which leads to the remaining tasks."""
     for number, status in enumerate([Status.FAILED, Status.FAILED, Status.PENDING, Status.FAILED]):
         await store.add(attrs.evolve(pending(f"t-{number}", NOW + dt.timedelta(milliseconds=number)), status=status))
     first = await store.page(limit=2, status=Status.FAILED)
@@ -86,8 +86,8 @@ async def test_page_that_is_full_early_says_that_more_follows(store: Store) -> N
     assert ["t-3", "t-1", "t-0"] == [task.task_id for task in (*first.tasks, *second.tasks)]
 
 
-async def test_search_for_a_status_is_bounded(store: Store, blobs: WatchedBlobs) -> None:
-    """A page of a status that no task has reads so many records and no more; its cursor goes on from there."""
+async def test_reads_of_a_filtered_page_are_bounded(store: Store, blobs: WatchedBlobs) -> None:
+    """A page of a status that no task has reads at most `MAX_PAGE_READS` records; its cursor continues after them."""
     await add_tasks(store, MAX_PAGE_READS + 20)
     blobs.reads = []
     page = await store.page(limit=100, status=Status.COMPLETED)
@@ -96,8 +96,8 @@ async def test_search_for_a_status_is_bounded(store: Store, blobs: WatchedBlobs)
     assert ([], None, MAX_PAGE_READS + 20) == (last.tasks, last.next_cursor, len(blobs.reads))
 
 
-async def test_task_that_was_removed_is_passed_over(store: Store, blobs: WatchedBlobs) -> None:
-    """A place in the list whose record is gone does not break the page."""
+async def test_task_without_a_record_is_skipped(store: Store, blobs: WatchedBlobs) -> None:
+    """An index entry whose record was deleted is not on the page, and does not shorten it."""
     tasks = await add_tasks(store, 5)
     await blobs.delete(names.record_name(tasks[1].task_id))
     page = await store.page(limit=2)
@@ -117,14 +117,14 @@ async def test_task_that_was_removed_is_passed_over(store: Store, blobs: Watched
         "\u0660" * 5 + "/000/00000-t",
     ],
 )
-async def test_made_up_cursor_is_refused(store: Store, cursor: str) -> None:
-    """A cursor that no page gave is an error of the caller, and no listing is made."""
+async def test_invalid_cursor_is_rejected(store: Store, cursor: str) -> None:
+    """A cursor that is not the `next_cursor` of a page raises `ValueError`."""
     with pytest.raises(ValueError, match="cursor must be the nextCursor of an earlier response"):
         await store.page(limit=1, cursor=cursor)
 
 
-async def test_records_come_in_the_order_asked_for(store: Store) -> None:
-    """Many records are read at once; one that is not there is None."""
+async def test_records_are_in_the_given_order(store: Store) -> None:
+    """The records have the order of the IDs, with None for a task that does not exist."""
     await add_tasks(store, 3)
-    found = await store.records([TaskId("t-2"), TaskId("gone"), TaskId("t-0")])
+    found = await store.records([TaskId("t-2"), TaskId("missing"), TaskId("t-0")])
     assert ["t-2", None, "t-0"] == [record and record.task_id for record in found]

@@ -15,18 +15,18 @@ from ccrun.store import LISTING_NAMES, Store
 
 @pytest.fixture
 def blobs(tmp_path: Path) -> WatchedBlobs:
-    """Where the store of a test keeps its objects."""
+    """Return an empty storage."""
     return WatchedBlobs(tmp_path / "blobs")
 
 
 @pytest.fixture
 def store(blobs: WatchedBlobs) -> Store:
-    """The store of a test."""
+    """Return a store in the storage."""
     return Store(blobs)
 
 
-async def test_listing_shows_chunks_and_the_record(store: Store) -> None:
-    """One look shows the chunks from a number on and the generation of the record, and no other object."""
+async def test_listing_has_chunks_and_the_generation(store: Store) -> None:
+    """A listing has the chunks from a number on and the generation of the record, and no other objects."""
     await store.add_payload(TASK, Sealed(b""))
     await store.add(pending())
     for number in range(1, 4):
@@ -38,8 +38,8 @@ async def test_listing_shows_chunks_and_the_record(store: Store) -> None:
 
 
 @pytest.mark.parametrize("first", [1, 2, 999, 1000, 1001])
-async def test_listing_begins_at_any_number(store: Store, blobs: WatchedBlobs, first: int) -> None:
-    """Chunks before the first one asked for are not listed, whenever they were written, also where the digits change."""
+async def test_listing_starts_at_the_first_number(store: Store, blobs: WatchedBlobs, first: int) -> None:
+    """Chunks with lower numbers are not listed, whatever their times and the lengths of their codes are."""
     for number, hour in ((1, 3), (2, 2), (998, 9), (999, 8), (1000, 7), (1001, 6)):
         await store.add_chunk(TASK, number, [b""], NOW.replace(hour=hour))
     listing = await store.listing(TASK, first=first)
@@ -48,8 +48,8 @@ async def test_listing_begins_at_any_number(store: Store, blobs: WatchedBlobs, f
     ]
 
 
-async def test_long_log_is_listed_in_parts(store: Store, tmp_path: Path) -> None:
-    """A log of more chunks than one listing shows says that there are more, by not telling of the record."""
+async def test_incomplete_listing_has_no_generation(store: Store, tmp_path: Path) -> None:
+    """When there are more chunks than one listing holds, its `record_generation` is None."""
     await store.add(pending())
     for number in range(1, LISTING_NAMES + 3):
         (tmp_path / "blobs" / names.chunk_name(TASK, number, NOW)).touch()
@@ -60,9 +60,9 @@ async def test_long_log_is_listed_in_parts(store: Store, tmp_path: Path) -> None
     assert rest.record_generation is not None
 
 
-async def test_chunk_of_another_writer_is_not_taken_for_the_own(store: Store) -> None:
-    """A name that holds something else is an error at once: lines are never dropped in silence."""
-    await store.add_chunk(TASK, 1, [b"of another"], NOW)
-    await store.add_chunk(TASK, 1, [b"of another"], NOW)
+async def test_different_chunk_is_not_overwritten(store: Store) -> None:
+    """Adding an equal chunk again does nothing; adding a different chunk with the same name raises `BlobExists`."""
+    await store.add_chunk(TASK, 1, [b"first"], NOW)
+    await store.add_chunk(TASK, 1, [b"first"], NOW)
     with pytest.raises(BlobExists):
-        await store.add_chunk(TASK, 1, [b"our own"], NOW)
+        await store.add_chunk(TASK, 1, [b"second"], NOW)
