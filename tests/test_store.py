@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+from pathlib import Path
 
 import attrs
 import pytest
-from helpers.store import NOW, SUCCESS, TASK, WatchedBlobs, begin, blobs, everything, other, pending, store
+from helpers.store import NOW, SUCCESS, TASK, WatchedBlobs, begin, pending
 
 from ccrun import codec, names
+from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.errors import (
     BlobNotFound,
     IllegalTransition,
@@ -20,37 +22,59 @@ from ccrun.seal import Sealed
 from ccrun.store import UPDATE_ATTEMPTS, Store
 from ccrun.task import CallbackInfo, CallbackState, TaskId, TaskRecord
 
-__all__ = ["blobs", "other", "store"]
 
-# --- birth -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def blobs(tmp_path: Path) -> WatchedBlobs:
+    """Return an empty storage."""
+    return WatchedBlobs(tmp_path / "blobs")
 
 
-async def test_task_is_kept(store: Store) -> None:
-    """What was added is read back, and listed."""
+@pytest.fixture
+def store(blobs: WatchedBlobs) -> Store:
+    """Return a store in the storage."""
+    return Store(blobs)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Store:
+    """Return a store for the same storage, as another process has it."""
+    return Store(DirectoryBlobs(tmp_path / "blobs"))
+
+
+async def object_names(blobs: DirectoryBlobs) -> list[str]:
+    """Return the names of all objects."""
+    return [entry.name for entry in await blobs.entries("", limit=10_000)]
+
+
+# --- creation --------------------------------------------------------------------------------------------------------
+
+
+async def test_added_task_is_read_and_listed(store: Store) -> None:
+    """The record of an added task can be read, and is on the first page."""
     await store.add(pending())
     assert pending() == await store.record(TASK)
     assert [pending()] == (await store.page(limit=10)).tasks
 
 
-async def test_second_task_of_an_id_leaves_no_trace(store: Store, blobs: WatchedBlobs) -> None:
-    """An ID that is in use is refused, and nothing was written when it is."""
+async def test_second_task_with_an_id_is_rejected(store: Store, blobs: WatchedBlobs) -> None:
+    """Adding a task with an existing ID raises `TaskExists` and writes nothing."""
     await store.add(pending())
-    before = await everything(blobs)
+    before = await object_names(blobs)
     with pytest.raises(TaskExists):
         await store.add(pending(created_at=NOW + dt.timedelta(hours=1)))
-    assert before == await everything(blobs)
+    assert before == await object_names(blobs)
 
 
-async def test_unknown_task_is_told(store: Store) -> None:
-    """Reading or changing a task that is not there says so."""
+async def test_unknown_task_is_an_error(store: Store) -> None:
+    """Reading or updating a task that does not exist raises `TaskNotFound`."""
     with pytest.raises(TaskNotFound):
         await store.record(TASK)
     with pytest.raises(TaskNotFound):
         await store.update(TASK, begin)
 
 
-async def test_payload_is_kept_until_it_is_deleted(store: Store) -> None:
-    """The sealed request is read back, cannot be overwritten, and is gone once deleted."""
+async def test_payload_is_stored_until_it_is_deleted(store: Store) -> None:
+    """A payload can be read, cannot be overwritten, and can be deleted more than once."""
     await store.add_payload(TASK, Sealed(b"sealed"))
     with pytest.raises(TaskExists):
         await store.add_payload(TASK, Sealed(b"another"))
@@ -64,8 +88,8 @@ async def test_payload_is_kept_until_it_is_deleted(store: Store) -> None:
 # --- changes of the record -------------------------------------------------------------------------------------------
 
 
-async def test_change_is_written_and_returned(store: Store) -> None:
-    """`update` returns the record as all others read it, where times are in milliseconds."""
+async def test_update_returns_the_stored_record(store: Store) -> None:
+    """`update` returns the record that later reads return, with times in milliseconds."""
     await store.add(pending())
     updated = await store.update(TASK, lambda record: start(record, at=NOW + dt.timedelta(microseconds=1234)))
     assert attrs.evolve(begin(pending()), started_at=NOW + dt.timedelta(milliseconds=1)) == updated
@@ -81,10 +105,10 @@ async def test_change_is_written_and_returned(store: Store) -> None:
         (CallbackInfo(), False, []),
     ],
 )
-async def test_payload_is_deleted_once_when_a_task_becomes_final(
+async def test_payload_is_deleted_when_a_task_becomes_final(
     store: Store, blobs: WatchedBlobs, webhook: CallbackInfo | None, *, delete_payload: bool, expected: list[str]
 ) -> None:
-    """The final write deletes the payload, unless the caller has; the mark stays while the callback is owed."""
+    """The final update deletes the payload unless the caller does, and the mark unless the callback is owed."""
     await store.add(begin(pending(webhook=webhook)))
     final = await store.update(TASK, lambda record: finish(record, SUCCESS, at=NOW), delete_payload=delete_payload)
     assert expected == blobs.deleted
@@ -97,25 +121,23 @@ async def test_payload_is_deleted_once_when_a_task_becomes_final(
     assert [names.active_name(TASK)] == blobs.deleted
 
 
-async def test_change_that_changes_nothing_writes_nothing(store: Store, blobs: WatchedBlobs) -> None:
-    """A change that gives the same record back costs no write."""
+async def test_equal_record_is_not_written(store: Store, blobs: WatchedBlobs) -> None:
+    """When the change returns an equal record, nothing is written."""
     await store.add(pending())
     assert pending() == await store.update(TASK, lambda record: record)
     assert blobs.replacements == 0
 
 
-async def test_change_that_raises_leaves_the_record(store: Store, blobs: WatchedBlobs) -> None:
-    """What a change raises comes out, and nothing is written."""
+async def test_exception_of_a_change_prevents_the_write(store: Store, blobs: WatchedBlobs) -> None:
+    """An exception of the change is passed on, and nothing is written."""
     await store.add(begin(pending()))
     with pytest.raises(IllegalTransition):
         await store.update(TASK, begin)
     assert blobs.replacements == 0
 
 
-async def test_change_is_made_again_on_what_somebody_else_wrote(
-    store: Store, blobs: WatchedBlobs, other: Store
-) -> None:
-    """A write that came in between is not lost: the change is made on top of it."""
+async def test_change_is_repeated_after_a_concurrent_write(store: Store, blobs: WatchedBlobs, other: Store) -> None:
+    """When another process has changed the record, the change is applied to the new record."""
     await store.add(pending())
     blobs.before_replace = lambda: asyncio.run(other.update(TASK, begin))
     later = NOW + dt.timedelta(seconds=1)
@@ -123,8 +145,8 @@ async def test_change_is_made_again_on_what_somebody_else_wrote(
     assert attrs.evolve(begin(pending()), cancelled_at=later) == updated
 
 
-async def test_no_change_of_many_at_once_is_lost(store: Store) -> None:
-    """Ten who change a record at the same time all have their change in it."""
+async def test_concurrent_updates_are_all_applied(store: Store) -> None:
+    """The record has the changes of ten concurrent updates."""
     await store.add(pending(webhook=CallbackInfo()))
 
     def count(record: TaskRecord) -> TaskRecord:
@@ -135,53 +157,53 @@ async def test_no_change_of_many_at_once_is_lost(store: Store) -> None:
     assert pending(webhook=CallbackInfo(attempts=10)) == await store.record(TASK)
 
 
-async def test_own_write_is_known_though_its_answer_was_lost(store: Store, blobs: WatchedBlobs) -> None:
-    """A change that was written is not made a second time when the storage says that it was not."""
+async def test_update_recognizes_its_own_write(store: Store, blobs: WatchedBlobs) -> None:
+    """A change that was stored although its response was lost is not applied a second time."""
     await store.add(pending())
-    blobs.replies_to_lose = 1
+    blobs.responses_to_lose = 1
     assert begin(pending()) == await store.update(TASK, begin)
     assert blobs.replacements == 1
 
 
-async def test_same_write_of_another_is_not_taken_for_the_own(store: Store, blobs: WatchedBlobs, other: Store) -> None:
-    """Of two who claim a task in the same millisecond and so write the same words, one loses."""
+async def test_equal_write_of_another_process_is_recognized(store: Store, blobs: WatchedBlobs, other: Store) -> None:
+    """Of two workers that start a task in the same millisecond, and so write equal records, one fails."""
     await store.add(pending())
     blobs.before_replace = lambda: asyncio.run(other.update(TASK, begin))
     with pytest.raises(IllegalTransition):
         await store.update(TASK, begin)
 
 
-async def test_swap_that_is_always_lost_is_given_up(store: Store, blobs: WatchedBlobs, other: Store) -> None:
-    """A record that somebody else changes before each try ends in an error, not in a loop."""
+async def test_number_of_update_attempts_is_bounded(store: Store, blobs: WatchedBlobs, other: Store) -> None:
+    """When another process changes the record before each attempt, the update fails."""
     await store.add(pending(webhook=CallbackInfo()))
 
-    def meddle() -> None:
+    def change_first() -> None:
         asyncio.run(other.update(TASK, lambda record: owe_callback(record, at=dt.datetime.now(dt.UTC))))
-        blobs.before_replace = meddle
+        blobs.before_replace = change_first
 
-    blobs.before_replace = meddle
+    blobs.before_replace = change_first
     with pytest.raises(StorageError, match="changed by other processes too often"):
         await store.update(TASK, begin)
     assert blobs.replacements == UPDATE_ATTEMPTS
 
 
-async def test_who_wrote_a_record_is_nobody_elses_business(store: Store) -> None:
-    """The name of a write is not shown to callers."""
+async def test_write_id_is_not_public(store: Store) -> None:
+    """The ID of a write is not in the public record."""
     await store.add(pending())
-    shown = codec.record_to_public(await store.update(TASK, begin))
-    assert "writeId" not in shown
+    public = codec.record_to_public(await store.update(TASK, begin))
+    assert "writeId" not in public
 
 
 # --- marks -----------------------------------------------------------------------------------------------------------
 
 
-async def marked(store: Store) -> list[TaskId]:
-    """Return the tasks that a sweep would look at."""
+async def active_ids(store: Store) -> list[TaskId]:
+    """Return the IDs of the active tasks."""
     return [mark.task_id for mark in await store.active()]
 
 
-async def test_mark_tells_since_when(store: Store) -> None:
-    """A mark has the time at which it was first made; marking again changes nothing."""
+async def test_mark_has_the_time_of_its_creation(store: Store) -> None:
+    """A mark has the time at which it was created; marking again does not change it."""
     await store.mark_active(TASK)
     (first,) = await store.active()
     await store.mark_active(TASK)
@@ -189,34 +211,32 @@ async def test_mark_tells_since_when(store: Store) -> None:
     assert abs(first.since - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=1)
 
 
-async def test_end_of_a_task_without_callback_takes_its_mark(store: Store) -> None:
-    """Nobody looks at a task any more that is over and owes nothing."""
+async def test_mark_of_a_final_task_is_deleted(store: Store) -> None:
+    """A final task that owes no callback is not active."""
     await store.mark_active(TASK)
     await store.add(pending())
     await store.update(TASK, begin)
-    assert [TASK] == await marked(store)
+    assert [TASK] == await active_ids(store)
     await store.update(TASK, lambda record: finish(record, SUCCESS, at=NOW))
-    assert await marked(store) == []
+    assert await active_ids(store) == []
 
 
-async def test_mark_stays_until_the_callback_is_delivered(store: Store) -> None:
-    """A task that is over is looked at for as long as it owes its callback."""
+async def test_task_is_active_until_its_callback_is_delivered(store: Store) -> None:
+    """A final task is active while it owes its callback."""
     await store.mark_active(TASK)
     await store.add(begin(pending(webhook=CallbackInfo())))
     await store.update(TASK, lambda record: finish(record, SUCCESS, at=NOW))
-    assert [TASK] == await marked(store)
+    assert [TASK] == await active_ids(store)
     await store.update(TASK, lambda record: record_delivery(record, delivered=True, attempts=1, error=None, at=NOW))
-    assert await marked(store) == []
+    assert await active_ids(store) == []
 
 
-async def test_debt_made_while_the_mark_is_removed_is_not_forgotten(
-    store: Store, blobs: WatchedBlobs, other: Store
-) -> None:
-    """When a callback is wished again just as the task's mark goes, the mark comes back."""
+async def test_mark_is_restored_if_the_task_becomes_active(store: Store, blobs: WatchedBlobs, other: Store) -> None:
+    """When a callback becomes owed while the mark is being deleted, the mark is written again."""
     await store.add(finish(begin(pending(webhook=CallbackInfo(state=CallbackState.DELIVERED))), SUCCESS, at=NOW))
     await store.mark_active(TASK)
     blobs.after_delete = lambda: asyncio.run(
         other.update(TASK, lambda record: owe_callback(record, at=NOW + dt.timedelta(seconds=1)))
     )
     await store.unmark_active(TASK)
-    assert [TASK] == await marked(store)
+    assert [TASK] == await active_ids(store)

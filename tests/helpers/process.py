@@ -1,4 +1,4 @@
-"""Child processes of tests: how to wait for them, and whether they run."""
+"""Child processes of tests: wait for conditions, read process IDs, run Python code."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ import pytest
 from ccrun.process.child import Child
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prctl")
-
-#: Far more than any condition of these tests takes on a busy machine.
+#: Seconds. The longest wait of a test, with room for a busy machine.
 WAIT_SECONDS = 20.0
+#: The `PATH` of child processes.
+PATH = "/usr/local/bin:/usr/bin:/bin"
 
 Shell: TypeAlias = Callable[..., AbstractAsyncContextManager[Child]]
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition, but not for ever."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(WAIT_SECONDS):
-        while not condition():  # processes set no event
+        while not condition():
             await asyncio.sleep(0.01)
 
 
@@ -44,7 +45,7 @@ async def pid_in(path: Path) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process can still do something."""
+    """Return whether a process runs, which a zombie does not."""
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -52,7 +53,7 @@ def is_alive(pid: int) -> bool:
 
 
 def run_python(code: str, *arguments: str) -> str:
-    """Run code in an interpreter of its own and return what it printed."""
+    """Run code in a new interpreter and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

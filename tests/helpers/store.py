@@ -1,4 +1,4 @@
-"""A store in a directory whose calls are recorded, and records to put into it."""
+"""A storage that records its calls, and records of tasks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ import datetime as dt
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.blobs import Blob, BlobInfo
-from ccrun.errors import (
-    BlobChanged,
-)
+from ccrun.errors import BlobChanged
 from ccrun.lifecycle import start
-from ccrun.store import Store
 from ccrun.task import CallbackInfo, Outcome, Reason, Status, TaskId, TaskRecord, TaskType
 
 TASK = TaskId("t-1")
@@ -24,7 +19,7 @@ SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0)
 
 
 class WatchedBlobs(DirectoryBlobs):
-    """A folder that counts its calls, and lets a test act right before or after one."""
+    """A storage that records its calls, and calls a function of the test before or after one."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -33,7 +28,7 @@ class WatchedBlobs(DirectoryBlobs):
         self.replacements = 0
         self.before_replace: Callable[[], object] | None = None
         self.after_delete: Callable[[], object] | None = None
-        self.replies_to_lose = 0
+        self.responses_to_lose = 0
         self.deleted: list[str] = []
 
     async def read(self, name: str) -> Blob:
@@ -50,8 +45,8 @@ class WatchedBlobs(DirectoryBlobs):
             act, self.before_replace = self.before_replace, None
             await asyncio.to_thread(act)
         written = await super().replace(name, content, generation=generation)
-        if self.replies_to_lose:
-            self.replies_to_lose -= 1
+        if self.responses_to_lose:
+            self.responses_to_lose -= 1
             raise BlobChanged
         return written
 
@@ -63,26 +58,8 @@ class WatchedBlobs(DirectoryBlobs):
             await asyncio.to_thread(act)
 
 
-@pytest.fixture
-def blobs(tmp_path: Path) -> WatchedBlobs:
-    """Where the store of a test keeps its objects."""
-    return WatchedBlobs(tmp_path / "blobs")
-
-
-@pytest.fixture
-def store(blobs: WatchedBlobs) -> Store:
-    """The store of a test."""
-    return Store(blobs)
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> Store:
-    """The same tasks as another process sees them."""
-    return Store(DirectoryBlobs(tmp_path / "blobs"))
-
-
 def pending(task_id: str = "t-1", created_at: dt.datetime = NOW, webhook: CallbackInfo | None = None) -> TaskRecord:
-    """Return the record of a task that has just been asked for."""
+    """Return the record of a new task."""
     return TaskRecord(
         task_id=TaskId(task_id),
         type=TaskType.ASYNC,
@@ -94,10 +71,5 @@ def pending(task_id: str = "t-1", created_at: dt.datetime = NOW, webhook: Callba
 
 
 def begin(record: TaskRecord) -> TaskRecord:
-    """Change a record as a worker does that takes up its task."""
+    """Start the task of a record, as its worker does."""
     return start(record, at=NOW)
-
-
-async def everything(blobs: DirectoryBlobs) -> list[str]:
-    """Return the names of all objects."""
-    return [entry.name for entry in await blobs.entries("", limit=10_000)]

@@ -1,4 +1,4 @@
-"""Shell scripts as child processes."""
+"""Fixtures that start shell scripts as child processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ccrun.process.child import spawn
 
 @pytest.fixture
 def marker() -> str:
-    """What the processes of this test carry and no others."""
+    """Return a text that only the processes of this test have in their environment."""
     return uuid.uuid4().hex
 
 
 @pytest.fixture
 def shell(tmp_path: Path, marker: str) -> Iterator[Shell]:
-    """Spawns a shell script in `tmp_path`; afterwards kills what the product has left alive."""
+    """Return a function that runs a shell script in `tmp_path`. Afterwards, kill the processes that ccrun did not stop."""
 
     def start(script: str, *, stdin: bytes = b"", grace: float = 0.2, env: dict[str, str] | None = None) -> object:
         environment = {"PATH": os.environ["PATH"], "FOR_TEST": marker, **(env or {})}

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.process import WAIT_SECONDS
+from helpers.process import PATH, WAIT_SECONDS
 
 from ccrun.process.capture import OutputTooLarge, ProcessTimeout, capture
 from ccrun.process.exit import Exit
 
-PATH = "/usr/local/bin:/usr/bin:/bin"
 
-
-async def test_what_a_program_prints_is_captured() -> None:
-    """Its output, its complaints and how it ended."""
+async def test_output_and_exit_are_captured() -> None:
+    """`capture` passes stdin to a program and returns its stdout, its stderr and its exit."""
     ran = await capture(
         ["sh", "-c", "cat; echo oh >&2; exit 3"],
         env={"PATH": PATH},
@@ -25,8 +23,8 @@ async def test_what_a_program_prints_is_captured() -> None:
     assert (Exit(code=3), b"in", b"oh\n") == (ran.exit, ran.stdout, ran.stderr)
 
 
-async def test_a_program_over_its_time_is_ended() -> None:
-    """With all that it has started."""
+async def test_program_is_killed_after_its_timeout() -> None:
+    """The processes that the program has started are killed too."""
     marker = f"sleeper-{os.getpid()}"
     with pytest.raises(ProcessTimeout):
         await capture(
@@ -35,7 +33,7 @@ async def test_a_program_over_its_time_is_ended() -> None:
     assert not [process for process in psutil.process_iter(["cmdline"]) if marker in (process.info["cmdline"] or ())]
 
 
-async def test_a_program_that_prints_too_much_is_ended() -> None:
-    """Memory stays bounded."""
+async def test_too_much_output_is_an_error() -> None:
+    """Output beyond `max_bytes` raises `OutputTooLarge`."""
     with pytest.raises(OutputTooLarge):
         await capture(["yes"], env={"PATH": PATH}, cwd=Path("/"), seconds=WAIT_SECONDS, max_bytes=1000)

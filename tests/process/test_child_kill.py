@@ -14,16 +14,16 @@ from ccrun.process.exit import Exit
 # --- the child -------------------------------------------------------------------------------------------------------
 
 
-async def test_leaving_asks_first_and_waits(shell: Shell, tmp_path: Path) -> None:
-    """SIGTERM comes first, and a child that ends by itself within the grace is not killed."""
-    script = "trap 'sleep 0.1; echo asked > said; exit 5' TERM; echo up; while :; do sleep 0.01; done"
+async def test_child_gets_time_after_sigterm(shell: Shell, tmp_path: Path) -> None:
+    """Leaving the context sends SIGTERM, and does not kill a child that exits within the grace period."""
+    script = "trap 'sleep 0.1; echo stopped > result; exit 5' TERM; echo up; while :; do sleep 0.01; done"
     async with shell(script, grace=10.0) as child:
         await anext(child.lines())
-    assert ("asked\n", Exit(code=5)) == ((tmp_path / "said").read_text(), await child.wait())
+    assert ("stopped\n", Exit(code=5)) == ((tmp_path / "result").read_text(), await child.wait())
 
 
-async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(shell: Shell) -> None:
-    """The grace has an end."""
+async def test_child_that_ignores_sigterm_is_killed(shell: Shell) -> None:
+    """SIGKILL follows when the grace period is over."""
     async with shell("trap '' TERM; echo up; while :; do sleep 0.01; done", grace=0.2) as child:
         await anext(child.lines())
         began = time.monotonic()
@@ -31,16 +31,16 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(shell: She
     assert Exit(code=137, signal=9) == await child.wait()
 
 
-async def test_an_error_ends_the_child(shell: Shell) -> None:
-    """A fault of the caller does not leave the child behind."""
-    with pytest.raises(RuntimeError, match="of ours"):
+async def test_exception_of_the_caller_kills_the_child(shell: Shell) -> None:
+    """When the body of the context raises, the child is stopped and the exception is passed on."""
+    with pytest.raises(RuntimeError, match="made-up"):
         async with shell("sleep 1000") as child:
-            raise RuntimeError("of ours")
+            raise RuntimeError("made-up")
     assert not is_alive(child.pid)
 
 
-async def test_a_cancellation_ends_the_child(shell: Shell) -> None:
-    """A reader that is cancelled takes the child with it, and the cancellation goes on."""
+async def test_cancellation_kills_the_child(shell: Shell) -> None:
+    """When a reader is cancelled, its child is stopped and `CancelledError` is passed on."""
     children: list[Child] = []
 
     async def read() -> None:
@@ -56,8 +56,8 @@ async def test_a_cancellation_ends_the_child(shell: Shell) -> None:
     assert not is_alive(children[0].pid)
 
 
-async def test_a_cancellation_cuts_the_grace_short(shell: Shell) -> None:
-    """Whoever cancels twice gets a dead child at once, not after the grace."""
+async def test_cancellation_ends_the_grace_period(shell: Shell) -> None:
+    """A cancellation while the context waits for the child kills the child immediately."""
     up = asyncio.Event()
 
     async def run() -> Child:
@@ -70,7 +70,7 @@ async def test_a_cancellation_cuts_the_grace_short(shell: Shell) -> None:
     children: list[Child] = []
     running = asyncio.create_task(run())
     await up.wait()
-    # The context is being left by now; this cancellation meets the grace.
+    # The context is being left, so this cancellation falls into the grace period.
     running.cancel()
     async with asyncio.timeout(WAIT_SECONDS):
         with pytest.raises(asyncio.CancelledError):
@@ -78,8 +78,8 @@ async def test_a_cancellation_cuts_the_grace_short(shell: Shell) -> None:
     assert not is_alive(children[0].pid)
 
 
-async def test_terminate_can_be_called_again_and_again(shell: Shell) -> None:
-    """It returns at once; the lines and the wait then end by themselves."""
+async def test_terminate_can_be_repeated(shell: Shell) -> None:
+    """`terminate` returns immediately, also when called again; then `lines` ends and `wait` returns."""
     async with shell("echo up; sleep 1000") as child:
         lines = child.lines()
         await anext(lines)
@@ -96,15 +96,20 @@ async def test_terminate_can_be_called_again_and_again(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("start", "then"),
     [
-        pytest.param("sleep 1000 &", "sleep 1000", id="in the group"),
-        pytest.param("sleep 1000 &", "exit 0", id="in the group of a child that has ended"),
-        pytest.param("(trap '' TERM HUP; sleep 1000) &", "exit 0", id="ignoring SIGTERM"),
-        pytest.param("setsid sleep 1000 &", "sleep 1000", id="in a session of its own", marks=ON_LINUX),
-        pytest.param("setsid env -i bash -c 'trap \"\" TERM; sleep 1000; :' &", "sleep 1000", id="all", marks=ON_LINUX),
+        pytest.param("sleep 1000 &", "sleep 1000", id="in-the-group"),
+        pytest.param("sleep 1000 &", "exit 0", id="in-the-group-of-an-exited-child"),
+        pytest.param("(trap '' TERM HUP; sleep 1000) &", "exit 0", id="ignores-sigterm"),
+        pytest.param("setsid sleep 1000 &", "sleep 1000", id="in-a-new-session", marks=ON_LINUX),
+        pytest.param(
+            "setsid env -i bash -c 'trap \"\" TERM; sleep 1000; :' &",
+            "sleep 1000",
+            id="in-a-new-session-ignores-sigterm",
+            marks=ON_LINUX,
+        ),
     ],
 )
-async def test_grandchildren_end_with_the_child(shell: Shell, tmp_path: Path, start: str, then: str) -> None:
-    """What the child has started in its group, also before it ended by itself, or still has as a child, is gone."""
+async def test_grandchildren_are_killed_with_the_child(shell: Shell, tmp_path: Path, start: str, then: str) -> None:
+    """Processes in the group of the child, and its own children in any session, are killed when the context is left."""
     async with shell(f"{start} echo $! > pid; {then}") as child:
         pid = await pid_in(tmp_path / "pid")
         if then == "exit 0":
@@ -117,8 +122,8 @@ DAEMON = "(setsid bash -c 'trap \"\" TERM HUP; echo $$ > pid; while :; do sleep 
 
 
 @ON_LINUX
-async def test_a_daemon_that_carries_the_marker_ends_with_the_child(shell: Shell, tmp_path: Path, marker: str) -> None:
-    """Two forks and a new session hide nothing from the marker."""
+async def test_daemon_with_the_marker_is_killed(shell: Shell, tmp_path: Path, marker: str) -> None:
+    """A process that forked twice and has a new session is found by its marker."""
     async with shell(DAEMON, env={tree.MARKER_VARIABLE: marker}) as child:
         await child.wait()
         pid = await pid_in(tmp_path / "pid")
@@ -127,14 +132,14 @@ async def test_a_daemon_that_carries_the_marker_ends_with_the_child(shell: Shell
 
 
 @ON_LINUX
-def test_a_subreaper_ends_whatever_stems_from_its_child(tmp_path: Path) -> None:
-    """Daemons without the marker end with the last child they can stem from; other children of the process live on."""
+def test_subreaper_kills_the_daemons_of_its_children(tmp_path: Path) -> None:
+    """A daemon without the marker is killed with the last child that may have started it; other processes are not."""
     code = """
 import asyncio, os, subprocess, sys
 from pathlib import Path
 from ccrun.process.child import spawn
 from ccrun.process.linux import become_subreaper
-folder = Path(sys.argv[1])
+directory = Path(sys.argv[1])
 DAEMON = sys.argv[2]
 ENV = {"PATH": os.environ["PATH"]}
 
@@ -147,12 +152,12 @@ def is_alive(pid):
 async def main():
     assert become_subreaper()
     foreign = subprocess.Popen(["sleep", "1000"])
-    async with spawn(["sleep", "1000"], env=ENV, cwd=folder) as other:
-        async with spawn(["env", "-i", "bash", "-c", DAEMON], env=ENV, cwd=folder) as child:
+    async with spawn(["sleep", "1000"], env=ENV, cwd=directory) as other:
+        async with spawn(["env", "-i", "bash", "-c", DAEMON], env=ENV, cwd=directory) as child:
             await child.wait()
-            while not (folder / "pid").exists() or not (folder / "pid").read_text():
+            while not (directory / "pid").exists() or not (directory / "pid").read_text():
                 await asyncio.sleep(0.01)
-            pid = int((folder / "pid").read_text())
+            pid = int((directory / "pid").read_text())
         print(is_alive(pid), is_alive(other.pid), is_alive(foreign.pid))
     print(is_alive(pid), is_alive(other.pid), is_alive(foreign.pid), Path(f"/proc/{pid}").exists())
     foreign.kill()
@@ -164,19 +169,19 @@ asyncio.run(main())
 
 
 @ON_LINUX
-def test_a_subreaper_catches_what_forks_and_flees(tmp_path: Path) -> None:
-    """A process that forks into a new session every few milliseconds and ends its former self is caught all the same."""
+def test_subreaper_kills_a_process_that_keeps_forking(tmp_path: Path) -> None:
+    """A process that moves to a fork in a new session every few milliseconds is killed too."""
     code = """
 import asyncio, os, sys, time
 from pathlib import Path
 from ccrun.process.child import spawn
 from ccrun.process.linux import become_subreaper
-folder = Path(sys.argv[1])
-FLEE = '''
+directory = Path(sys.argv[1])
+KEEP_FORKING = '''
 import os, time
 if os.fork(): os._exit(0)
-until = time.monotonic() + 30
-while time.monotonic() < until:
+deadline = time.monotonic() + 30
+while time.monotonic() < deadline:
     os.setsid()
     with open("trace", "a") as trace: trace.write("x")
     time.sleep(0.003)
@@ -185,21 +190,21 @@ while time.monotonic() < until:
 
 async def main():
     become_subreaper()
-    async with spawn([sys.executable, "-c", FLEE], env={}, cwd=folder) as child:
+    async with spawn([sys.executable, "-c", KEEP_FORKING], env={}, cwd=directory) as child:
         await child.wait()
-        while not (folder / "trace").exists():
+        while not (directory / "trace").exists():
             await asyncio.sleep(0.01)
-    size = (folder / "trace").stat().st_size
+    size = (directory / "trace").stat().st_size
     time.sleep(0.2)
-    print((folder / "trace").stat().st_size == size)
+    print((directory / "trace").stat().st_size == size)
 
 asyncio.run(main())
 """
     assert run_python(code, str(tmp_path)) == "True\n"
 
 
-async def test_one_child_ends_without_the_others(shell: Shell, tmp_path: Path, marker: str) -> None:
-    """Neither another child nor what it started is touched, not even under the same marker."""
+async def test_other_children_are_not_killed(shell: Shell, tmp_path: Path, marker: str) -> None:
+    """Another child with the same marker and its descendants keep running."""
     env = {tree.MARKER_VARIABLE: marker}
     async with shell("setsid sleep 1000 & echo $! > pid; sleep 1000", env=env) as other:
         pid = await pid_in(tmp_path / "pid")

@@ -13,8 +13,8 @@ from ccrun.process.tree import kill_marked
 
 
 @ON_LINUX
-async def test_the_marked_are_killed_and_nobody_else(tmp_path: Path, marker: str) -> None:
-    """After the worker's death its task's processes are found by the marker, and what they started by descent."""
+async def test_only_marked_processes_and_descendants_are_killed(tmp_path: Path, marker: str) -> None:
+    """`kill_marked` kills the processes with exactly this marker, and their descendants without one."""
 
     def start(task_id: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         environment = {"PATH": os.environ["PATH"], tree.MARKER_VARIABLE: task_id}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from helpers.store import NOW, TASK, blobs, store
+from helpers.store import TASK, WatchedBlobs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,25 +21,35 @@ from ccrun.store import Store
 from ccrun.task import TaskId
 from ccrun.worker.log_writer import MAX_CHUNK_BYTES, MAX_QUEUED_BYTES, FlushPolicy, LogWriter
 
-__all__ = ["blobs", "store"]
+#: Numbers the examples of a property test, which share one store.
+example_numbers = itertools.count()
 
-#: Examples of one test must not see the tasks of each other.
-fresh = itertools.count()
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> WatchedBlobs:
+    """Return an empty storage."""
+    return WatchedBlobs(tmp_path / "blobs")
+
+
+@pytest.fixture
+def store(blobs: WatchedBlobs) -> Store:
+    """Return a store in the storage."""
+    return Store(blobs)
 
 
 class SlowBlobs(DirectoryBlobs):
-    """A storage that takes a chunk when a test lets it, or not at all."""
+    """A storage in which creating an object blocks or fails as the test requires."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.opened = asyncio.Event()
+        self.unblocked = asyncio.Event()
         self.errors: list[type[StorageError]] = []
-        self.refusals = 0.0
+        self.failures = 0.0
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
-        await self.opened.wait()
-        if self.refusals:
-            self.refusals -= 1
+        await self.unblocked.wait()
+        if self.failures:
+            self.failures -= 1
             raise StorageError
         written = await super().create(name, content)
         if self.errors:
@@ -47,28 +57,28 @@ class SlowBlobs(DirectoryBlobs):
         return written
 
 
-#: Only the number of lines makes a chunk.
-PATIENT = FlushPolicy(flush_lines=100, flush_seconds=3600, first_flush_seconds=3600)
+#: Chunks are written by their number of lines only, not by their age.
+BY_LINES = FlushPolicy(flush_lines=100, flush_seconds=3600, first_flush_seconds=3600)
 
 
 async def chunks(store: Store, task_id: TaskId = TASK) -> list[bytes]:
-    """Return the contents of the chunks of a log; check that they are numbered without a gap."""
+    """Return the contents of the chunks of a log, whose numbers must have no gaps."""
     listing = await store.listing(task_id, first=1)
     assert list(range(1, len(listing.chunks) + 1)) == [chunk.number for chunk in listing.chunks]
     return [await store.read_chunk(chunk) for chunk in listing.chunks]
 
 
 async def until_chunks(store: Store, count: int) -> None:
-    """Wait until the log has so many chunks, within a bound."""
+    """Wait until the log has this number of chunks."""
     async with asyncio.timeout(10):
         while len((await store.listing(TASK, first=1)).chunks) < count:
             await asyncio.sleep(0.002)
 
 
-async def test_hundred_lines_make_a_chunk(store: Store) -> None:
-    """A chunk is written when it has a hundred lines, and the rest when the log is closed."""
+async def test_chunk_is_written_after_a_number_of_lines(store: Store) -> None:
+    """A chunk is written when it has a hundred lines, and the remaining lines when the log is closed."""
     lines = [b"line %d" % number for number in range(250)]
-    async with LogWriter(store, TASK, PATIENT) as writer:
+    async with LogWriter(store, TASK, BY_LINES) as writer:
         for line in lines:
             await writer.write(line)
         await until_chunks(store, 2)
@@ -76,9 +86,9 @@ async def test_hundred_lines_make_a_chunk(store: Store) -> None:
     assert b"".join(line + b"\n" for line in lines) == b"".join(await chunks(store))
 
 
-async def test_mebibyte_makes_a_chunk(store: Store) -> None:
-    """A chunk is written when it has a MiB, however few lines that is."""
-    async with LogWriter(store, TASK, PATIENT) as writer:
+async def test_chunk_is_written_at_its_maximum_size(store: Store) -> None:
+    """A chunk is written when it has `MAX_CHUNK_BYTES`, even with few lines."""
+    async with LogWriter(store, TASK, BY_LINES) as writer:
         for _ in range(24):
             await writer.write(b"x" * (MAX_CHUNK_BYTES // 4))
         await until_chunks(store, 6)
@@ -86,10 +96,10 @@ async def test_mebibyte_makes_a_chunk(store: Store) -> None:
     assert [4, 4, 4, 4, 4, 4, 1] == [content.count(b"\n") for content in await chunks(store)]
 
 
-async def test_age_makes_a_chunk_under_steady_output(store: Store) -> None:
-    """Lines that keep coming do not put off the chunk of those that are waiting."""
-    pace = attrs.evolve(PATIENT, flush_lines=10**9, flush_seconds=0.05, first_flush_seconds=0.05)
-    async with LogWriter(store, TASK, pace) as writer:
+async def test_steady_output_does_not_delay_a_chunk(store: Store) -> None:
+    """A chunk is written after its maximum age, also while new lines arrive."""
+    policy = attrs.evolve(BY_LINES, flush_lines=10**9, flush_seconds=0.05, first_flush_seconds=0.05)
+    async with LogWriter(store, TASK, policy) as writer:
         waiting = asyncio.create_task(until_chunks(store, 3))
         while not waiting.done():
             await writer.write(b"line")
@@ -97,29 +107,29 @@ async def test_age_makes_a_chunk_under_steady_output(store: Store) -> None:
         await waiting
 
 
-async def test_first_chunk_comes_sooner(store: Store) -> None:
-    """The first line is stored after the first chunk's own time, which is a tenth of a second unless told otherwise."""
-    pace = attrs.evolve(PATIENT, first_flush_seconds=FlushPolicy().first_flush_seconds)
-    began = asyncio.get_running_loop().time()
-    async with LogWriter(store, TASK, pace) as writer:
+async def test_first_chunk_has_its_own_maximum_age(store: Store) -> None:
+    """The first chunk is written after `first_flush_seconds`, by default 0.1 s."""
+    policy = attrs.evolve(BY_LINES, first_flush_seconds=FlushPolicy().first_flush_seconds)
+    started = asyncio.get_running_loop().time()
+    async with LogWriter(store, TASK, policy) as writer:
         await writer.write(b"first")
         await until_chunks(store, 1)
-        assert asyncio.get_running_loop().time() - began >= 0.1
+        assert asyncio.get_running_loop().time() - started >= 0.1
         await writer.write(b"second")
     assert [b"first\n", b"second\n"] == await chunks(store)
 
 
-async def test_line_after_a_pause_is_stored_in_time(store: Store) -> None:
-    """The age counts from the first unwritten line, not from the last chunk: a line after a pause waits its time."""
-    pace = attrs.evolve(PATIENT, flush_seconds=0.03, first_flush_seconds=0.03)
-    async with LogWriter(store, TASK, pace) as writer:
+async def test_age_counts_from_the_first_unwritten_line(store: Store) -> None:
+    """A line after a pause is stored after the maximum age of a chunk."""
+    policy = attrs.evolve(BY_LINES, flush_seconds=0.03, first_flush_seconds=0.03)
+    async with LogWriter(store, TASK, policy) as writer:
         for number in range(1, 4):
             await writer.write(b"line")
             await until_chunks(store, number)
 
 
-async def test_slow_storage_slows_the_writer_of_lines(tmp_path: Path) -> None:
-    """While the storage takes nothing, so much waits in memory and no more; then nothing is missing."""
+async def test_write_blocks_while_the_queue_is_full(tmp_path: Path) -> None:
+    """While the storage blocks, `write` waits instead of exceeding `MAX_QUEUED_BYTES`; no line is lost."""
     blobs = SlowBlobs(tmp_path)
     store = Store(blobs)
     line = b"x" * (256 * 1024)
@@ -131,7 +141,7 @@ async def test_slow_storage_slows_the_writer_of_lines(tmp_path: Path) -> None:
             await writer.write(line)
             written += len(line)
 
-    async with LogWriter(store, TASK, PATIENT) as writer:
+    async with LogWriter(store, TASK, BY_LINES) as writer:
         writing = asyncio.create_task(write_all())
         async with asyncio.timeout(10):
             while written < MAX_QUEUED_BYTES:
@@ -139,60 +149,52 @@ async def test_slow_storage_slows_the_writer_of_lines(tmp_path: Path) -> None:
         for _ in range(1000):
             await asyncio.sleep(0)
         assert MAX_QUEUED_BYTES <= written <= MAX_QUEUED_BYTES + MAX_CHUNK_BYTES
-        blobs.opened.set()
+        blobs.unblocked.set()
         await writing
     assert (line + b"\n") * 40 == b"".join(await chunks(store))
 
 
-async def test_storage_that_comes_back_gets_everything(tmp_path: Path) -> None:
-    """A chunk that the storage did not take is offered again, under the same number, and nothing is missing."""
+async def test_failed_chunk_is_retried(tmp_path: Path) -> None:
+    """A chunk that could not be stored is stored later with the same number, and no line is lost."""
     blobs = SlowBlobs(tmp_path)
-    blobs.opened.set()
-    blobs.refusals = 1
+    blobs.unblocked.set()
+    blobs.failures = 1
     store = Store(blobs)
-    async with LogWriter(store, TASK, attrs.evolve(PATIENT, flush_lines=1)) as writer:
+    async with LogWriter(store, TASK, attrs.evolve(BY_LINES, flush_lines=1)) as writer:
         await writer.write(b"one")
         await writer.write(b"two")
     assert [b"one\n", b"two\n"] == await chunks(store)
 
 
 @pytest.mark.parametrize("fault", [StorageError, BlobExists])
-async def test_chunk_whose_answer_was_lost_is_not_written_twice(tmp_path: Path, fault: type[StorageError]) -> None:
-    """When the storage took a chunk and says that it did not, or that it is there already, the log goes on behind it."""
+async def test_chunk_is_not_repeated_after_a_lost_response(tmp_path: Path, fault: type[StorageError]) -> None:
+    """When a chunk was stored although `create` raised, the next chunk follows and no line is repeated."""
     blobs = SlowBlobs(tmp_path)
-    blobs.opened.set()
+    blobs.unblocked.set()
     blobs.errors = [fault]
     store = Store(blobs)
-    async with LogWriter(store, TASK, attrs.evolve(PATIENT, flush_lines=1)) as writer:
+    async with LogWriter(store, TASK, attrs.evolve(BY_LINES, flush_lines=1)) as writer:
         await writer.write(b"one")
         await writer.write(b"two")
     assert [b"one\n", b"two\n"] == await chunks(store)
 
 
-async def test_chunk_of_another_writer_is_not_taken_for_the_own(store: Store) -> None:
-    """A name that holds something else is an error at once: lines are never dropped in silence."""
-    await store.add_chunk(TASK, 1, [b"of another"], NOW)
-    await store.add_chunk(TASK, 1, [b"of another"], NOW)
-    with pytest.raises(BlobExists):
-        await store.add_chunk(TASK, 1, [b"our own"], NOW)
-
-
-async def test_log_is_given_up_when_the_storage_stays_away(tmp_path: Path) -> None:
-    """After the patience, a waiting writer of lines, each later one and the close are told."""
+async def test_write_and_close_fail_when_retries_end(tmp_path: Path) -> None:
+    """When the storage fails for longer than `retry_seconds`, waiting and later writes and `close` raise."""
     blobs = SlowBlobs(tmp_path)
-    blobs.refusals = math.inf
-    writer = LogWriter(Store(blobs), TASK, attrs.evolve(PATIENT, flush_lines=1, retry_seconds=0.01))
+    blobs.failures = math.inf
+    writer = LogWriter(Store(blobs), TASK, attrs.evolve(BY_LINES, flush_lines=1, retry_seconds=0.01))
     line = b"x" * MAX_QUEUED_BYTES
 
-    async def write_for_ever() -> None:
+    async def write_until_error() -> None:
         async with writer:
             while True:
                 await writer.write(line)
 
     async with asyncio.timeout(10):
-        writing = asyncio.create_task(write_for_ever())
+        writing = asyncio.create_task(write_until_error())
         await asyncio.sleep(0)
-        blobs.opened.set()
+        blobs.unblocked.set()
         with pytest.raises(StorageError):
             await writing
         with pytest.raises(StorageError):
@@ -201,22 +203,22 @@ async def test_log_is_given_up_when_the_storage_stays_away(tmp_path: Path) -> No
             await writer.close()
 
 
-async def test_line_of_64_mebibytes_is_stored(store: Store) -> None:
-    """One line may be larger than the whole queue; it waits alone and is stored whole."""
+async def test_line_longer_than_the_queue_is_stored(store: Store) -> None:
+    """A line of 64 MiB, which is longer than the queue, is stored completely."""
     line = bytearray(b"x") * (64 * 1024 * 1024)
-    async with LogWriter(store, TASK, PATIENT) as writer:
+    async with LogWriter(store, TASK, BY_LINES) as writer:
         await writer.write(b"before")
         await writer.write(line)
         await writer.write(b"after")
     stored = b"".join(await chunks(store))
-    # Compared outside of the assertion, which would spell out what differs.
-    is_whole = stored == b"before\n" + line + b"\nafter\n"
-    assert is_whole
+    # Compared outside the assertion, which would print the difference.
+    is_complete = stored == b"before\n" + line + b"\nafter\n"
+    assert is_complete
 
 
-async def test_closing_twice_is_harmless(store: Store) -> None:
-    """A log that is closed can be closed again, and takes no more lines."""
-    async with LogWriter(store, TASK, PATIENT) as writer:
+async def test_log_can_be_closed_twice(store: Store) -> None:
+    """Closing a closed log does nothing, and writing to it raises `RuntimeError`."""
+    async with LogWriter(store, TASK, BY_LINES) as writer:
         await writer.write(b"line")
         await writer.close()
         await writer.close()
@@ -226,8 +228,8 @@ async def test_closing_twice_is_harmless(store: Store) -> None:
 
 
 async def test_log_without_lines_has_no_chunk(store: Store) -> None:
-    """A task that prints nothing leaves no chunk."""
-    async with LogWriter(store, TASK, PATIENT):
+    """A log without lines has no chunks."""
+    async with LogWriter(store, TASK, BY_LINES):
         pass
     assert await chunks(store) == []
 
@@ -243,11 +245,11 @@ async def test_log_without_lines_has_no_chunk(store: Store) -> None:
 async def test_log_has_every_line_once_and_in_order(
     store: Store, sizes: list[int], flush_lines: int, flush_seconds: float
 ) -> None:
-    """Whatever is written at whatever pace, the chunks, gapless, hold the lines and nothing else."""
-    task_id = TaskId(f"example-{next(fresh)}")
-    pace = FlushPolicy(flush_lines=flush_lines, flush_seconds=flush_seconds, first_flush_seconds=flush_seconds)
+    """The chunks contain exactly the lines in order, whatever their sizes and the flush policy are."""
+    task_id = TaskId(f"example-{next(example_numbers)}")
+    policy = FlushPolicy(flush_lines=flush_lines, flush_seconds=flush_seconds, first_flush_seconds=flush_seconds)
     lines = [b"%d" % number * (size // len(b"%d" % number)) for number, size in enumerate(sizes)]
-    async with LogWriter(store, task_id, pace) as writer:
+    async with LogWriter(store, task_id, policy) as writer:
         for line in lines:
             await writer.write(line)
     stored = await chunks(store, task_id)
