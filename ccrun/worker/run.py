@@ -25,7 +25,7 @@ from ccrun.worker import claude
 from ccrun.worker.agent import AgentSession, run_agent
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.checkout import Checkout, check_out
-from ccrun.worker.log_writer import LogWriter
+from ccrun.worker.log_writer import LogIncomplete, LogWriter
 from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
 from ccrun.worker.preparation import command_files, prepare_dotenv, run_commands
@@ -144,8 +144,12 @@ async def _until_shutdown(work: Coroutine[Any, Any, Outcome], stop: StopRequest,
         performing.cancel()
     try:
         return await performing
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, LogIncomplete) as stopped:
         error = "The worker was shut down, and the task could not be stopped in order in the time that was left."
+        if isinstance(stopped, LogIncomplete):
+            if stop.shutdown_at is None:
+                raise
+            error = f"{error} {stopped.message}"
         return lifecycle.failed_outcome(Reason.KILLED, error, exit_code=EXIT_TERMINATED)
 
 

@@ -19,7 +19,17 @@ from ccrun.errors import (
 )
 from ccrun.store import Store
 from ccrun.task import TaskId
-from ccrun.worker.log_writer import MAX_CHUNK_BYTES, MAX_QUEUED_BYTES, FlushPolicy, LogWriter
+from ccrun.worker.log_writer import (
+    MAX_CHUNK_BYTES,
+    MAX_CHUNK_LINES,
+    MAX_QUEUED_CHUNKS,
+    FlushPolicy,
+    LogIncomplete,
+    LogWriter,
+)
+
+MAX_QUEUED_BYTES = MAX_QUEUED_CHUNKS * MAX_CHUNK_BYTES
+
 
 #: Numbers the examples of a property test, which share one store.
 example_numbers = itertools.count()
@@ -42,12 +52,17 @@ class SlowBlobs(DirectoryBlobs):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
+        self.called = asyncio.Event()
         self.unblocked = asyncio.Event()
+        #: Calls that were not blocked.
+        self.calls = 0
         self.errors: list[type[StorageError]] = []
         self.failures = 0.0
 
     async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
+        self.called.set()
         await self.unblocked.wait()
+        self.calls += 1
         if self.failures:
             self.failures -= 1
             raise StorageError
@@ -79,9 +94,10 @@ async def test_chunk_is_written_after_a_number_of_lines(store: Store) -> None:
     """A chunk is written when it has a hundred lines, and the remaining lines when the log is closed."""
     lines = [b"line %d" % number for number in range(250)]
     async with LogWriter(store, TASK, BY_LINES) as writer:
-        for line in lines:
-            await writer.write(line)
-        await until_chunks(store, 2)
+        for count in (100, 200, 250):
+            for line in lines[count - 100 if count < 250 else 200 : count]:
+                await writer.write(line)
+            await until_chunks(store, count // 100)
     assert [100, 100, 50] == [content.count(b"\n") for content in await chunks(store)]
     assert b"".join(line + b"\n" for line in lines) == b"".join(await chunks(store))
 
@@ -154,6 +170,111 @@ async def test_write_blocks_while_the_queue_is_full(tmp_path: Path) -> None:
     assert (line + b"\n") * 40 == b"".join(await chunks(store))
 
 
+async def until_writing(blobs: SlowBlobs) -> None:
+    """Wait until a chunk is being written."""
+    async with asyncio.timeout(10):
+        await blobs.called.wait()
+
+
+async def test_backlog_is_written_in_large_chunks(tmp_path: Path) -> None:
+    """Lines that arrive while a chunk is being written are in the next chunk together, however many they are."""
+    blobs = SlowBlobs(tmp_path)
+    store = Store(blobs)
+    lines = [b"line %d" % number for number in range(5000)]
+    async with LogWriter(store, TASK, BY_LINES) as writer:
+        for number, line in enumerate(lines):
+            await writer.write(line)
+            if number == BY_LINES.flush_lines:
+                await until_writing(blobs)
+        blobs.unblocked.set()
+    assert [101, 4899] == [content.count(b"\n") for content in await chunks(store)]
+
+
+@pytest.mark.parametrize(
+    ("drain_seconds", "queued_chunks"), [(3600, MAX_QUEUED_CHUNKS), (0.0, 1)], ids=["fast storage", "slow storage"]
+)
+async def test_queue_of_short_lines_is_bounded(tmp_path: Path, drain_seconds: float, queued_chunks: int) -> None:
+    """The queue holds as many lines as can be written in `drain_seconds`, and four chunks of 10,000 at most."""
+    blobs = SlowBlobs(tmp_path)
+    written = 0
+
+    async def write_all() -> None:
+        nonlocal written
+        for _ in range(100 + (MAX_QUEUED_CHUNKS + 1) * MAX_CHUNK_LINES):
+            await writer.write(b"{}")
+            written += 1
+            if written == BY_LINES.flush_lines:
+                await until_writing(blobs)
+
+    async with LogWriter(Store(blobs), TASK, attrs.evolve(BY_LINES, drain_seconds=drain_seconds)) as writer:
+        writing = asyncio.create_task(write_all())
+        expected = BY_LINES.flush_lines + queued_chunks * MAX_CHUNK_LINES
+        async with asyncio.timeout(10):
+            while written < expected:
+                await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert expected == written
+        blobs.unblocked.set()
+        await writing
+    assert sum(content.count(b"\n") for content in await chunks(Store(blobs))) == written
+
+
+async def closing(writer: LogWriter, blobs: SlowBlobs) -> asyncio.Task[None]:
+    """Write a line, wait until it is being written, write two more, and return the task that closes the log."""
+
+    async def write() -> None:
+        async with writer:
+            await writer.write(b"one")
+            await until_writing(blobs)
+            await writer.write(b"two")
+            await writer.write(b"three")
+            written.set()
+
+    written = asyncio.Event()
+    task = asyncio.create_task(write())
+    async with asyncio.timeout(10):
+        await written.wait()
+    return task
+
+
+async def test_abandoned_log_says_how_many_lines_were_dropped(tmp_path: Path) -> None:
+    """When a log is abandoned, its last line and the error say how many lines are missing."""
+    blobs = SlowBlobs(tmp_path)
+    policy = attrs.evolve(BY_LINES, flush_lines=1, abandon_seconds=0.01, drop_note_seconds=10)
+    task = await closing(LogWriter(Store(blobs), TASK, policy), blobs)
+    asyncio.get_running_loop().call_later(0.1, blobs.unblocked.set)
+    task.cancel()
+    with pytest.raises(LogIncomplete, match=r"^2 lines of the log could not be stored\."):
+        await task
+    note = b'{"type":"worker","step":"log","error":"2 lines of the log could not be stored in time."}\n'
+    assert [b"one\n", note] == await chunks(Store(blobs))
+
+
+async def test_nothing_is_written_after_a_log_is_abandoned(tmp_path: Path) -> None:
+    """When the storage hangs, the error counts all lines, and no chunk appears later."""
+    blobs = SlowBlobs(tmp_path)
+    policy = attrs.evolve(BY_LINES, flush_lines=1, abandon_seconds=0.01, drop_note_seconds=0.01)
+    task = await closing(LogWriter(Store(blobs), TASK, policy), blobs)
+    task.cancel()
+    with pytest.raises(LogIncomplete, match=r"^3 lines of the log could not be stored\."):
+        await task
+    assert blobs.calls == 0
+
+
+async def test_abandoned_log_is_complete_if_the_storage_is_fast(tmp_path: Path) -> None:
+    """When a log is abandoned and its lines can be written in time, none is missing."""
+    blobs = SlowBlobs(tmp_path)
+    task = await closing(
+        LogWriter(Store(blobs), TASK, attrs.evolve(BY_LINES, flush_lines=1, abandon_seconds=10)), blobs
+    )
+    blobs.unblocked.set()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [b"one\n", b"two\nthree\n"] == await chunks(Store(blobs))
+
+
 async def test_failed_chunk_is_retried(tmp_path: Path) -> None:
     """A chunk that could not be stored is stored later with the same number, and no line is lost."""
     blobs = SlowBlobs(tmp_path)
@@ -162,6 +283,7 @@ async def test_failed_chunk_is_retried(tmp_path: Path) -> None:
     store = Store(blobs)
     async with LogWriter(store, TASK, attrs.evolve(BY_LINES, flush_lines=1)) as writer:
         await writer.write(b"one")
+        await until_chunks(store, 1)
         await writer.write(b"two")
     assert [b"one\n", b"two\n"] == await chunks(store)
 
@@ -175,6 +297,7 @@ async def test_chunk_is_not_repeated_after_a_lost_response(tmp_path: Path, fault
     store = Store(blobs)
     async with LogWriter(store, TASK, attrs.evolve(BY_LINES, flush_lines=1)) as writer:
         await writer.write(b"one")
+        await until_chunks(store, 1)
         await writer.write(b"two")
     assert [b"one\n", b"two\n"] == await chunks(store)
 
@@ -254,4 +377,4 @@ async def test_log_has_every_line_once_and_in_order(
             await writer.write(line)
     stored = await chunks(store, task_id)
     assert b"".join(line + b"\n" for line in lines) == b"".join(stored)
-    assert all(1 <= content.count(b"\n") <= flush_lines for content in stored)
+    assert all(1 <= content.count(b"\n") <= MAX_CHUNK_LINES for content in stored)

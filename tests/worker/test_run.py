@@ -16,10 +16,10 @@ import attrs
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.service import MADE_UP_KEY, WAIT_SECONDS, until_record
+from helpers.service import MADE_UP_KEY
 from helpers.worker import PRELUDE, RESULT, TASK, FakeCli, WorkerSetup, serve_model, worker_setup
 
-from ccrun import lifecycle, task
+from ccrun import lifecycle
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.blobs import Blob
 from ccrun.callbacks import deliver, guard
@@ -146,123 +146,6 @@ async def test_text_and_stderr_are_logged_as_json(worker_setup: WorkerSetup, fak
     assert [{"type": "text", "content": "plain"}, RESULT, {"type": "stderr", "content": "warning\n"}] == lines
 
 
-# --- stopping a task -------------------------------------------------------------------------------------------------
-
-#: A CLI that prints one line, starts a child in another session, ignores SIGTERM and does not exit.
-IGNORES_SIGTERM = """
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen(["sleep", "600"], start_new_session=True)
-say(type="system", pid=os.getpid(), child=child.pid)
-time.sleep(600)
-"""
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-async def until_first_chunk(worker_setup: WorkerSetup) -> None:
-    """Wait until the log has a chunk."""
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not (await worker_setup.deps.store.listing(TASK, first=1)).chunks:
-            await asyncio.sleep(0.01)
-
-
-async def test_timeout_kills_all_processes_of_the_task(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """The exit code is 124, and the log has all lines until then."""
-    await worker_setup.submit(timeout_minutes=0.01)
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + IGNORES_SIGTERM))
-    assert (Status.FAILED, Reason.TIMEOUT, 124) == (record.status, record.reason, record.exit_code)
-    assert "The task did not finish within 0.01 minutes." == record.error
-    [line] = await worker_setup.log()
-    assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
-
-
-async def test_cancellation_on_the_record_stops_the_task(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """No signal is needed: the worker polls the record. The exit code is 130."""
-    await worker_setup.submit()
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(PRELUDE + IGNORES_SIGTERM)))
-    await until_record(worker_setup.deps.store, TASK, lambda record: record.status is Status.RUNNING)
-    await worker_setup.dispatcher.cancel(TASK)
-    record = await running
-    assert (Status.CANCELLED, Reason.CANCELLED, 130) == (record.status, record.reason, record.exit_code)
-
-
-async def test_shutdown_of_the_worker_is_recorded(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """After SIGTERM without a cancellation, the task fails with the reason `killed`, and its log is stored."""
-    await worker_setup.submit()
-    timeouts = attrs.evolve(worker_setup.deps.timeouts, term_grace=600.0, shutdown_term_grace=0.2)
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(PRELUDE + IGNORES_SIGTERM), timeouts=timeouts))
-    await until_first_chunk(worker_setup)
-    start = time.monotonic()
-    worker_setup.shutdown.set()
-    record = await running
-    assert time.monotonic() - start < 10
-    assert (Status.FAILED, Reason.KILLED, 143) == (record.status, record.reason, record.exit_code)
-    assert "The worker was shut down before the task finished." == record.error
-    assert 1 == len(await worker_setup.log())
-
-
-async def test_task_cancelled_before_its_result_is_cancelled(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A cancellation that was accepted is valid, even if the CLI succeeds before the worker reads it."""
-    await worker_setup.submit()
-    deps = attrs.evolve(worker_setup.deps.timeouts, cancel_poll=60.0)
-    script = PRELUDE + "say(type='system')\nwhile not os.path.exists(%r): time.sleep(0.01)\nresult()"
-    cancelled_file = Path(tempfile.mkdtemp()) / "cancelled"
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(script % str(cancelled_file)), timeouts=deps))
-    await until_record(worker_setup.deps.store, TASK, lambda record: record.status is Status.RUNNING)
-    await worker_setup.dispatcher.cancel(TASK)
-    cancelled_file.touch()
-    record = await running
-    assert Status.CANCELLED == record.status
-    assert "result" == (await worker_setup.log())[-1]["type"]
-
-
-async def test_settled_task_stops_its_agent(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A worker that was considered lost stops the agent and does not change the record."""
-    await worker_setup.submit()
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(PRELUDE + IGNORES_SIGTERM)))
-    await until_first_chunk(worker_setup)
-    lost = task.Outcome(status=Status.FAILED, reason=Reason.WORKER_LOST, exit_code=1, error="Lost.")
-    settled = await worker_setup.deps.store.update(
-        TASK, lambda record: lifecycle.finish(record, lost, at=dt.datetime.now(dt.UTC))
-    )
-    assert settled == await running
-    [line] = await worker_setup.log()
-    assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
-
-
-async def test_cli_without_output_is_stalled(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A CLI that does not print a first line is stopped long before the timeout of the task."""
-    await worker_setup.submit()
-    timeouts = attrs.evolve(worker_setup.deps.timeouts, first_line=0.3)
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "time.sleep(600)"), timeouts=timeouts)
-    assert (Status.FAILED, Reason.STALLED) == (record.status, record.reason)
-    assert "The Claude CLI printed nothing within 0.3 s." == record.error
-
-
-async def test_cli_that_retries_with_a_rejected_credential_is_stopped(
-    worker_setup: WorkerSetup, fake_cli: FakeCli
-) -> None:
-    """The task fails with the reason `credential_rejected`."""
-    await worker_setup.submit()
-    retry = "say(type='system', subtype='api_retry', error_status=401)\ntime.sleep(600)"
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + retry))
-    assert (Status.FAILED, Reason.CREDENTIAL_REJECTED) == (record.status, record.reason)
-
-
-async def test_cli_that_does_not_exit_after_its_result_is_stopped(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """The task is completed, since the result was successful."""
-    await worker_setup.submit()
-    timeouts = attrs.evolve(worker_setup.deps.timeouts, after_result=0.2)
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()\ntime.sleep(600)"), timeouts=timeouts)
-    assert (Status.COMPLETED, 0) == (record.status, record.exit_code)
-
-
 # --- the payload -----------------------------------------------------------------------------------------------------
 
 
@@ -358,8 +241,10 @@ async def test_log_that_cannot_be_written_fails_the_task(
         store=Store(RejectingBlobs(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "say(type='x')\ntime.sleep(600)")
     )
     assert (Status.FAILED, Reason.KILLED) == (record.status, record.reason)
-    expected = "The storage failed, so the task was stopped: "
-    assert expected + "The storage directory cannot be written: No space left on device." == record.error
+    assert (
+        "The storage failed, so the task was stopped: 1 line of the log could not be stored. "
+        "The storage directory cannot be written: No space left on device."
+    ) == record.error
 
 
 class FailingBlobs(DirectoryBlobs):
