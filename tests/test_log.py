@@ -350,7 +350,7 @@ def test_number_of_waiting_lines_is_bounded() -> None:
 
 
 def test_every_event_has_a_stable_key_and_a_message() -> None:
-    """Each call in the package passes a literal key in snake_case and a `message`: the documents for operators rely on the key."""
+    """Each call in the package passes a literal key in snake_case and a `message`: documents for operators rely on the key."""
     package = Path(ccrun.__file__).parent
     methods = {"debug", "info", "warning", "error", "critical", "exception"}
     calls = [
