@@ -90,7 +90,7 @@ def test_directory_matches_all_files_below_it(pattern: str) -> None:
     ],
 )
 def test_negated_pattern_excludes_files(patterns: list[str], expected: set[str]) -> None:
-    """A negated pattern excludes files in any position; negated patterns alone match all other files; an empty list matches none."""
+    """Negated patterns exclude files in any position and, alone, match all other files; an empty list matches no file."""
     paths = ["a.js", "a.map", "b/c.js", "b/node_modules/d.js"]
     globs = Globs(patterns)
     assert expected == {path for path in paths if globs.matches(path)}
