@@ -137,6 +137,14 @@ class Blobs(Protocol):
         """
         ...
 
+    async def remove_interrupted_writes(self) -> None:
+        """Remove what writes have left that were interrupted, for example because their process was killed.
+
+        Raises:
+            StorageError: The storage is unavailable.
+        """
+        ...
+
 
 def check_name(name: str) -> str:
     """Return the name if it is valid for an object.

@@ -160,6 +160,10 @@ class Store:
             if isinstance(failure, BaseException):
                 raise failure
 
+    async def remove_interrupted_writes(self) -> None:
+        """Remove what the storage holds of writes that were interrupted, and what no object refers to."""
+        await self._blobs.remove_interrupted_writes()
+
     # The payload.
 
     async def payload(self, task_id: TaskId) -> bytes:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import datetime as dt
 import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from helpers.service import MADE_UP_KEY, WAIT_SECONDS, serve_process, until_record
 
 from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.backends.local.layout import process_marker
+from ccrun.lifecycle import finish
+from ccrun.process import tree
 from ccrun.store import Store
-from ccrun.task import CallbackState, Reason, Status, TaskId
-from ccrun.testing.model import Hang, Say, ScriptedModel
+from ccrun.task import CallbackState, Outcome, Reason, Status, TaskId
+from ccrun.testing.model import Hang, Say, ScriptedModel, UseTool
 
 
 async def run_ccrun(*arguments: str, **settings: str) -> tuple[int, str, str]:
@@ -121,6 +128,39 @@ async def test_next_service_continues_after_a_kill(tmp_path: Path) -> None:
             os.kill(worker, signal.SIGKILL)
             record = await until_record(store, stuck, lambda record: record.status.is_final)
             assert Reason.WORKER_LOST == record.reason
+
+
+async def test_next_service_removes_what_a_lost_worker_has_left(tmp_path: Path) -> None:
+    """If the service was killed after it recorded that a worker was lost, the next one kills the agent and removes its files."""
+    data_dir = tmp_path / "data"
+    store = Store(DirectoryBlobs(data_dir))
+    async with (
+        ScriptedModel(lambda _: UseTool("Bash", {"command": "tail -f /dev/null"})) as model,
+        serve_process(data_dir, ANTHROPIC_BASE_URL=model.url) as service,
+    ):
+        task_id = await submit(service.url, allowedTools=["Bash"])
+        workspace = Path(tempfile.gettempdir()) / f"ws-{task_id}"
+        agent = await until_process(process_marker(data_dir, TaskId(task_id)), "tail")
+        await service.kill()
+    os.kill(int((data_dir / ".workers" / task_id).read_text()), signal.SIGKILL)
+    lost = Outcome(status=Status.FAILED, reason=Reason.WORKER_LOST, exit_code=1)
+    await store.update(TaskId(task_id), lambda record: finish(record, lost, at=dt.datetime.now(dt.UTC)))
+    assert workspace.exists()
+    assert psutil.pid_exists(agent)
+    async with serve_process(data_dir), asyncio.timeout(WAIT_SECONDS):
+        while workspace.exists() or psutil.pid_exists(agent) or any((data_dir / ".workers").iterdir()):
+            await asyncio.sleep(0.02)
+
+
+async def until_process(marker: str, name: str) -> int:
+    """Wait until a process of a task runs, and return its ID."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while True:
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    if process.name() == name and process.environ().get(tree.MARKER_VARIABLE) == marker:
+                        return process.pid
+            await asyncio.sleep(0.05)
 
 
 @pytest.fixture

@@ -52,6 +52,9 @@ class FakeJobs:
     async def clear(self, task_id: TaskId) -> None:
         self.cleared.append(task_id)
 
+    async def leftovers(self) -> list[TaskId]:
+        return []
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:

@@ -40,6 +40,8 @@ class FakeJobs:
         self.states: dict[TaskId, ExecutionState | Exception] = {}
         self.launched: list[TaskId] = []
         self.launch_error: Exception | None = None
+        self.with_leftovers: list[TaskId] = []
+        self.cleared: list[TaskId] = []
 
     def check_capacity(self) -> None: ...
 
@@ -60,7 +62,10 @@ class FakeJobs:
         return state
 
     async def clear(self, task_id: TaskId) -> None:
-        pass
+        self.cleared.append(task_id)
+
+    async def leftovers(self) -> list[TaskId]:
+        return self.with_leftovers
 
 
 class Receiver:
@@ -431,3 +436,15 @@ async def test_sweep_runs_after_one_that_failed(sweeper: Sweeper, receiver: Rece
     blobs = BrokenBlobs(tmp_path / "blobs", [StorageError("It does not respond."), OSError("unexpected")])
     async with sweeping(attrs.evolve(sweeper, store=Store(blobs)), every_seconds=0.01):
         await until(lambda: receiver.task_ids == ["t-1"])
+
+
+async def test_leftovers_of_final_and_unknown_tasks_are_cleared(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """What a lost worker has left is removed although its task is final; what a task still needs is not."""
+    final, waiting = TaskId("t-final"), TaskId("t-pending")
+    record = await pending(sweeper, final)
+    await sweeper.store.add(finish(start(record, at=NOW), SUCCESS, at=NOW))
+    await add_task(sweeper, await pending(sweeper, waiting))
+    jobs.states[waiting] = ExecutionState.QUEUED
+    jobs.with_leftovers = [final, waiting, TaskId("t-unknown")]
+    await sweeper.sweep()
+    assert [final, TaskId("t-unknown")] == jobs.cleared

@@ -64,10 +64,9 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
         return
     log.info("task_started", message="Task started")
     stop = StopRequest()
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(_watching(deps, task_id, stop, shutdown))
-        spec: TaskSpec | None = None
-        payload = Payload(deps.store, deps.wrapper, task_id)
+    spec: TaskSpec | None = None
+    payload = Payload(deps.store, deps.wrapper, task_id)
+    async with _watching(deps, task_id, stop, shutdown), AsyncExitStack() as stack:
         try:
             spec = await payload.open()
             stop.set_deadline(started + spec.timeout_minutes * 60)
@@ -85,13 +84,14 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
             log.warning("task_already_final", message="The task was finished by another process", error=error.message)
             return
         _log_finished(record)
-        if not record.owes_callback or deps.callbacks is None:
-            return
-        if payload.is_deleted:
-            await _deliver_callback(deps.callbacks, record, spec, shutdown, deps.timeouts)
-        else:
-            # A sweep deletes the payload before it delivers, so that no payload outlives its task.
-            await deps.callbacks.release(task_id)
+    # The workspace is removed: a worker that is killed during the delivery leaves no files.
+    if not record.owes_callback or deps.callbacks is None:
+        return
+    if payload.is_deleted:
+        await _deliver_callback(deps.callbacks, record, spec, shutdown, deps.timeouts)
+    else:
+        # A sweep deletes the payload before it delivers, so that no payload outlives its task.
+        await deps.callbacks.release(task_id)
 
 
 def _log_finished(record: TaskRecord) -> None:

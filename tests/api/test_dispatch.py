@@ -104,6 +104,9 @@ class RecordingJobs:
     async def clear(self, task_id: TaskId) -> None:
         pass
 
+    async def leftovers(self) -> list[TaskId]:
+        return []
+
 
 @pytest.fixture
 def blobs(tmp_path: Path) -> WatchedBlobs:

@@ -320,6 +320,25 @@ async def test_callback_is_delivered_and_recorded(
     assert "of-the-receiver" not in str(record.callback_url)
 
 
+async def test_workspace_is_removed_before_the_callback(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """A worker that is killed while it delivers the callback leaves no files of the agent."""
+    workspace = Path(tempfile.gettempdir()) / f"ws-{TASK}"
+    found: list[bool] = []
+
+    async def receive(_: web.Request) -> web.Response:
+        found.append(workspace.exists())
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/", receive)
+    async with TestServer(app) as server:
+        await worker_setup.submit(callback_url=Secret(str(server.make_url("/"))))
+        script = PRELUDE + "say(type='x', cwd=os.getcwd())\nresult()"
+        await worker_setup.run(cli=lambda: fake_cli(script), callbacks=owed_callbacks(worker_setup))
+    assert [False] == found
+    assert str(workspace / "repository") == (await worker_setup.log())[0]["cwd"]
+
+
 async def test_callback_that_fails_is_owed(
     worker_setup: WorkerSetup, fake_cli: FakeCli, receiver: tuple[str, list[bytes], list[int]]
 ) -> None:

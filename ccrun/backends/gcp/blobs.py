@@ -193,6 +193,9 @@ class GcsBlobs:
     async def check(self) -> None:
         await self.entries(CHECKED_PREFIX, limit=1)
 
+    async def remove_interrupted_writes(self) -> None:
+        """Do nothing: Cloud Storage creates an object when it is complete, and deletes unfinished uploads after a week."""
+
     async def _write(self, name: str, content: bytes, *, replaces: int) -> int | None:
         """Write an object and return its new generation; None if it does not have the expected generation.
 
