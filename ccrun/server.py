@@ -22,6 +22,7 @@ from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, PollPolicy
 from ccrun.api.request import Defaults
+from ccrun.api.server_log import server_logger
 from ccrun.backends.local.jobs import SubprocessJobs
 from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker
 from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
@@ -89,7 +90,13 @@ async def serving(config: Config, worker_environment: Mapping[str, str]) -> Asyn
     sweep_needed = asyncio.Event()
     async with open_backend(config) as backend, _open_jobs(config, worker_environment, sweep_needed.set) as jobs:
         app = make_app(_deps(config, backend, jobs, sweep_needed))
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=server_logger(),
+            handler_cancellation=True,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
         await runner.setup()
         try:
             await _listen(runner, config)
