@@ -23,9 +23,9 @@ from ccrun.task import CallbackState, Status, TaskRecord
 
 log = structlog.get_logger()
 
-#: A submission takes less than a second, or two minutes when all of its writes are retried. A mark that has no record after
-#: this time was left by a process that was killed.
-INCOMPLETE_TASK_AGE: Final = dt.timedelta(minutes=5)
+#: A task is stored within 15 seconds, or its request fails (`ccrun.api.dispatch.CREATION_SECONDS`). A mark that has no record
+#: after this time was left by a process that was killed.
+INCOMPLETE_TASK_AGE: Final = dt.timedelta(seconds=30)
 #: Tasks that are processed concurrently, so that a receiver that does not answer delays few others.
 PARALLEL_TASKS: Final = 20
 #: Concurrent sweeps, most of which wait for receivers.

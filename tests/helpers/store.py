@@ -50,9 +50,9 @@ class WatchedBlobs(DirectoryBlobs):
             raise BlobChanged
         return written
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, generation: int | None = None) -> None:
         self.deleted.append(name)
-        await super().delete(name)
+        await super().delete(name, generation=generation)
         if self.after_delete is not None:
             act, self.after_delete = self.after_delete, None
             await asyncio.to_thread(act)

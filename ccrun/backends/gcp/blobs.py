@@ -155,8 +155,11 @@ class GcsBlobs:
             raise BlobChanged
         return new_generation
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, generation: int | None = None) -> None:
         check_name(name)
+        if generation is not None:
+            await self._delete(name, generation)
+            return
         for _ in range(DELETE_ATTEMPTS):
             version = await self._version(name)
             if version is None or await self._delete(name, version.generation):

@@ -63,8 +63,8 @@ class DirectoryBlobs:
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
         return await asyncio.to_thread(self._replace, check_name(name), content, generation)
 
-    async def delete(self, name: str) -> None:
-        await asyncio.to_thread(self._delete, check_name(name))
+    async def delete(self, name: str, *, generation: int | None = None) -> None:
+        await asyncio.to_thread(self._delete, check_name(name), generation)
 
     async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
         return await asyncio.to_thread(self._entries, prefix, after, before, limit)
@@ -120,10 +120,12 @@ class DirectoryBlobs:
                 _sync_directory(target.parent)
                 return new_generation
 
-    def _delete(self, name: str) -> None:
+    def _delete(self, name: str, generation: int | None) -> None:
+        target = self._root / name
         # Without the lock, a concurrent `_replace` could recreate the object.
         with _storage_errors("written"), self._locked(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (self._root / name).unlink()
+            if generation in (None, target.stat().st_mtime_ns):
+                target.unlink()
 
     def _entries(self, prefix: str, after: str, before: str | None, limit: int) -> list[BlobInfo]:
         directory = prefix.rpartition("/")[0]
