@@ -103,8 +103,12 @@ class Blobs(Protocol):
         """
         ...
 
-    async def delete(self, name: str) -> None:
-        """Delete an object. If there is none with this name, do nothing.
+    async def delete(self, name: str, *, generation: int | None = None) -> None:
+        """Delete an object. If there is none with this name, or none with this generation, do nothing.
+
+        Args:
+            name: Its name.
+            generation: The generation to delete, None for any.
 
         Raises:
             StorageError: The storage is unavailable.
@@ -134,6 +138,14 @@ class Blobs(Protocol):
 
         Raises:
             StorageError: It cannot.
+        """
+        ...
+
+    async def remove_interrupted_writes(self) -> None:
+        """Remove what writes have left that were interrupted, for example because their process was killed.
+
+        Raises:
+            StorageError: The storage is unavailable.
         """
         ...
 

@@ -25,7 +25,7 @@ from ccrun.urls import GitUrl, parse_git_url
 #: JSON names that are not the attribute's name in camelCase.
 _JSON_NAMES: Final = {"anthropic_oauth_token": "anthropicOAuthToken"}
 #: Fields of a stored record that clients do not see, like `rounds` of the callback.
-_INTERNAL_FIELDS: Final = frozenset({"sealedCallbackUrl", "idempotencyDigest", "writeId"})
+_INTERNAL_FIELDS: Final = frozenset({"sealedCallbackUrl", "idempotencyDigest", "launchRejected", "writeId"})
 #: Fields of a record that are absent instead of null.
 _OPTIONAL_FIELDS: Final = ("uploadedFiles", "gitCommit")
 #: Fields of a commit that are absent instead of null.

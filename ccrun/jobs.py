@@ -91,3 +91,10 @@ class Jobs(Protocol):
     async def clear(self, task_id: TaskId) -> None:
         """Remove what a lost worker left behind: processes and files."""
         ...
+
+    async def leftovers(self) -> list[TaskId]:
+        """Return the tasks for which `clear` has something to remove: no worker runs, but one has left processes or files.
+
+        It is found without the record of the task, since whoever writes the final record may be killed before `clear`.
+        """
+        ...

@@ -75,6 +75,31 @@ def start(record: TaskRecord, *, at: dt.datetime, execution_name: str | None = N
     )
 
 
+def reject(record: TaskRecord, error: str, *, at: dt.datetime) -> TaskRecord:
+    """Return the record of a task whose launch failed. The client gets the error as its response, so no callback is owed.
+
+    Raises:
+        IllegalTransition: The task is final.
+    """
+    failed = finish(record, failed_outcome(Reason.LAUNCH_FAILED, error), at=at)
+    return attrs.evolve(failed, webhook=None, launch_rejected=True)
+
+
+def retry_launch(rejected: TaskRecord, record: TaskRecord) -> TaskRecord:
+    """Return the record of a rejected task that its client has submitted again: the only exception from a final state.
+
+    Args:
+        record: The record of the new submission.
+
+    Raises:
+        IllegalTransition: The task was not rejected, or another process has launched it again.
+    """
+    if not rejected.launch_rejected:
+        raise IllegalTransition(f"Task {rejected.task_id} is already {rejected.status}.")
+    # The list of tasks has the time of the first submission.
+    return attrs.evolve(record, created_at=rejected.created_at)
+
+
 def request_cancel(record: TaskRecord, *, at: dt.datetime) -> TaskRecord:
     """Return the record after a request to cancel: final when no worker has started the task, else marked for its worker.
 

@@ -6,7 +6,7 @@ import datetime as dt
 import re
 from typing import Final
 
-from ccrun.task import TaskId
+from ccrun.task import TASK_ID_PATTERN, TaskId
 
 #: Digits of the first 999 chunk numbers; `chunk_code` describes how later ones are written.
 CHUNK_DIGITS: Final = 3
@@ -49,6 +49,18 @@ def index_name(task_id: TaskId, created_at: dt.datetime) -> str:
     """
     newest_first = f"{LAST_MILLISECOND - round(created_at.timestamp() * 1000):013d}"
     return f"index/{newest_first[:5]}/{newest_first[5:8]}/{newest_first[8:]}-{task_id}"
+
+
+def index_name_at(cursor: str) -> str:
+    """Return the name of the index entry at which a page of the list ended.
+
+    Raises:
+        ValueError: It is not the cursor of a page.
+    """
+    time, _, task_id = cursor.partition("-")
+    if not re.fullmatch(r"[0-9]{5}/[0-9]{3}/[0-9]{5}", time) or not TASK_ID_PATTERN.fullmatch(task_id):
+        raise ValueError("cursor must be the nextCursor of an earlier response")
+    return f"index/{cursor}"
 
 
 def chunk_code(number: int) -> str:

@@ -22,8 +22,9 @@ from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, PollPolicy
 from ccrun.api.request import Defaults
+from ccrun.api.server_log import server_logger
 from ccrun.backends.local.jobs import SubprocessJobs
-from ccrun.backends.local.layout import callback_secret_file, pid_file, process_marker
+from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker
 from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
 from ccrun.config import Config, environment
 from ccrun.errors import CcrunError, ConfigError
@@ -56,6 +57,9 @@ async def serve(config: Config) -> None:
     """
     # Agents of the local backend run as the same user; they must not read the operator's key in this process.
     linux.harden()
+    if config.is_local:
+        # Processes of killed workers become children of the service, which kills them.
+        linux.become_subreaper()
     async with serving(config, environment()) as address:
         log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)
         if config.is_local and config.callback_secret is None:
@@ -86,7 +90,13 @@ async def serving(config: Config, worker_environment: Mapping[str, str]) -> Asyn
     sweep_needed = asyncio.Event()
     async with open_backend(config) as backend, _open_jobs(config, worker_environment, sweep_needed.set) as jobs:
         app = make_app(_deps(config, backend, jobs, sweep_needed))
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=server_logger(),
+            handler_cancellation=True,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
         await runner.setup()
         try:
             await _listen(runner, config)
@@ -117,7 +127,7 @@ async def _open_jobs(
         # -P: modules in the current directory are not imported.
         command=(sys.executable, "-P", "-m", "ccrun.worker"),
         environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
-        pid_file=functools.partial(pid_file, config.data_dir),
+        pid_files=pid_files(config.data_dir),
         marker=functools.partial(process_marker, config.data_dir),
         max_running=config.max_concurrent_tasks,
         on_worker_exit=worker_ended,

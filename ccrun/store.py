@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-import re
+import hmac
 import secrets
 from collections.abc import Callable, Sequence
 from typing import BinaryIO, Final
@@ -26,13 +26,14 @@ from ccrun.names import (
     chunk_name,
     chunk_number,
     index_name,
+    index_name_at,
     payload_name,
     record_name,
     task_prefix,
     upload_name,
 )
 from ccrun.seal import Sealed
-from ccrun.task import TASK_ID_PATTERN, Status, TaskId, TaskRecord
+from ccrun.task import Status, TaskId, TaskRecord
 
 
 @attrs.frozen(kw_only=True)
@@ -114,22 +115,51 @@ class Store:
 
     # Creation: first `mark_active` and `add_payload`, then `add`, which makes it a task.
 
-    async def add_payload(self, task_id: TaskId, sealed: Sealed) -> None:
-        """Store the sealed request.
+    async def add_payload(self, task_id: TaskId, sealed: Sealed) -> int:
+        """Store the sealed request, and return the generation of its object.
 
         Raises:
             TaskExists: There is one with this ID.
             StorageError: The storage failed.
         """
         try:
-            await self._blobs.create(payload_name(task_id), sealed)
+            return await self._blobs.create(payload_name(task_id), sealed)
         except BlobExists:
             raise TaskExists(f"The task ID {task_id} is in use.") from None
 
-    async def mark_active(self, task_id: TaskId) -> None:
-        """Write the mark that makes sweeps process this task."""
-        with contextlib.suppress(BlobExists):
-            await self._blobs.create(active_name(task_id), b"")
+    async def take_over_payload(self, task_id: TaskId, sealed: Sealed, *, request_digest: str) -> bool:
+        """Replace the payload of an incomplete task, which another process began to store for the same request.
+
+        Returns:
+            Whether it was replaced; not if the task is complete, was stored for another request, or has changed.
+
+        Raises:
+            StorageError: The storage failed.
+        """
+        with contextlib.suppress(TaskNotFound):
+            await self.record(task_id)
+            return False
+        try:
+            present = await self._blobs.read(payload_name(task_id))
+            mark = await self._blobs.read(active_name(task_id))
+            if hmac.compare_digest(mark.content, request_digest.encode()):
+                await self._blobs.replace(payload_name(task_id), sealed, generation=present.generation)
+                return True
+        except (BlobNotFound, BlobChanged):
+            pass
+        return False
+
+    async def mark_active(self, task_id: TaskId, *, request_digest: str | None = None) -> bool:
+        """Write the mark that makes sweeps process this task. Return False if there is one.
+
+        Args:
+            request_digest: Identifies the request whose task is being stored (`take_over_payload`).
+        """
+        try:
+            await self._blobs.create(active_name(task_id), (request_digest or "").encode())
+        except BlobExists:
+            return False
+        return True
 
     async def unmark_active(self, task_id: TaskId) -> None:
         """Delete the mark of a task, and write it again if the task has become active meanwhile."""
@@ -160,7 +190,9 @@ class Store:
             if isinstance(failure, BaseException):
                 raise failure
 
-    # The payload.
+    async def remove_interrupted_writes(self) -> None:
+        """Remove what the storage holds of writes that were interrupted, and what no object refers to."""
+        await self._blobs.remove_interrupted_writes()
 
     async def payload(self, task_id: TaskId) -> bytes:
         """Return the sealed request.
@@ -171,11 +203,9 @@ class Store:
         """
         return (await self._blobs.read(payload_name(task_id))).content
 
-    async def delete_payload(self, task_id: TaskId) -> None:
-        """Delete the sealed request, if it exists."""
-        await self._blobs.delete(payload_name(task_id))
-
-    # The record.
+    async def delete_payload(self, task_id: TaskId, *, generation: int | None = None) -> None:
+        """Delete the sealed request, if it exists and has this generation; None stands for any."""
+        await self._blobs.delete(payload_name(task_id), generation=generation)
 
     async def record(self, task_id: TaskId) -> TaskRecord:
         """Return the record.
@@ -284,7 +314,7 @@ class Store:
         Raises:
             ValueError: The cursor is not the `next_cursor` of a page.
         """
-        after = f"index/{_check_cursor(cursor)}" if cursor else ""
+        after = index_name_at(cursor) if cursor else ""
         tasks: list[TaskRecord] = []
         reads = 0
         while reads < MAX_PAGE_READS:
@@ -302,8 +332,6 @@ class Store:
             if not more:
                 return TaskPage(tasks=tasks, next_cursor=None)
         return TaskPage(tasks=tasks, next_cursor=after.removeprefix("index/"))
-
-    # Uploads.
 
     async def add_upload(self, task_id: TaskId, path: str, file: BinaryIO, *, size: int) -> str:
         """Upload the content of a file, and return its URL.
@@ -369,10 +397,3 @@ class Store:
             # An earlier attempt may have been stored, although its response was lost.
             if (await self._blobs.read(name)).content != b"".join(content):
                 raise
-
-
-def _check_cursor(cursor: str) -> str:
-    time, _, task_id = cursor.partition("-")
-    if not re.fullmatch(r"[0-9]{5}/[0-9]{3}/[0-9]{5}", time) or not TASK_ID_PATTERN.fullmatch(task_id):
-        raise ValueError("cursor must be the nextCursor of an earlier response")
-    return cursor

@@ -23,9 +23,9 @@ from ccrun.task import CallbackState, Status, TaskRecord
 
 log = structlog.get_logger()
 
-#: A submission takes less than a second, or two minutes when all of its writes are retried. A mark that has no record after
-#: this time was left by a process that was killed.
-INCOMPLETE_TASK_AGE: Final = dt.timedelta(minutes=5)
+#: A task is stored within 15 seconds, or its request fails (`ccrun.api.dispatch.CREATION_SECONDS`). A mark that has no record
+#: after this time was left by a process that was killed.
+INCOMPLETE_TASK_AGE: Final = dt.timedelta(seconds=30)
 #: Tasks that are processed concurrently, so that a receiver that does not answer delays few others.
 PARALLEL_TASKS: Final = 20
 #: Concurrent sweeps, most of which wait for receivers.
@@ -70,7 +70,18 @@ class Sweeper:
         found = zip(marks, records, strict=True)
         # The oldest first: pending tasks are launched in the order of their submission.
         oldest_first = sorted(found, key=lambda pair: pair[1].created_at if pair[1] else pair[0].since)
-        return sum(await asyncio.gather(*(self._guarded(gate, *pair) for pair in oldest_first)), SweepReport())
+        report = sum(await asyncio.gather(*(self._guarded(gate, *pair) for pair in oldest_first)), SweepReport())
+        await self._clear_leftovers()
+        return report
+
+    async def _clear_leftovers(self) -> None:
+        """Remove the processes and files of lost workers whose tasks are final, and files of writes that were interrupted."""
+        task_ids = await self.jobs.leftovers()
+        for task_id, record in zip(task_ids, await self.store.records(task_ids), strict=True):
+            if record is None or record.status.is_final:
+                await self.jobs.clear(task_id)
+                log.info("leftovers_removed", message="Processes and files of a lost worker removed", taskId=task_id)
+        await self.store.remove_interrupted_writes()
 
     async def _guarded(self, gate: asyncio.Semaphore, mark: ActiveTask, record: TaskRecord | None) -> SweepReport:
         """Process one task. Its failure must not affect the others."""

@@ -326,7 +326,7 @@ class CallbackInfo:
 
 @attrs.frozen(kw_only=True)
 class TaskRecord:
-    """The stored state of a task. Clients never see the last three fields."""
+    """The stored state of a task. Clients never see the last four fields."""
 
     task_id: TaskId
     type: TaskType
@@ -351,6 +351,8 @@ class TaskRecord:
     sealed_callback_url: bytes | None = attrs.field(default=None, repr=False)
     #: Distinguishes a retry of the request from another request with the same Idempotency-Key.
     idempotency_digest: str | None = attrs.field(default=None, repr=False)
+    #: Whether the launch failed, so that the request was rejected. A retry with the same Idempotency-Key launches the task again.
+    launch_rejected: bool = attrs.field(default=False, repr=False)
     #: A random ID of the write that stored this record, by which the writer recognizes it. It is no fact about the task.
     write_id: str | None = attrs.field(default=None, repr=False, eq=False)
 

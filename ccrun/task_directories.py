@@ -25,10 +25,10 @@ def private_prefix(task_id: TaskId) -> str:
 
 
 def remove_leftovers(task_id: TaskId) -> None:
-    """Remove all directories of a task that belong to this user. Blocks."""
+    """Remove all directories of a task that belong to this user; for root, also those of the agent's user. Blocks."""
     parent = Path(tempfile.gettempdir())
     for path in (parent / _name(task_id), *parent.glob(f"{private_prefix(task_id)}*")):
-        if path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid():
+        if path.is_dir() and not path.is_symlink() and os.geteuid() in (0, path.stat().st_uid):
             remove_tree(path)
 
 

@@ -156,6 +156,17 @@ async def test_deleting_a_missing_object_is_not_an_error(blobs: Blobs) -> None:
         await blobs.delete(name)
 
 
+async def test_only_the_given_generation_is_deleted(blobs: Blobs) -> None:
+    """With a generation, an object that has another one remains. A missing object is no error."""
+    first = await blobs.create("name", b"first")
+    second = await blobs.replace("name", b"second", generation=first)
+    await blobs.delete("name", generation=first)
+    assert Blob(b"second", second) == await blobs.read("name")
+    for _ in range(2):
+        await blobs.delete("name", generation=second)
+    assert [] == await list_names(blobs, "")
+
+
 async def test_replacement_never_restores_a_deleted_object(blobs: Blobs) -> None:
     """After a concurrent replacement and deletion the object does not exist, whichever came first."""
     for number in range(30):

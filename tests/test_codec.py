@@ -159,7 +159,7 @@ DONE = attrs.evolve(
 
 @settings(deadline=None)
 @given(spec=SPECS)
-def test_task_is_read_as_it_was_written(spec: TaskSpec) -> None:
+def test_spec_is_read_as_it_was_written(spec: TaskSpec) -> None:
     """The worker reads exactly the task that the API wrote, with its secrets and numbers."""
     assert spec == codec.spec_from_bytes(codec.spec_to_bytes(spec))
 
@@ -167,7 +167,7 @@ def test_task_is_read_as_it_was_written(spec: TaskSpec) -> None:
 @settings(deadline=None)
 @given(record=RECORDS)
 def test_record_is_read_as_it_was_written(record: TaskRecord) -> None:
-    """Reading a record gives the same fact, and writing it again gives the same bytes."""
+    """Reading a record returns an equal record, and writing it again gives the same bytes."""
     content = codec.record_to_bytes(record)
 
     assert record == codec.record_from_bytes(content)
@@ -226,18 +226,18 @@ def test_commit_has_only_the_fields_that_apply() -> None:
     recovery = Recovery(method="rebase", remote_sha="b2", conflict_files=("a.txt",))
     recovered = attrs.evolve(plain, sha="a1", pushed=True, recovery=recovery)
 
-    def printed(commit: GitCommit) -> dict[str, Any]:
+    def written(commit: GitCommit) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(codec.record_to_bytes(attrs.evolve(DONE, git_commit=commit)))["gitCommit"]
         return value
 
-    assert {"sha": None, "message": "m", "pushed": False, "branch": "main"} == printed(plain)
-    assert {**printed(plain), "committed": False} == printed(attrs.evolve(plain, committed=False))
+    assert {"sha": None, "message": "m", "pushed": False, "branch": "main"} == written(plain)
+    assert {**written(plain), "committed": False} == written(attrs.evolve(plain, committed=False))
     expected = {"method": "rebase", "remoteSha": "b2", "conflictFiles": ["a.txt"]}
-    assert {**printed(plain), "sha": "a1", "pushed": True, "recovery": expected} == printed(recovered)
+    assert {**written(plain), "sha": "a1", "pushed": True, "recovery": expected} == written(recovered)
 
 
-def test_import_makes_no_converter() -> None:
-    """The converter, which takes time to make, is made on first use."""
+def test_import_creates_no_converter() -> None:
+    """The converter, whose creation is slow, is created on first use."""
     program = "from ccrun import codec; print(codec._converter.cache_info().currsize)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
 

@@ -15,15 +15,15 @@ from ccrun.errors import ConfigError
 from ccrun.task import PERMISSION_MODES, Secret
 
 
-def fault(**environment: str) -> str:
-    """Return the line that stops a start in this environment."""
+def load_error(**environment: str) -> str:
+    """Return the message of the error that this environment raises."""
     with pytest.raises(ConfigError) as caught:
         config.load(environment)
     return caught.value.message
 
 
-def test_an_empty_environment_gives_the_documented_defaults() -> None:
-    """Nothing has to be set to run on one machine."""
+def test_empty_environment_gives_the_documented_defaults() -> None:
+    """Without any variable, all settings have the defaults for one machine."""
     settings = config.load({}, on_terminal=False)
     expected: dict[str, Any] = {
         "backend": Backend.LOCAL,
@@ -59,7 +59,7 @@ def test_an_empty_environment_gives_the_documented_defaults() -> None:
 
 
 def test_every_setting_is_read_from_its_variable() -> None:
-    """Each documented variable changes the setting of its name."""
+    """Each documented variable changes its setting."""
     settings = config.load(
         {
             "PORT": "0",
@@ -144,37 +144,37 @@ def test_every_setting_is_read_from_its_variable() -> None:
 
 @pytest.mark.parametrize("name", ["PORT", "ALLOWED_TOOLS", "CCRUN_API_TOKENS", "GCS_LOGS_BUCKET", "ANTHROPIC_API_KEY"])
 @pytest.mark.parametrize("value", ["", " \n"])
-def test_a_blank_variable_counts_as_not_set(name: str, value: str) -> None:
-    """`NAME=` in a file of settings means the default."""
+def test_blank_variable_counts_as_not_set(name: str, value: str) -> None:
+    """An empty or blank variable gives the default."""
     assert config.load({}) == config.load({name: value})
 
 
 @pytest.mark.parametrize("name", ["K_SERVICE", "CLOUD_RUN_JOB", "GCS_LOGS_BUCKET", "PROJECT_ID"])
-def test_the_backend_is_google_cloud_as_soon_as_anything_names_it(name: str) -> None:
-    """Unless `CCRUN_BACKEND` says otherwise."""
+def test_variables_of_google_cloud_select_its_backend(name: str) -> None:
+    """Each of these variables selects the backend `gcp`, unless `CCRUN_BACKEND` is set."""
     assert Backend.GCP is config.load({name: "some-name"}).backend
     assert Backend.LOCAL is config.load({name: "some-name", "CCRUN_BACKEND": "local"}).backend
     assert Backend.GCP is config.load({"CCRUN_BACKEND": "gcp"}).backend
 
 
-def test_google_cloud_without_a_bucket_is_no_error_at_the_start() -> None:
-    """The API answers for the missing bucket, request by request."""
+def test_missing_bucket_is_not_an_error() -> None:
+    """The settings of Google Cloud are valid without a bucket, which only requests need."""
     assert config.load({"K_SERVICE": "api"}).gcs_logs_bucket is None
 
 
-def test_a_service_in_the_cloud_may_leave_secrets_to_its_workers() -> None:
-    """It is told their names, so that it takes what the workers can do; on one machine workers have what it has."""
+def test_service_can_name_the_secrets_of_its_workers() -> None:
+    """On Google Cloud, `CCRUN_WORKER_HAS` names the secrets that only workers have; the local backend ignores it."""
     names = {"CCRUN_WORKER_HAS": "CLOUDRUN_CALLBACK_SECRET, ANTHROPIC_API_KEY"}
     cloud, local = config.load({"K_SERVICE": "api", **names}), config.load(names)
     assert (True, True) == (cloud.signs_callbacks, cloud.operator_has_credential)
     assert (True, False) == (local.signs_callbacks, local.operator_has_credential)
     assert not config.load({"K_SERVICE": "api"}).signs_callbacks
     assert config.load({"K_SERVICE": "api", "CLOUDRUN_CALLBACK_SECRET": "made up"}).signs_callbacks
-    assert fault(CCRUN_WORKER_HAS="PORT").startswith("CCRUN_WORKER_HAS must be some of ANTHROPIC_API_KEY, ")
+    assert load_error(CCRUN_WORKER_HAS="PORT").startswith("CCRUN_WORKER_HAS must be some of ANTHROPIC_API_KEY, ")
 
 
-def test_a_service_on_cloud_run_listens_to_all() -> None:
-    """The platform guards the door there; elsewhere only this machine can call, unless `HOST` says otherwise."""
+def test_service_on_cloud_run_listens_on_all_interfaces() -> None:
+    """A Cloud Run service listens on all interfaces, others on loopback, unless `HOST` is set."""
     assert "0.0.0.0" == config.load({"K_SERVICE": "api"}).host
     assert "127.0.0.1" == config.load({"CLOUD_RUN_JOB": "job"}).host
     assert "10.1.2.3" == config.load({"K_SERVICE": "api", "HOST": "10.1.2.3"}).host
@@ -191,21 +191,19 @@ def test_a_service_on_cloud_run_listens_to_all() -> None:
         ({"LOG_FORMAT": "json"}, True, LogFormat.JSON),
     ],
 )
-def test_people_read_text_and_machines_json(
-    environment: dict[str, str], on_terminal: bool, expected: LogFormat
-) -> None:
-    """A terminal gets text, Cloud Run and pipes get JSON, and `LOG_FORMAT` wins."""
+def test_log_format_depends_on_the_output(environment: dict[str, str], on_terminal: bool, expected: LogFormat) -> None:
+    """A terminal gets text, and Cloud Run and pipes get JSON, unless `LOG_FORMAT` is set."""
     assert expected is config.load(environment, on_terminal=on_terminal).log_format
 
 
-def test_a_terminal_is_noticed() -> None:
-    """Standard output itself decides when nobody says what it is."""
+def test_terminal_is_detected() -> None:
+    """By default, `load` checks whether stdout is a terminal; a closed stdout is not an error."""
     program = "from ccrun import config; print(config.load({}).log_format)"
     piped = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     reader, terminal = pty.openpty()
     try:
         subprocess.run([sys.executable, "-c", program], check=True, stdout=terminal)
-        shown = os.read(reader, 100)
+        printed = os.read(reader, 100)
     finally:
         os.close(reader)
         os.close(terminal)
@@ -213,7 +211,7 @@ def test_a_terminal_is_noticed() -> None:
         [sys.executable, "-c", f"import sys; sys.stdout.close(); {program.replace('print', 'str')}"], check=False
     )
 
-    assert (b"json\n", b"console\r\n", 0) == (piped.stdout, shown, closed.returncode)
+    assert (b"json\n", b"console\r\n", 0) == (piped.stdout, printed, closed.returncode)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +267,9 @@ def test_a_terminal_is_noticed() -> None:
         ("TASK_ID", "../x", 'TASK_ID must be a task ID, not "../x".'),
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_variable_fault_and_rule(name: str, value: str, expected: str) -> None:
-    """Whoever reads it knows what to change."""
-    assert expected == fault(**{name: value})
+def test_invalid_value_is_an_error(name: str, value: str, expected: str) -> None:
+    """The error is one line with the variable, the allowed values and the start of the invalid value."""
+    assert expected == load_error(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -286,24 +284,24 @@ def test_a_wrong_value_is_one_line_that_names_variable_fault_and_rule(name: str,
         ("ANTHROPIC_BASE_URL", "ftp://me:tooshort@host"),
     ],
 )
-def test_a_wrong_secret_is_not_shown(name: str, value: str) -> None:
-    """The line names the variable and the rule alone."""
-    message = fault(**{name: value})
+def test_error_does_not_contain_an_invalid_secret(name: str, value: str) -> None:
+    """The error has only the variable and the allowed values."""
+    message = load_error(**{name: value})
 
     assert message.startswith(f"{name} must be ")
     assert "tooshort" not in message
     assert "\n" not in message
 
 
-def test_no_secret_shows_itself_in_the_settings() -> None:
-    """Settings can be printed."""
+def test_repr_of_settings_has_no_secret() -> None:
+    """Settings can be printed without revealing a secret."""
     names = ["CCRUN_API_TOKENS", "CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"]
 
     assert "made-up" not in repr(config.load(dict.fromkeys(names, "made-up-secret-value")))
 
 
 def test_settings_come_from_the_environment_of_the_process() -> None:
-    """Without a mapping, the process's own variables are read; workers inherit them by `environment`."""
+    """Without a mapping, `load` reads the environment of the process, which `environment` returns for workers."""
     program = "from ccrun import config; print(config.load().port, config.environment()['PORT'])"
     done = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, env={**os.environ, "PORT": "81"}

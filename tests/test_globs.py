@@ -10,8 +10,8 @@ from wcmatch import glob
 from ccrun.globs import MAX_BRACES, MAX_PATTERN_CHARS, MAX_PATTERNS, BadPattern, Globs
 
 WCMATCH = glob.GLOBSTAR | glob.DOTGLOB | glob.BRACE | glob.NEGATE | glob.NEGATEALL | glob.CASE | glob.FORCEUNIX
-#: Seconds. What takes milliseconds, on a busy machine; hostile patterns took hours.
-SOON = 2.0
+#: Seconds. A match takes milliseconds; a backtracking implementation needs hours for these patterns.
+MAX_SECONDS = 2.0
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ SOON = 2.0
         ("ä/*", "ä/€"),
     ],
 )
-def test_pattern_names_a_path(pattern: str, path: str) -> None:
-    """Stars, `**`, braces, ranges, sets and escapes mean what they mean to wcmatch, and dots are ordinary."""
+def test_pattern_matches(pattern: str, path: str) -> None:
+    """Wildcards, braces, ranges, sets and escapes work as in wcmatch, and dots are ordinary characters."""
     assert Globs([pattern]).matches(path)
 
 
@@ -63,21 +63,21 @@ def test_pattern_names_a_path(pattern: str, path: str) -> None:
         ("dist-*", "dist-1/a"),
     ],
 )
-def test_pattern_does_not_name_a_path(pattern: str, path: str) -> None:
-    """A star stays in its folder, case counts, and no pattern climbs."""
+def test_pattern_does_not_match(pattern: str, path: str) -> None:
+    """A star does not match a slash, case matters, and no pattern matches through `..`."""
     assert not Globs([pattern]).matches(path)
 
 
 @pytest.mark.parametrize(
     "pattern", ["coverage", "coverage/", "coverage/**", "./coverage", "**/coverage", "cov*/", "{coverage,x}", "."]
 )
-def test_folder_means_all_below_it(pattern: str) -> None:
-    """A pattern that names a folder means every file in it, however deep."""
+def test_directory_matches_all_files_below_it(pattern: str) -> None:
+    """A pattern that matches a directory matches all files below it."""
     assert [True, True] == [Globs([pattern]).matches(path) for path in ("coverage/index.html", "coverage/a/b/.c")]
 
 
 @pytest.mark.parametrize(
-    ("patterns", "meant"),
+    ("patterns", "expected"),
     [
         (["**", "!**/*.map"], {"a.js", "b/c.js", "b/node_modules/d.js"}),
         (["!**/*.map", "**"], {"a.js", "b/c.js", "b/node_modules/d.js"}),
@@ -89,14 +89,14 @@ def test_folder_means_all_below_it(pattern: str) -> None:
         ([], set()),
     ],
 )
-def test_exclamation_mark_takes_away(patterns: list[str], meant: set[str]) -> None:
-    """A negation takes away wherever it stands; negations alone leave everything else; no pattern means nothing."""
+def test_negated_pattern_excludes_files(patterns: list[str], expected: set[str]) -> None:
+    """Negated patterns exclude files in any position and, alone, match all other files; an empty list matches no file."""
     paths = ["a.js", "a.map", "b/c.js", "b/node_modules/d.js"]
     globs = Globs(patterns)
-    assert meant == {path for path in paths if globs.matches(path)}
+    assert expected == {path for path in paths if globs.matches(path)}
 
 
-#: Few letters, so that patterns often match.
+#: Few characters, so that patterns often match.
 segments = st.text("ab.*?[]!-\\", min_size=1, max_size=4) | st.just("**") | st.just("*")
 single_patterns = st.lists(segments, min_size=1, max_size=4).map("/".join) | st.sampled_from(
     ["{a,b}/*", "{a/,}b", "**/{a,*b}", "a/{**/,}b"]
@@ -108,9 +108,9 @@ paths = st.lists(st.text("ab.-", min_size=1, max_size=3).filter(lambda name: nam
 @example(["**/a/**/b"], ["a", "b", "a", "b"])
 @example(["!a", "*"], ["a"])
 @settings(max_examples=500, deadline=None)
-def test_files_are_those_of_wcmatch(patterns: list[str], parts: list[str]) -> None:
-    """Where no folder is named, exactly those files are meant that wcmatch means."""
-    # A lone dot as a segment, a bracket over a slash and a name that is a folder are told apart by tests of their own.
+def test_matches_equal_those_of_wcmatch(patterns: list[str], parts: list[str]) -> None:
+    """Patterns that match no directory match the same files as in wcmatch."""
+    # Dot segments, brackets that contain a slash, and directories differ from wcmatch; other tests cover them.
     patterns = [
         pattern
         for pattern in patterns
@@ -118,9 +118,9 @@ def test_files_are_those_of_wcmatch(patterns: list[str], parts: list[str]) -> No
         and not ("[" in pattern and "/" in pattern)
     ]
     path = "/".join(parts)
-    above = ["/".join(parts[:length]) for length in range(1, len(parts))]
+    parents = ["/".join(parts[:length]) for length in range(1, len(parts))]
     if not patterns or any(
-        glob.globmatch(folder, [p.removeprefix("!")], flags=WCMATCH) for folder in above for p in patterns
+        glob.globmatch(parent, [p.removeprefix("!")], flags=WCMATCH) for parent in parents for p in patterns
     ):
         return
     assert glob.globmatch(path, patterns, flags=WCMATCH) == Globs(patterns).matches(path)
@@ -135,20 +135,20 @@ def test_files_are_those_of_wcmatch(patterns: list[str], parts: list[str]) -> No
         ("{a,b}" * 200, f"may have at most {MAX_BRACES} opening braces"),
     ],
 )
-def test_brace_bomb_is_refused_at_once(pattern: str, rule: str) -> None:
-    """Braces that stand for too much are told in one sentence, before they are expanded."""
-    began = time.monotonic()
+def test_large_brace_expansion_is_rejected(pattern: str, rule: str) -> None:
+    """Braces that expand to too many patterns are rejected before they are expanded."""
+    started = time.monotonic()
     with pytest.raises(BadPattern) as caught:
         Globs([pattern])
     assert rule == caught.value.message
-    assert SOON > time.monotonic() - began
+    assert MAX_SECONDS > time.monotonic() - started
 
 
 @pytest.mark.parametrize(
     "patterns", [["{1..600}", "x{1..600}"], [f"{'x' * 900}{{1..{MAX_PATTERN_CHARS // 900}}}"]], ids=["number", "length"]
 )
-def test_all_patterns_have_a_limit_together(patterns: list[str]) -> None:
-    """What is allowed one by one may be too much in all."""
+def test_all_patterns_have_a_common_limit(patterns: list[str]) -> None:
+    """Patterns that are allowed individually are rejected if they exceed the limit together."""
     with pytest.raises(BadPattern, match=r"may stand for at most 1000 patterns of 262144 characters in all"):
         Globs(patterns)
 
@@ -165,15 +165,15 @@ def test_all_patterns_have_a_limit_together(patterns: list[str]) -> None:
         ("*a*/" * 250 + "b", ("a" * 255 + "/") * 15 + "c"),
     ],
 )
-def test_hostile_pattern_takes_no_longer_than_another(pattern: str, path: str) -> None:
-    """No pattern makes a match go on and on: a regular expression would hold up the whole process."""
-    began = time.monotonic()
+def test_match_of_a_malicious_pattern_is_fast(pattern: str, path: str) -> None:
+    """No pattern needs exponential time, which would block the whole process."""
+    started = time.monotonic()
     assert not Globs([pattern]).matches(path)
-    assert SOON > time.monotonic() - began
+    assert MAX_SECONDS > time.monotonic() - started
 
 
-def test_folder_in_which_nothing_is_meant_is_not_entered() -> None:
-    """Whoever walks a tree learns which folders to leave out."""
+def test_directory_without_matches_is_not_entered() -> None:
+    """`enter` returns None for a directory in which no file can match, so that a walk can skip it."""
     root = Globs(["src/**/*.ts", "*.md", "!src/vendor"]).root
     assert root is not None
     assert [False, True, False] == [root.enter(name) is not None for name in ("node_modules", "src", "README.md")]
@@ -182,8 +182,8 @@ def test_folder_in_which_nothing_is_meant_is_not_entered() -> None:
     assert [None, False, True] == [src.enter("vendor"), src.takes("a.js"), src.takes("a.ts")]
 
 
-def test_plain_pattern_names_what_it_leads_through() -> None:
-    """Only patterns without wildcards name something, and what they lead through."""
+def test_literal_pattern_names_its_directories() -> None:
+    """`names` is true only for the segments of patterns without wildcards."""
     root = Globs(["a/b", r"\*", "c*", "**/d", "!e"]).root
     assert root is not None
     assert ["a", "*"] == [name for name in ("a", "*", "c", "cc", "d", "e") if root.names(name)]

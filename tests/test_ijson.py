@@ -22,40 +22,40 @@ Restringify = Callable[[str], bytes]
 
 @pytest.fixture(scope="module")
 def javascript() -> Iterator[Restringify]:
-    """JSON.stringify(JSON.parse(line)) by one Node process that lives as long as the module's tests."""
+    """Return a function that runs `JSON.stringify(JSON.parse(text))` in Node, in one process for all tests."""
     node = shutil.which("node")
     if node is None:
-        pytest.skip("node is not installed: what JavaScript prints cannot be compared")
+        pytest.skip("node is not installed")
     script = Path(__file__).with_name("receivers") / "restringify.js"
     with subprocess.Popen([node, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
 
-        def ask(text: str) -> bytes:
+        def restringify(text: str) -> bytes:
             stdin.write(text.encode() + b"\n")
             stdin.flush()
             return stdout.readline().removesuffix(b"\n")
 
-        yield ask
+        yield restringify
         stdin.close()
 
 
-def faults_of(text: str | bytes) -> list[tuple[str, str]]:
-    """Return where and what is wrong with a text that must be refused."""
+def errors_of(text: str | bytes) -> list[tuple[str, str]]:
+    """Return the paths and the messages of the errors of an invalid text."""
     with pytest.raises(ijson.NotIJson) as caught:
         ijson.parse(text.encode() if isinstance(text, str) else text)
     assert isinstance(caught.value, CcrunError)
     assert caught.value.message == caught.value.errors[0].message
-    return [(fault.field, fault.message) for fault in caught.value.errors]
+    return [(error.field, error.message) for error in caught.value.errors]
 
 
-# --- what JavaScript prints ------------------------------------------------------------------------------------------
+# --- printing ------------------------------------------------------------------------------------------
 
 INTEGERS = st.integers(-ijson.MAX_INTEGER, ijson.MAX_INTEGER)
 DOUBLES = st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
-#: Around both ends of what ECMAScript calls an array index, and what only looks like one.
+#: Includes array indexes of ECMAScript, with both limits, and names that only resemble one.
 NAMES = st.one_of(
     TEXTS,
     st.integers(0, 20).map(str),
@@ -83,8 +83,8 @@ NUMBER_LITERALS = st.from_regex(
 )
 @example(value='\u2028\u2029\x7f\x00\x1f\b\t\n\f\r"\\/ é 😀', ascii_only=False, spaced=False)
 @example(value={"__proto__": {"__proto__": 1}}, ascii_only=True, spaced=True)
-def test_prints_what_javascript_prints(javascript: Restringify, value: Any, ascii_only: bool, spaced: bool) -> None:
-    """Any I-JSON text comes out byte for byte as JSON.stringify(JSON.parse(text)) prints it, however it was spelled."""
+def test_value_is_printed_as_in_javascript(javascript: Restringify, value: Any, ascii_only: bool, spaced: bool) -> None:
+    """Any I-JSON text is printed exactly as `JSON.stringify(JSON.parse(text))` prints it, however it was formatted."""
     text = json.dumps(value, ensure_ascii=ascii_only, separators=(" , ", " : ") if spaced else (",", ":"))
     assert javascript(text) == javascript_json.dumps(ijson.parse(text.encode()))
 
@@ -96,31 +96,31 @@ def test_prints_what_javascript_prints(javascript: Restringify, value: Any, asci
 @example(literal="999999999999999900000e1")
 @example(literal="1e-400")
 @example(literal="-0")
-def test_prints_numbers_as_javascript_does(javascript: Restringify, literal: str) -> None:
-    """Any literal of a number comes out in JavaScript's spelling of the double that it means."""
+def test_number_is_printed_as_in_javascript(javascript: Restringify, literal: str) -> None:
+    """Any number literal is printed as JavaScript prints the same double."""
     assert javascript(literal) == javascript_json.dumps(ijson.parse(literal.encode()))
 
 
 @pytest.mark.parametrize("literal", ["9007199254740993", "-9007199254740993", "18446744073709551616", "1" + "0" * 400])
-def test_prints_integers_beyond_a_double_as_javascript_does(javascript: Restringify, literal: str) -> None:
-    """An integer that never passed `parse` is printed as the double that JavaScript would hold."""
+def test_large_integer_is_printed_as_in_javascript(javascript: Restringify, literal: str) -> None:
+    """An integer that `parse` would reject is printed as the nearest double."""
     assert javascript(literal) == javascript_json.dumps(int(literal))
 
 
-def test_prints_the_deepest_value_that_it_reads(javascript: Restringify) -> None:
-    """A value at the limit of nesting is read and printed like any other."""
+def test_deepest_allowed_value_is_printed(javascript: Restringify) -> None:
+    """A value with the maximum depth is parsed and printed."""
     text = '{"a":[' * (ijson.MAX_DEPTH // 2) + "]}" * (ijson.MAX_DEPTH // 2)
     assert javascript(text) == javascript_json.dumps(ijson.parse(text.encode())) == text.encode()
 
 
-def test_prints_lone_surrogates_as_javascript_does(javascript: Restringify) -> None:
-    """A lone surrogate, which the output of another program can hold, is printed as an escape and never fails."""
+def test_lone_surrogate_is_printed_as_in_javascript(javascript: Restringify) -> None:
+    """A lone surrogate, which the output of another program may contain, is printed as an escape."""
     text = r'{"\ud83d":"a\udc00"}'
     assert javascript(text) == javascript_json.dumps(json.loads(text)) == text.encode()
 
 
-def test_prints_values_nested_beyond_any_limit() -> None:
-    """What never passed `parse` may be nested deeper than Python calls functions."""
+def test_value_deeper_than_the_recursion_limit_is_printed() -> None:
+    """A value that `parse` would reject may be nested deeper than the recursion limit of Python."""
     value: Any = 1
     for _ in range(50_000):
         value = [value]
@@ -128,46 +128,46 @@ def test_prints_values_nested_beyond_any_limit() -> None:
     assert expected == javascript_json.dumps(value)
 
 
-def test_prints_what_json_does_not_have_as_javascript_does() -> None:
-    """NaN and infinities, which JSON does not have, are printed as null."""
+def test_nan_and_infinity_are_printed_as_null() -> None:
+    """NaN and infinities are printed as null, as in JavaScript."""
     expected = b"[null,null,null]"
     assert expected == javascript_json.dumps([float("nan"), float("inf"), float("-inf")])
 
 
 @given(value=VALUES)
 @example(value=1e16)
-def test_prints_the_same_after_storage(value: Any) -> None:
-    """What was printed can be stored, read by any JSON reader and printed again without a byte changing."""
+def test_printed_value_survives_storage(value: Any) -> None:
+    """A printed value that another JSON parser reads is printed again as the same bytes."""
     printed = javascript_json.dumps(value)
     assert printed == javascript_json.dumps(json.loads(printed))
 
 
-def test_prints_tuples_and_mappings() -> None:
-    """Frozen facts hold tuples and read-only mappings; they are printed as lists and objects, mapping in mapping."""
+def test_tuples_and_mappings_are_printed() -> None:
+    """Tuples and read-only mappings are printed as arrays and objects, at any depth."""
     value = MappingProxyType({"a": ({"b": {"c": 1}}, ()), "d": {"e": [True, False, None]}})
     expected = b'{"a":[{"b":{"c":1}},[]],"d":{"e":[true,false,null]}}'
     assert expected == javascript_json.dumps(value)
 
 
 @pytest.mark.parametrize("value", [b"bytes", {1, 2}, {"a": object()}, {1: "a"}])
-def test_refuses_to_print_what_is_not_json(value: Any) -> None:
-    """A value that JSON does not have is a mistake of the program and never printed as something else."""
+def test_other_type_is_not_printed(value: Any) -> None:
+    """A value of a type that JSON does not have raises `TypeError`."""
     with pytest.raises(TypeError):
         javascript_json.dumps(value)
 
 
-# --- what is read ----------------------------------------------------------------------------------------------------
+# --- parsing ----------------------------------------------------------------------------------------------------
 
 
 @given(value=VALUES)
-def test_reads_what_json_says(value: Any) -> None:
-    """An I-JSON text is read as the value that it spells, members in their order."""
+def test_value_is_parsed(value: Any) -> None:
+    """An I-JSON text is parsed to its value, with the members in order."""
     read = ijson.parse(json.dumps(value).encode())
     assert json.dumps(value) == json.dumps(read)
 
 
-def test_tells_every_fault_at_once() -> None:
-    """Each fault of a text is told with its own path, so that one answer is enough to correct them all."""
+def test_all_errors_are_reported() -> None:
+    """Each error of a text has its path, so that a client can correct all of them after one response."""
     text = r"""{
         "prompt": NaN,
         "metadata": {
@@ -192,41 +192,41 @@ def test_tells_every_fault_at_once() -> None:
         ("metadata.twice[1]", "metadata.twice[1] is -Infinity, which JSON does not have"),
         ("metadata.s[1]", "metadata.s[1] has a lone surrogate, which is no character"),
     ]
-    assert expected == faults_of(text)
+    assert expected == errors_of(text)
 
 
 @pytest.mark.parametrize("literal", ["9007199254740991", "-9007199254740991", "1e308", "-0", "1E+2", "0.1e-7"])
-def test_reads_numbers_up_to_the_limits(literal: str) -> None:
-    """Numbers that a double holds are read."""
+def test_number_within_the_limits_is_parsed(literal: str) -> None:
+    """A number that a double can represent is accepted."""
     assert json.loads(literal) == ijson.parse(literal.encode())
 
 
 @pytest.mark.parametrize(
     "literal", ["9007199254740992", "-9007199254740992", "1" * 10_000, "1e400", "-1e309", "1" * 400 + ".5"]
 )
-def test_refuses_numbers_beyond_the_limits(literal: str) -> None:
-    """Numbers that no double holds are refused, however many digits they have."""
-    [(field, _)] = faults_of(literal)
+def test_number_beyond_the_limits_is_rejected(literal: str) -> None:
+    """A number that a double cannot represent is rejected, whatever its length."""
+    [(field, _)] = errors_of(literal)
     assert not field
 
 
-def test_tells_doubled_names_whatever_their_spelling() -> None:
-    """Names that differ only in their escapes are the same name."""
+def test_escaped_duplicate_name_is_rejected() -> None:
+    """Names that differ only in their escapes are duplicates, which are reported once."""
     expected = [("a", "a is given more than once")]
-    assert expected == faults_of(r'{"a": 1, "\u0061": 2, "a": 3}')
+    assert expected == errors_of(r'{"a": 1, "\u0061": 2, "a": 3}')
 
 
-def test_path_has_one_reading() -> None:
-    """A name that would read like a path, or could not be printed, is quoted in it."""
+def test_path_is_unambiguous() -> None:
+    """A name that resembles a path, or has unprintable characters, is quoted in the path of an error."""
     text = r'{"a.b": NaN, "c[0]": NaN, "": NaN, "d\n": NaN, "glob Patterns": NaN, "é": {"x-y_1": NaN}}'
     fields = ['["a.b"]', '["c[0]"]', '[""]', r'["d\n"]', "glob Patterns", "é.x-y_1"]
-    assert fields == [field for field, _ in faults_of(text)]
+    assert fields == [field for field, _ in errors_of(text)]
 
 
-def test_path_and_number_of_faults_are_bounded() -> None:
-    """A hostile text cannot make the answer large: neither one long path nor very many."""
+def test_paths_and_number_of_errors_are_bounded() -> None:
+    """A malicious text cannot cause a large response, neither by a long path nor by many errors."""
     text = ('{"' + "k" * 10_000 + '":') * 200 + "[" + ",".join(["NaN"] * 1000) + "]" + "}" * 200
-    errors = faults_of(text)
+    errors = errors_of(text)
     expected = [ijson.MAX_PATH_CHARS + len("…")] * ijson.MAX_JSON_ERRORS
     assert expected == [len(field) for field, _ in errors]
 
@@ -250,16 +250,16 @@ def test_path_and_number_of_faults_are_bounded() -> None:
         (b"\x0c1", "The text is not valid JSON: see line 1, column 1."),
     ],
 )
-def test_tells_what_is_no_json(text: bytes, message: str) -> None:
-    """What is no JSON is told in one sentence, by its place and never by its content."""
-    assert [("", message)] == faults_of(text)
+def test_text_that_is_not_json_is_rejected(text: bytes, message: str) -> None:
+    """The error has the position of the invalid part, and not its content."""
+    assert [("", message)] == errors_of(text)
 
 
-@pytest.mark.parametrize("deep", [ijson.MAX_DEPTH + 1, 100_000])
+@pytest.mark.parametrize("depth", [ijson.MAX_DEPTH + 1, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_refuses_to_nest_too_deep(deep: int, opening: str, closing: str) -> None:
-    """Nesting beyond the limit is a fault like any other, never an exhausted stack."""
-    [(_, message)] = faults_of(opening * deep + "0" + closing * deep)
+def test_deep_nesting_is_rejected(depth: int, opening: str, closing: str) -> None:
+    """Nesting beyond the limit is reported as an error, and does not exhaust the stack."""
+    [(_, message)] = errors_of(opening * depth + "0" + closing * depth)
     assert f" is nested more than {ijson.MAX_DEPTH} levels deep" in message
 
 
@@ -275,11 +275,20 @@ def test_refuses_to_nest_too_deep(deep: int, opening: str, closing: str) -> None
         b"\n" * 500_000,
         (b'{"' + b"k" * 2_000 + b'":') * 250 + b'{"a":1,"a":2}' + b"}" * 250,
     ],
-    ids=["open", "wide and deep", "one name", "integer", "fraction", "unterminated", "blank", "long path"],
+    ids=[
+        "unclosed",
+        "wide-and-deep",
+        "duplicate-name",
+        "integer",
+        "fraction",
+        "unterminated-string",
+        "blank",
+        "long-path",
+    ],
 )
-def test_hostile_texts_take_time_in_proportion(text: bytes) -> None:
-    """Half a megabyte made to hurt takes well under the seconds that anything quadratic would."""
-    began = time.perf_counter()
+def test_parsing_takes_linear_time(text: bytes) -> None:
+    """A malicious text of half a megabyte takes far less time than a quadratic algorithm would need."""
+    started = time.perf_counter()
     with contextlib.suppress(ijson.NotIJson):
         ijson.parse(text)
-    assert time.perf_counter() - began < 3
+    assert time.perf_counter() - started < 3

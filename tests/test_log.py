@@ -26,8 +26,8 @@ Lines = Callable[[], list[str]]
 
 
 @pytest.fixture(autouse=True)
-def _untouched_logging() -> Iterator[None]:
-    """Leave the logging of the process as it was."""
+def _restored_logging() -> Iterator[None]:
+    """Restore the logging configuration of the process after the test."""
     root = logging.getLogger()
     handlers, level, configuration = list(root.handlers), root.level, structlog.get_config()
     yield
@@ -41,7 +41,7 @@ def _untouched_logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_to(path: Path, log_format: LogFormat, level: str = "INFO") -> Iterator[Lines]:
-    """Log to a file; give what reads its lines."""
+    """Log to a file; yield a function that returns its lines."""
     with path.open("w+b", buffering=0) as file:
         log.configure(log_format, level, fd=file.fileno())
 
@@ -56,20 +56,20 @@ def logging_to(path: Path, log_format: LogFormat, level: str = "INFO") -> Iterat
 
 @pytest.fixture
 def json_lines(tmp_path: Path) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Log as JSON; give what reads the lines."""
+    """Log as JSON; return a function that returns the parsed lines."""
     with logging_to(tmp_path / "log", LogFormat.JSON) as lines:
         yield lambda: [json.loads(line) for line in lines()]
 
 
 @pytest.fixture
 def text_lines(tmp_path: Path) -> Iterator[Lines]:
-    """Log as text; give what reads the lines."""
+    """Log as text; return a function that returns the lines."""
     with logging_to(tmp_path / "log", LogFormat.CONSOLE) as lines:
         yield lines
 
 
-def test_a_line_has_the_names_of_cloud_logging(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
-    """Severity, message and time come first, then the fields."""
+def test_line_has_the_fields_of_cloud_logging(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """A line has severity, message and time, and then the fields of the event."""
     structlog.get_logger().warning("storage_slow", message="Storage is slow", seconds=1.5, name="é")
 
     (line,) = json_lines()
@@ -84,18 +84,18 @@ def test_a_line_has_the_names_of_cloud_logging(json_lines: Callable[[], list[dic
     assert line["time"].endswith("Z")
 
 
-def test_what_is_below_the_level_is_dropped(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
-    """For structlog and the standard library alike."""
+def test_events_below_the_level_are_dropped(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """The level applies to structlog and to the standard library."""
     structlog.get_logger().debug("no")
     logging.getLogger("aiohttp.server").debug("no")
 
     assert [] == json_lines()
 
 
-async def test_task_and_trace_are_in_each_line_of_what_was_started_inside(
+async def test_bound_fields_are_in_all_lines_of_the_context(
     json_lines: Callable[[], list[dict[str, Any]]],
 ) -> None:
-    """Also in tasks that were started there, and in no other line."""
+    """The task ID and the trace are in all lines of the context, also from its asyncio tasks, and in no others."""
 
     async def child() -> None:
         structlog.get_logger().info("child")
@@ -123,24 +123,24 @@ async def test_task_and_trace_are_in_each_line_of_what_was_started_inside(
     [
         ("p", ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", None), "4bf92f3577b34da6a3ce929d0e0e4736"),
         ("p", (None, "105445aa7843bc8bf206b12000100000/1;o=1"), "105445aa7843bc8bf206b12000100000"),
-        ("p", ("nonsense", "105445aa7843bc8bf206b12000100000"), "105445aa7843bc8bf206b12000100000"),
+        ("p", ("invalid", "105445aa7843bc8bf206b12000100000"), "105445aa7843bc8bf206b12000100000"),
         ("p", (f"00-{'0' * 32}-00f067aa0ba902b7-01", None), None),
         ("p", (None, "a" * 33), None),
         ("p", ("", '"},"severity":"x'), None),
         (None, (None, "105445aa7843bc8bf206b12000100000"), None),
     ],
 )
-def test_a_trace_is_named_only_when_a_header_holds_one(
+def test_trace_name_needs_a_valid_header(
     project: str | None, headers: tuple[str | None, ...], expected: str | None
 ) -> None:
-    """W3C's header and Google's are read; anything else gives no trace."""
+    """The trace comes from the header of W3C or of Google; an invalid header, or no project, gives none."""
     name = f"projects/p/traces/{expected}" if expected else None
 
     assert name == log.trace_name(project, *headers)
 
 
-def test_a_secret_does_not_show_itself(tmp_path: Path) -> None:
-    """Neither as a field nor inside one, in neither format, nor as a local variable of a traceback."""
+def test_secret_is_not_logged(tmp_path: Path) -> None:
+    """No format logs a secret, neither in a field or message nor as a local variable of a traceback."""
     for log_format in LogFormat:
         with logging_to(tmp_path / log_format, log_format) as lines:
             secret = Secret("correct-horse")
@@ -148,7 +148,7 @@ def test_a_secret_does_not_show_itself(tmp_path: Path) -> None:
             structlog.get_logger().info("Started.", key=secret, keys=[secret], by_name={"key": secret})
             logging.getLogger("x").info("Started with %s", secret)
             try:
-                fail(f"no {len(plain)}")
+                fail(f"length {len(plain)}")
             except ValueError:
                 structlog.get_logger().exception("Failed.", key=secret)
             text = "\n".join(lines())
@@ -156,37 +156,37 @@ def test_a_secret_does_not_show_itself(tmp_path: Path) -> None:
         assert "correct" not in text
 
 
-def test_an_exception_is_type_sentence_and_frames(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
-    """In `stack_trace`, on the one line of its event, where Error Reporting looks for it."""
+def test_exception_is_logged_with_its_traceback(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """The traceback is in the field `stack_trace`, which Error Reporting reads, on the line of its event."""
     try:
-        fail("The sentence.")
+        fail("The message.")
     except ValueError as error:
         structlog.get_logger().exception("First.")
         structlog.get_logger().error("Second.", exc_info=error)
         logging.getLogger("x").exception("Third.")
 
     traces = [line["stack_trace"].splitlines() for line in json_lines()]
-    assert [("Traceback (most recent call last):", "ValueError: The sentence.")] * 3 == [
+    assert [("Traceback (most recent call last):", "ValueError: The message.")] * 3 == [
         (trace[0], trace[-1]) for trace in traces
     ]
     assert ["ERROR"] * 3 == [line["severity"] for line in json_lines()]
 
 
-def test_the_standard_library_logs_in_the_same_form(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
-    """The lines of aiohttp and asyncio are events like ours, with the name of their logger."""
+def test_standard_library_logs_in_the_same_format(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """Lines of the standard library have the same fields, and the name of their logger."""
     logging.getLogger("aiohttp.access").warning("%s took %d ms", "GET /", 5)
 
     (line,) = json_lines()
     assert ("WARNING", "GET / took 5 ms", "aiohttp.access") == (line["severity"], line["message"], line["logger"])
 
 
-def test_configuring_again_replaces_what_was(tmp_path: Path) -> None:
-    """Each event is one line, however often logging was set up, and no thread stays behind."""
+def test_new_configuration_replaces_the_old_one(tmp_path: Path) -> None:
+    """After a second `configure`, each event is logged once, and the thread of the first one has stopped."""
     with logging_to(tmp_path / "first", LogFormat.JSON):
         replaced = [thread for thread in threading.enumerate() if thread.name == "log"]
         with logging_to(tmp_path / "second", LogFormat.JSON) as lines:
-            structlog.get_logger().info("ours")
-            logging.getLogger("x").info("theirs")
+            structlog.get_logger().info("structlog")
+            logging.getLogger("x").info("standard library")
             assert 2 == len(lines())
 
     for thread in replaced:
@@ -194,18 +194,18 @@ def test_configuring_again_replaces_what_was(tmp_path: Path) -> None:
     assert ("", False) == ((tmp_path / "first").read_text(), any(thread.is_alive() for thread in replaced))
 
 
-def test_a_field_cannot_take_the_place_of_another(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
-    """Fields named like severity and time do not replace those of the event."""
-    structlog.get_logger().info("ours", message="Ours", severity="DEBUG", time="never")
+def test_field_cannot_replace_severity_or_time(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """Fields with the names `severity` and `time` do not replace those of the event."""
+    structlog.get_logger().info("event", message="Message", severity="DEBUG", time="never")
 
     (line,) = json_lines()
-    assert ("INFO", "Ours") == (line["severity"], line["message"])
+    assert ("INFO", "Message") == (line["severity"], line["message"])
     assert "never" != line["time"]
 
 
-def fail(sentence: str) -> None:
-    """Raise an error with this sentence."""
-    raise ValueError(sentence)
+def fail(message: str) -> None:
+    """Raise an error with this message."""
+    raise ValueError(message)
 
 
 class _Broken:
@@ -213,8 +213,8 @@ class _Broken:
         raise RuntimeError("no repr")
 
 
-_CIRCLE: list[Any] = []
-_CIRCLE.append(_CIRCLE)
+_CYCLE: list[Any] = []
+_CYCLE.append(_CYCLE)
 
 
 @pytest.mark.parametrize("log_format", LogFormat)
@@ -222,7 +222,7 @@ _CIRCLE.append(_CIRCLE)
     "value",
     [
         _Broken(),
-        _CIRCLE,
+        _CYCLE,
         {(1, 2): 3},
         float("nan"),
         b"\xff",
@@ -232,8 +232,8 @@ _CIRCLE.append(_CIRCLE)
         object,
     ],
 )
-def test_whatever_a_field_holds_is_one_line(tmp_path: Path, log_format: LogFormat, value: object) -> None:
-    """Values that JSON does not have, that break, or that would run over the terminal, are printed all the same."""
+def test_any_value_is_logged_in_one_line(tmp_path: Path, log_format: LogFormat, value: object) -> None:
+    """An event is one line without control characters, even if JSON has no such value or its `repr` raises."""
     with logging_to(tmp_path / "log", log_format) as lines:
         structlog.get_logger().info("Hello.", value=value, count=1)
         (line,) = lines()
@@ -245,28 +245,28 @@ def test_whatever_a_field_holds_is_one_line(tmp_path: Path, log_format: LogForma
         assert ("Hello.", 1) == (fields["message"], fields["count"])
 
 
-def test_a_message_from_outside_cannot_forge_a_line(text_lines: Lines) -> None:
-    """On a terminal, control characters of a library's message are spelled out."""
+def test_message_cannot_forge_a_line(text_lines: Lines) -> None:
+    """In text, control characters of a message are escaped."""
     logging.getLogger("x").warning("bad\x1b[2J\n12:00:00 [info] forged")
 
     (line,) = text_lines()
     assert r"bad\x1b[2J\n12:00:00 [info] forged" in line
 
 
-def test_text_for_people_shows_frames(text_lines: Lines) -> None:
-    """An exception is followed by its traceback, line by line."""
+def test_text_has_tracebacks(text_lines: Lines) -> None:
+    """In text, the traceback of an exception follows the event in separate lines."""
     try:
-        fail("The sentence.")
+        fail("The message.")
     except ValueError:
         structlog.get_logger().exception("Failed.", task="t")
 
     lines = text_lines()
     assert "Failed." in lines[0]
-    assert ("Traceback (most recent call last):", "ValueError: The sentence.") == (lines[1], lines[-1])
+    assert ("Traceback (most recent call last):", "ValueError: The message.") == (lines[1], lines[-1])
 
 
-def test_lines_of_several_threads_stay_whole(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
-    """Each line is one event, also when threads log long lines at once."""
+def test_lines_of_concurrent_threads_are_not_mixed(json_lines: Callable[[], list[dict[str, Any]]]) -> None:
+    """Each line is one event, also when several threads log long lines."""
     text = "x" * 10_000
 
     def work(number: int) -> None:
@@ -294,18 +294,18 @@ for log_format in LogFormat:
 
 
 @pytest.mark.parametrize("redirect", ["| true", "> /dev/full", ">&-"])
-def test_a_broken_standard_output_stops_nothing(redirect: str) -> None:
-    """With a reader that is gone, a full disk or none at all, the program goes on in silence and ends with success."""
-    script = f'{{ "$0" -c "$1"; echo "ended with $?" >&2; }} {redirect}'
+def test_broken_stdout_does_not_stop_the_program(redirect: str) -> None:
+    """With a closed pipe, a full disk or a closed stdout, the program writes no errors and exits with status 0."""
+    script = f'{{ "$0" -c "$1"; echo "exited with $?" >&2; }} {redirect}'
     done = subprocess.run(
         ["/bin/sh", "-c", script, sys.executable, _PROGRAM], check=False, stderr=subprocess.PIPE, text=True
     )
 
-    assert "ended with 0\n" == done.stderr
+    assert "exited with 0\n" == done.stderr
 
 
-def test_a_reader_that_stops_stops_nothing() -> None:
-    """A full pipe makes nobody wait; what waited too long is lost, and the lines before are whole."""
+def test_full_pipe_does_not_stop_the_program() -> None:
+    """While nothing reads the pipe, the program does not wait; later lines are lost, and earlier ones are complete."""
     program = """
 import logging, os, structlog, time
 from ccrun import log
@@ -318,7 +318,7 @@ os.write(2, b"done")
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        # Nobody reads standard output until the program has ended.
+        # Standard output is read only after the program has finished logging.
         assert process.stderr.read() == b"done"
         lines = process.stdout.read().splitlines()
         assert process.wait(10) == 0
@@ -327,8 +327,8 @@ os.write(2, b"done")
     assert list(range(len(numbers))) == numbers
 
 
-def test_lines_that_nobody_reads_take_bounded_memory() -> None:
-    """What is beyond the bound is lost; what waited is written once there is a reader."""
+def test_number_of_waiting_lines_is_bounded() -> None:
+    """Lines beyond `MAX_WAITING_LINES` are lost; the waiting lines are written when the pipe is read."""
     reader, writer = os.pipe()
     log.configure(LogFormat.JSON, "INFO", fd=writer)
     (output,) = (thread for thread in threading.enumerate() if thread.name == "log")
@@ -336,21 +336,21 @@ def test_lines_that_nobody_reads_take_bounded_memory() -> None:
         structlog.get_logger().info("Hello.")
     logging.getLogger().handlers[-1].close()
 
-    def end() -> None:
+    def close_when_written() -> None:
         output.join(10)
         os.close(writer)
 
     with os.fdopen(reader) as lines:
-        ending = threading.Thread(target=end)
-        ending.start()
+        closing = threading.Thread(target=close_when_written)
+        closing.start()
         count = len(lines.readlines())
-        ending.join()
+        closing.join()
 
     assert log.MAX_WAITING_LINES < count < 2 * log.MAX_WAITING_LINES
 
 
 def test_every_event_has_a_stable_key_and_a_message() -> None:
-    """Each call in the package passes a literal key in snake_case and a `message`: operations documents rely on the key."""
+    """Each call in the package passes a literal key in snake_case and a `message`: documents for operators rely on the key."""
     package = Path(ccrun.__file__).parent
     methods = {"debug", "info", "warning", "error", "critical", "exception"}
     calls = [

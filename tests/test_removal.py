@@ -6,21 +6,21 @@ from pathlib import Path
 from ccrun.removal import remove_tree
 
 
-def test_locked_folders_and_links_are_removed_without_touching_what_links_lead_to(tmp_path: Path) -> None:
-    """What the agent locked goes all the same; what lies outside stays."""
+def test_tree_is_removed_without_following_links(tmp_path: Path) -> None:
+    """Directories without permissions are removed, and the targets of links are not."""
     outside = tmp_path / "outside"
     outside.mkdir()
-    (outside / "kept").touch()
+    (outside / "file").touch()
     tree = tmp_path / "tree"
     (tree / "locked" / "inner").mkdir(parents=True)
     (tree / "link").symlink_to(outside)
     (tree / "locked").chmod(0)
     remove_tree(tree)
-    assert [False, True] == [tree.exists(), (outside / "kept").exists()]
+    assert [False, True] == [tree.exists(), (outside / "file").exists()]
 
 
-def test_a_tree_deeper_than_python_may_recurse_is_removed(tmp_path: Path) -> None:
-    """An agent that nests folders without end cannot keep its workspace on the disk."""
+def test_tree_deeper_than_the_recursion_limit_is_removed(tmp_path: Path) -> None:
+    """A deeply nested workspace can be removed."""
     tree = tmp_path / "tree"
     tree.mkdir()
     before = os.open(".", os.O_RDONLY)
@@ -36,6 +36,6 @@ def test_a_tree_deeper_than_python_may_recurse_is_removed(tmp_path: Path) -> Non
     assert not tree.exists()
 
 
-def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
-    """Whoever comes second finds nothing to do."""
-    remove_tree(tmp_path / "gone")
+def test_removing_a_missing_tree_is_not_an_error(tmp_path: Path) -> None:
+    """Removing a directory that does not exist does nothing."""
+    remove_tree(tmp_path / "missing")

@@ -1,31 +1,38 @@
-"""The service as a process: how it starts, how it ends, what it finds after it was killed."""
+"""The service as a process: its start, its shutdown, and its recovery after a kill."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import datetime as dt
 import json
 import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from helpers.service import MADE_UP_KEY, WAIT_SECONDS, serve_process, until_record
 
 from ccrun.backends.local.blobs import DirectoryBlobs
+from ccrun.backends.local.layout import process_marker
+from ccrun.lifecycle import finish
+from ccrun.process import tree
 from ccrun.store import Store
-from ccrun.task import CallbackState, Reason, Status, TaskId
-from ccrun.testing.model import Hang, Say, ScriptedModel
+from ccrun.task import CallbackState, Outcome, Reason, Status, TaskId
+from ccrun.testing.model import Hang, Say, ScriptedModel, UseTool
 
 
 async def run_ccrun(*arguments: str, **settings: str) -> tuple[int, str, str]:
-    """Run a command to its end; return exit status, stdout and stderr."""
+    """Run a command; return its exit status, stdout and stderr."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "ccrun", *arguments),
         env={**os.environ, **settings},
@@ -46,31 +53,31 @@ async def submit(url: str, **fields: Any) -> str:
         return str((await response.json())["taskId"])
 
 
-async def test_a_port_in_use_stops_the_start_with_one_sentence(tmp_path: Path) -> None:
-    """The operator is told which port, and what to do."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+async def test_service_does_not_start_on_a_port_in_use(tmp_path: Path) -> None:
+    """The error has the port and says what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         status, _, stderr = await run_ccrun("serve", PORT=str(port), CCRUN_DATA_DIR=str(tmp_path))
     expected = f"port {port} on 127.0.0.1 is in use: stop what listens there, or set PORT to a free one."
     assert (70, f"ccrun cannot start: {expected}\n") == (status, stderr)
 
 
-async def test_a_wrong_setting_stops_the_start_with_one_line() -> None:
-    """The line names the variable, its fault and what is allowed."""
+async def test_service_does_not_start_with_an_invalid_setting() -> None:
+    """The error is one line with the variable, its value and the allowed values."""
     status, _, stderr = await run_ccrun("serve", MAX_TIMEOUT_MINUTES="soon")
     assert (78, 'MAX_TIMEOUT_MINUTES must be a number from 1 to 1440, not "soon".\n') == (status, stderr)
 
 
-async def test_a_data_folder_that_cannot_be_made_stops_the_start_with_one_sentence(tmp_path: Path) -> None:
-    """A file stands where the folder should be."""
+async def test_service_does_not_start_without_its_data_directory(tmp_path: Path) -> None:
+    """The error says why the directory cannot be created."""
     (tmp_path / "data").touch()
     status, _, stderr = await run_ccrun("serve", PORT="0", CCRUN_DATA_DIR=str(tmp_path / "data"))
     expected = "CCRUN_DATA_DIR must name a directory that exists or can be created: File exists.\n"
     assert (78, expected) == (status, stderr)
 
 
-async def test_sigterm_ends_the_service_in_order(tmp_path: Path) -> None:
-    """A service that is told to end does so at once, with exit status 0."""
+async def test_sigterm_stops_the_service(tmp_path: Path) -> None:
+    """An idle service exits within two seconds, with status 0."""
     async with serve_process(tmp_path) as service:
         service.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(2):
@@ -78,7 +85,7 @@ async def test_sigterm_ends_the_service_in_order(tmp_path: Path) -> None:
 
 
 async def test_sigterm_closes_a_hundred_streams_in_time(tmp_path: Path) -> None:
-    """All readers see their connection close before the platform would kill the service; the task keeps running."""
+    """SIGTERM closes the connections of all readers before the platform would kill the service; the task keeps running."""
     store = Store(DirectoryBlobs(tmp_path))
     async with (
         ScriptedModel(lambda _: Hang()) as model,
@@ -101,8 +108,8 @@ async def test_sigterm_closes_a_hundred_streams_in_time(tmp_path: Path) -> None:
         await until_record(store, task_id, lambda record: record.status is Status.CANCELLED)
 
 
-async def test_after_kill_9_the_next_start_finishes_what_was_left(tmp_path: Path) -> None:
-    """A running task goes on by itself, queued ones are started, and a lost worker's task is settled."""
+async def test_next_service_continues_after_a_kill(tmp_path: Path) -> None:
+    """After SIGKILL of the service, a running task continues; the next service launches queued tasks and settles lost ones."""
     store = Store(DirectoryBlobs(tmp_path))
     async with ScriptedModel(lambda c: Say("Done.") if "quick" in c.prompt else Hang()) as model:
         async with serve_process(tmp_path, MAX_CONCURRENT_TASKS="1", ANTHROPIC_BASE_URL=model.url) as service:
@@ -116,30 +123,63 @@ async def test_after_kill_9_the_next_start_finishes_what_was_left(tmp_path: Path
             for task_id in queued:
                 record = await until_record(store, task_id, lambda record: record.status.is_final)
                 assert Status.COMPLETED == record.status
-            # It was not disturbed: its worker lives.
+            # Its worker still runs.
             assert Status.RUNNING == (await store.record(TaskId(stuck))).status
             os.kill(worker, signal.SIGKILL)
             record = await until_record(store, stuck, lambda record: record.status.is_final)
             assert Reason.WORKER_LOST == record.reason
 
 
+async def test_next_service_removes_what_a_lost_worker_has_left(tmp_path: Path) -> None:
+    """If the service was killed after it recorded that a worker was lost, the next one kills the agent and removes its files."""
+    data_dir = tmp_path / "data"
+    store = Store(DirectoryBlobs(data_dir))
+    async with (
+        ScriptedModel(lambda _: UseTool("Bash", {"command": "tail -f /dev/null"})) as model,
+        serve_process(data_dir, ANTHROPIC_BASE_URL=model.url) as service,
+    ):
+        task_id = await submit(service.url, allowedTools=["Bash"])
+        workspace = Path(tempfile.gettempdir()) / f"ws-{task_id}"
+        agent = await until_process(process_marker(data_dir, TaskId(task_id)), "tail")
+        await service.kill()
+    os.kill(int((data_dir / ".workers" / task_id).read_text()), signal.SIGKILL)
+    lost = Outcome(status=Status.FAILED, reason=Reason.WORKER_LOST, exit_code=1)
+    await store.update(TaskId(task_id), lambda record: finish(record, lost, at=dt.datetime.now(dt.UTC)))
+    assert workspace.exists()
+    assert psutil.pid_exists(agent)
+    async with serve_process(data_dir), asyncio.timeout(WAIT_SECONDS):
+        while workspace.exists() or psutil.pid_exists(agent) or any((data_dir / ".workers").iterdir()):
+            await asyncio.sleep(0.02)
+
+
+async def until_process(marker: str, name: str) -> int:
+    """Wait until a process of a task runs, and return its ID."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while True:
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    if process.name() == name and process.environ().get(tree.MARKER_VARIABLE) == marker:
+                        return process.pid
+            await asyncio.sleep(0.05)
+
+
 @pytest.fixture
 async def receiver() -> AsyncIterator[tuple[str, asyncio.Queue[bytes]]]:
-    """A receiver of callbacks, and what it gets."""
-    got: asyncio.Queue[bytes] = asyncio.Queue()
+    """Start a receiver of callbacks; return its URL and the queue of the bodies that it gets."""
+    bodies: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def receive(request: web.Request) -> web.Response:
-        got.put_nowait(await request.read())
+        bodies.put_nowait(await request.read())
         return web.Response()
 
     app = web.Application()
     app.router.add_post("/", receive)
     async with TestServer(app) as server:
-        yield str(server.make_url("/")), got
+        yield str(server.make_url("/")), bodies
 
 
-async def left_by_killed_ones(data_dir: Path, callback_url: str) -> str:
-    """Run a task until the agent is at work, kill service and worker, and return the task's ID."""
+async def run_and_kill(data_dir: Path, callback_url: str) -> str:
+    """Start a task, kill the service and the worker, and return the task ID."""
     async with (
         ScriptedModel(lambda _: Hang()) as model,
         serve_process(data_dir, ANTHROPIC_BASE_URL=model.url) as service,
@@ -151,15 +191,15 @@ async def left_by_killed_ones(data_dir: Path, callback_url: str) -> str:
     return task_id
 
 
-async def test_a_callback_owed_by_a_killed_worker_is_delivered_by_the_next_service(
+async def test_next_service_delivers_the_callback_of_a_lost_task(
     tmp_path: Path, receiver: tuple[str, asyncio.Queue[bytes]]
 ) -> None:
-    """Service and worker are both killed; the next service settles the task and calls the receiver."""
-    url, got = receiver
-    task_id = await left_by_killed_ones(tmp_path, url)
+    """After service and worker were killed, the next service settles the task and delivers its callback."""
+    url, bodies = receiver
+    task_id = await run_and_kill(tmp_path, url)
     async with serve_process(tmp_path):
         async with asyncio.timeout(WAIT_SECONDS):
-            body = json.loads(await got.get())
+            body = json.loads(await bodies.get())
         assert (task_id, "failed") == (body["taskId"], body["status"])
         await until_record(
             Store(DirectoryBlobs(tmp_path)),
@@ -168,14 +208,14 @@ async def test_a_callback_owed_by_a_killed_worker_is_delivered_by_the_next_servi
         )
 
 
-async def test_a_sweep_by_hand_settles_without_a_service(
+async def test_sweep_command_works_without_a_service(
     tmp_path: Path, receiver: tuple[str, asyncio.Queue[bytes]]
 ) -> None:
-    """`ccrun sweep` finds a task whose worker is gone, with no service running, and delivers its callback."""
-    url, got = receiver
-    await left_by_killed_ones(tmp_path, url)
+    """`ccrun sweep` settles a lost task and delivers its callback while no service runs."""
+    url, bodies = receiver
+    await run_and_kill(tmp_path, url)
     status, stdout, _ = await run_ccrun("sweep", CCRUN_DATA_DIR=str(tmp_path), LOG_FORMAT="json")
     assert 0 == status
     last = json.loads(stdout.splitlines()[-1])
     assert (1, 1) == (last["settled"], last["delivered"])
-    assert 1 == got.qsize()
+    assert 1 == bodies.qsize()

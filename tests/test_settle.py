@@ -23,17 +23,17 @@ NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
 SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0)
 
 
-class KnownJobs:
-    """A place that runs workers, whose knowledge of them a test decides."""
+class FakeJobs:
+    """An adapter that runs no workers, and reports the state that the test sets."""
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
 
     def __init__(self, state: ExecutionState) -> None:
-        self.known = state
-        self.looks = 0
+        self.execution_state = state
+        self.state_calls = 0
         self.cleared: list[TaskId] = []
-        self.while_looking: Callable[[], Awaitable[object]] | None = None
+        self.during_state: Callable[[], Awaitable[object]] | None = None
 
     def check_capacity(self) -> None: ...
 
@@ -44,18 +44,21 @@ class KnownJobs:
         raise AssertionError
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
-        self.looks += 1
-        if self.while_looking is not None:
-            await self.while_looking()
-        return self.known
+        self.state_calls += 1
+        if self.during_state is not None:
+            await self.during_state()
+        return self.execution_state
 
     async def clear(self, task_id: TaskId) -> None:
         self.cleared.append(task_id)
 
+    async def leftovers(self) -> list[TaskId]:
+        return []
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """The store of a test."""
+    """Return an empty store."""
     return Store(DirectoryBlobs(tmp_path))
 
 
@@ -70,17 +73,22 @@ PENDING = TaskRecord(
 RUNNING = start(PENDING, at=NOW)
 
 
-async def born(store: Store, record: TaskRecord) -> TaskRecord:
-    """Store a task with all that belongs to it."""
+async def add_task(store: Store, record: TaskRecord) -> TaskRecord:
+    """Store a task with its mark and its payload."""
     await store.mark_active(TASK)
     await store.add_payload(TASK, Sealed(b""))
     await store.add(record)
     return record
 
 
-OVER = (ExecutionState.FINISHED, ExecutionState.OUT_OF_MEMORY, ExecutionState.TIMED_OUT, ExecutionState.CANCELLED)
-VERDICTS = {
-    **{(Status.PENDING, state): (Reason.LAUNCH_FAILED, 1) for state in OVER},
+FINAL_STATES = (
+    ExecutionState.FINISHED,
+    ExecutionState.OUT_OF_MEMORY,
+    ExecutionState.TIMED_OUT,
+    ExecutionState.CANCELLED,
+)
+LOST_OUTCOMES = {
+    **{(Status.PENDING, state): (Reason.LAUNCH_FAILED, 1) for state in FINAL_STATES},
     (Status.RUNNING, ExecutionState.FINISHED): (Reason.WORKER_LOST, 1),
     (Status.RUNNING, ExecutionState.UNKNOWN): (Reason.WORKER_LOST, 1),
     (Status.RUNNING, ExecutionState.OUT_OF_MEMORY): (Reason.OUT_OF_MEMORY, 137),
@@ -90,17 +98,17 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize(("status", "state"), list(itertools.product(Status, ExecutionState)))
-def test_verdict(status: Status, state: ExecutionState) -> None:
-    """Only a task that is not over and whose execution is, or is known to nobody once it ran, can end no more by itself."""
+def test_outcome_of_a_lost_task(status: Status, state: ExecutionState) -> None:
+    """A task is lost if it is not final, and its execution has ended, or is unknown although the task was running."""
     outcome = lost_outcome(status, state)
-    assert VERDICTS.get((status, state)) == (outcome and (outcome.reason, outcome.exit_code))
+    assert LOST_OUTCOMES.get((status, state)) == (outcome and (outcome.reason, outcome.exit_code))
     assert outcome is None or outcome.status is Status.FAILED
 
 
-async def test_task_whose_worker_is_lost_ends(store: Store) -> None:
-    """A running task whose execution is over is failed: its record says so, its callback is owed, what is left is cleared."""
-    jobs = KnownJobs(ExecutionState.FINISHED)
-    settled = await settle(store, jobs, await born(store, RUNNING))
+async def test_lost_task_is_settled(store: Store) -> None:
+    """A lost task fails, its callback is owed, and its payload and the leftovers of its worker are deleted."""
+    jobs = FakeJobs(ExecutionState.FINISHED)
+    settled = await settle(store, jobs, await add_task(store, RUNNING))
     assert (Status.FAILED, Reason.WORKER_LOST, True) == (settled.status, settled.reason, settled.owes_callback)
     assert settled == await store.record(TASK)
     with pytest.raises(BlobNotFound):
@@ -108,50 +116,50 @@ async def test_task_whose_worker_is_lost_ends(store: Store) -> None:
     assert [TASK] == jobs.cleared == [mark.task_id for mark in await store.active()]
 
 
-async def test_cancelled_task_whose_worker_is_lost_is_cancelled(store: Store) -> None:
-    """When the worker died of a cancel before it could write that down, the task ends as cancelled."""
-    record = await born(store, request_cancel(RUNNING, at=NOW))
-    settled = await settle(store, KnownJobs(ExecutionState.UNKNOWN), record)
+async def test_lost_task_that_was_cancelling_is_cancelled(store: Store) -> None:
+    """When the worker is lost after a cancellation was requested, the task becomes cancelled."""
+    record = await add_task(store, request_cancel(RUNNING, at=NOW))
+    settled = await settle(store, FakeJobs(ExecutionState.UNKNOWN), record)
     assert (Status.CANCELLED, Reason.CANCELLED) == (settled.status, settled.reason)
 
 
 @pytest.mark.parametrize("state", [ExecutionState.QUEUED, ExecutionState.RUNNING, ExecutionState.UNREACHABLE])
-async def test_living_task_is_left_alone(store: Store, state: ExecutionState) -> None:
-    """A task whose execution is not over stays as it is, and nothing of it is cleared away."""
-    jobs = KnownJobs(state)
-    record = await born(store, RUNNING)
+async def test_task_that_is_not_lost_is_not_changed(store: Store, state: ExecutionState) -> None:
+    """The record and the payload of a task whose execution may still run are not changed."""
+    jobs = FakeJobs(state)
+    record = await add_task(store, RUNNING)
     assert record == await settle(store, jobs, record)
     assert record == await store.record(TASK)
     assert await store.payload(TASK) == b""
     assert jobs.cleared == []
 
 
-async def test_task_that_is_over_costs_nothing(store: Store) -> None:
-    """Nobody asks for the execution of a task that has its final record."""
-    jobs = KnownJobs(ExecutionState.UNKNOWN)
+async def test_execution_of_a_final_task_is_not_checked(store: Store) -> None:
+    """Settling a final task makes no call to the platform."""
+    jobs = FakeJobs(ExecutionState.UNKNOWN)
     record = finish(RUNNING, SUCCESS, at=NOW)
     assert record == await settle(store, jobs, record)
-    assert jobs.looks == 0
+    assert jobs.state_calls == 0
 
 
-async def test_end_that_the_worker_wrote_meanwhile_stands(store: Store) -> None:
-    """When the worker ends its task between the look at the record and the look at the execution, that end counts."""
-    jobs = KnownJobs(ExecutionState.FINISHED)
-    record = await born(store, RUNNING)
-    jobs.while_looking = lambda: store.update(TASK, lambda present: finish(present, SUCCESS, at=NOW))
+async def test_outcome_of_the_worker_is_not_replaced(store: Store) -> None:
+    """When the worker records an outcome while the execution is checked, that outcome remains."""
+    jobs = FakeJobs(ExecutionState.FINISHED)
+    record = await add_task(store, RUNNING)
+    jobs.during_state = lambda: store.update(TASK, lambda present: finish(present, SUCCESS, at=NOW))
     settled = await settle(store, jobs, record)
     assert (Status.COMPLETED, Reason.COMPLETED) == (settled.status, settled.reason)
 
 
-async def test_many_who_settle_agree(store: Store) -> None:
-    """Of ten who settle one task at once one writes the end, and all return it."""
-    record = await born(store, RUNNING)
-    settled = await asyncio.gather(*(settle(store, KnownJobs(ExecutionState.FINISHED), record) for _ in range(10)))
+async def test_concurrent_settles_return_the_same_record(store: Store) -> None:
+    """Of ten concurrent calls, one writes the final record, and all return it."""
+    record = await add_task(store, RUNNING)
+    settled = await asyncio.gather(*(settle(store, FakeJobs(ExecutionState.FINISHED), record) for _ in range(10)))
     assert [await store.record(TASK)] * 10 == settled
 
 
-async def test_task_without_callback_is_done_with(store: Store) -> None:
-    """A task that is settled and owes nothing is no longer looked at."""
-    record = await born(store, attrs.evolve(RUNNING, webhook=None))
-    await settle(store, KnownJobs(ExecutionState.FINISHED), record)
+async def test_settled_task_without_callback_is_not_active(store: Store) -> None:
+    """A settled task that owes no callback has no mark."""
+    record = await add_task(store, attrs.evolve(RUNNING, webhook=None))
+    await settle(store, FakeJobs(ExecutionState.FINISHED), record)
     assert await store.active() == []

@@ -30,8 +30,8 @@ SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0)
 HOUR = dt.timedelta(hours=1)
 
 
-class KnownJobs:
-    """A place that runs workers, whose knowledge of them a test decides."""
+class FakeJobs:
+    """An adapter that runs no workers, and reports the states that the test sets."""
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
@@ -39,13 +39,15 @@ class KnownJobs:
     def __init__(self) -> None:
         self.states: dict[TaskId, ExecutionState | Exception] = {}
         self.launched: list[TaskId] = []
-        self.launch_fault: Exception | None = None
+        self.launch_error: Exception | None = None
+        self.with_leftovers: list[TaskId] = []
+        self.cleared: list[TaskId] = []
 
     def check_capacity(self) -> None: ...
 
     async def launch(self, task_id: TaskId) -> str | None:
-        if self.launch_fault is not None:
-            raise self.launch_fault
+        if self.launch_error is not None:
+            raise self.launch_error
         self.launched.append(task_id)
         self.states[task_id] = ExecutionState.QUEUED
         return None
@@ -60,49 +62,52 @@ class KnownJobs:
         return state
 
     async def clear(self, task_id: TaskId) -> None:
-        pass
+        self.cleared.append(task_id)
+
+    async def leftovers(self) -> list[TaskId]:
+        return self.with_leftovers
 
 
 class Receiver:
-    """Takes callbacks and answers as a test wants; one that was told to hang answers when it is let go."""
+    """Records callbacks, and responds with a status that the test sets; for tasks in `hanging`, not before `released` is set."""
 
     def __init__(self) -> None:
-        self.got: list[str] = []
+        self.task_ids: list[str] = []
         self.status = 200
         self.hanging: set[str] = set()
-        self.let_go = asyncio.Event()
+        self.released = asyncio.Event()
         self.url = ""
 
-    async def take(self, request: web.Request) -> web.Response:
-        """Note the task."""
+    async def handle(self, request: web.Request) -> web.Response:
+        """Record the ID of the task, and respond."""
         task_id = (await request.json())["taskId"]
-        self.got.append(task_id)
+        self.task_ids.append(task_id)
         if task_id in self.hanging:
-            await self.let_go.wait()
+            await self.released.wait()
         return web.Response(status=self.status)
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver on loopback."""
+    """Start a receiver on loopback."""
     receiver = Receiver()
     app = web.Application()
-    app.router.add_post("/hook", receiver.take)
+    app.router.add_post("/hook", receiver.handle)
     async with TestServer(app) as server:
         receiver.url = str(server.make_url("/hook"))
         yield receiver
-        receiver.let_go.set()
+        receiver.released.set()
 
 
 @pytest.fixture
-def jobs() -> KnownJobs:
-    """What is known of workers."""
-    return KnownJobs()
+def jobs() -> FakeJobs:
+    """Return the adapter that reports the states of workers."""
+    return FakeJobs()
 
 
 @pytest.fixture
-def make_sweeper(tmp_path: Path, jobs: KnownJobs) -> Callable[[], Sweeper]:
-    """Return what makes a sweep, each as another process would."""
+def make_sweeper(tmp_path: Path, jobs: FakeJobs) -> Callable[[], Sweeper]:
+    """Return a function that creates a sweeper, as a separate process would."""
 
     def make() -> Sweeper:
         store = Store(DirectoryBlobs(tmp_path / "blobs"))
@@ -120,12 +125,12 @@ def make_sweeper(tmp_path: Path, jobs: KnownJobs) -> Callable[[], Sweeper]:
 
 @pytest.fixture
 def sweeper(make_sweeper: Callable[[], Sweeper]) -> Sweeper:
-    """A sweep."""
+    """Return a sweeper."""
     return make_sweeper()
 
 
 async def pending(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created_at: dt.datetime = NOW) -> TaskRecord:
-    """Return the record of a task that has just been asked for, with a callback to that URL if there is one."""
+    """Return the record of a new task, with a callback if there is a URL."""
     sealed_url = None
     if url:
         key = await new_data_key(sweeper.callbacks.wrapper)
@@ -141,8 +146,8 @@ async def pending(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created
     )
 
 
-async def stored(sweeper: Sweeper, record: TaskRecord) -> TaskRecord:
-    """Store a task in one act, since a sweep may be looking; only one that has not begun has its payload yet."""
+async def add_task(sweeper: Sweeper, record: TaskRecord) -> TaskRecord:
+    """Store a task; write its mark last, because a sweep may be running. Only a pending task has a payload."""
     if record.status is Status.PENDING:
         await sweeper.store.add_payload(record.task_id, Sealed(b""))
     await sweeper.store.add(record)
@@ -150,32 +155,32 @@ async def stored(sweeper: Sweeper, record: TaskRecord) -> TaskRecord:
     return record
 
 
-async def born(sweeper: Sweeper, task_id: str = "t-1", created_at: dt.datetime = NOW) -> TaskRecord:
+async def add_pending(sweeper: Sweeper, task_id: str = "t-1", created_at: dt.datetime = NOW) -> TaskRecord:
     """Store a pending task."""
-    return await stored(sweeper, await pending(sweeper, task_id, created_at=created_at))
+    return await add_task(sweeper, await pending(sweeper, task_id, created_at=created_at))
 
 
-async def began(sweeper: Sweeper, task_id: str = "t-1", url: str = "") -> TaskRecord:
-    """Store a task that a worker has taken up."""
-    return await stored(sweeper, start(await pending(sweeper, task_id, url), at=NOW))
+async def add_running(sweeper: Sweeper, task_id: str = "t-1", url: str = "") -> TaskRecord:
+    """Store a running task."""
+    return await add_task(sweeper, start(await pending(sweeper, task_id, url), at=NOW))
 
 
-async def ended(
+async def add_finished(
     sweeper: Sweeper, task_id: str = "t-1", url: str = "", *, lease_until: dt.datetime | None = None
 ) -> TaskRecord:
-    """Store a task that is over; its callback is owed, or under a lease."""
+    """Store a finished task whose callback, if it has one, is owed or under a lease."""
     running = start(await pending(sweeper, task_id, url), at=NOW)
-    return await stored(sweeper, finish(running, SUCCESS, at=NOW, lease_until=lease_until))
+    return await add_task(sweeper, finish(running, SUCCESS, at=NOW, lease_until=lease_until))
 
 
-async def objects(sweeper: Sweeper) -> set[str]:
-    """Return what is left of tasks beside their records."""
+async def other_objects(sweeper: Sweeper) -> set[str]:
+    """Return the names of all objects except records and index entries."""
     names = {entry.name for entry in await sweeper.store._blobs.entries("", limit=1000)}
     return {name for name in names if not name.startswith("index/") and not name.endswith("metadata.json")}
 
 
 def state_of(record: TaskRecord) -> CallbackState:
-    """Return what became of the callback."""
+    """Return the state of the callback."""
     assert record.webhook is not None
     return record.webhook.state
 
@@ -183,163 +188,167 @@ def state_of(record: TaskRecord) -> CallbackState:
 # --- settling --------------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_to_do_is_done_at_once(sweeper: Sweeper) -> None:
-    """A sweep without tasks reports nothing."""
+async def test_sweep_without_tasks_reports_nothing(sweeper: Sweeper) -> None:
+    """The report of a sweep without tasks is empty."""
     assert SweepReport() == await sweeper.sweep()
 
 
-async def test_dead_task_is_settled_and_its_callback_delivered(
-    sweeper: Sweeper, jobs: KnownJobs, receiver: Receiver
+async def test_lost_task_is_settled_and_its_callback_delivered(
+    sweeper: Sweeper, jobs: FakeJobs, receiver: Receiver
 ) -> None:
-    """One sweep ends a task whose worker is gone, and tells its receiver."""
-    await began(sweeper, url=receiver.url)
+    """One sweep settles a lost task and delivers its callback."""
+    await add_running(sweeper, url=receiver.url)
     jobs.states[TASK] = ExecutionState.FINISHED
     assert SweepReport(settled=1, delivered=1) == await sweeper.sweep()
     record = await sweeper.store.record(TASK)
-    assert (Reason.WORKER_LOST, CallbackState.DELIVERED, ["t-1"]) == (record.reason, state_of(record), receiver.got)
-    assert await objects(sweeper) == set()
+    assert (Reason.WORKER_LOST, CallbackState.DELIVERED, ["t-1"]) == (
+        record.reason,
+        state_of(record),
+        receiver.task_ids,
+    )
+    assert await other_objects(sweeper) == set()
     assert SweepReport() == await sweeper.sweep()
 
 
 @pytest.mark.parametrize("state", [ExecutionState.QUEUED, ExecutionState.RUNNING])
-async def test_living_task_is_left_alone(sweeper: Sweeper, jobs: KnownJobs, state: ExecutionState) -> None:
-    """A task whose worker lives or waits for a place is not touched."""
-    record = await began(sweeper)
+async def test_task_that_is_not_lost_is_not_changed(sweeper: Sweeper, jobs: FakeJobs, state: ExecutionState) -> None:
+    """A sweep does not change a task whose execution is queued or running."""
+    record = await add_running(sweeper)
     jobs.states[TASK] = state
     assert SweepReport() == await sweeper.sweep()
     assert record == await sweeper.store.record(TASK)
 
 
-async def test_task_whose_worker_died_last_of_all_is_tidied_up(sweeper: Sweeper) -> None:
-    """When only the mark and the payload of a finished task are left, they are removed."""
-    record = await ended(sweeper)
+async def test_leftovers_of_a_finished_task_are_deleted(sweeper: Sweeper) -> None:
+    """A sweep deletes the mark and the payload of a finished task whose worker was killed before it deleted them."""
+    record = await add_finished(sweeper)
     await sweeper.store.mark_active(record.task_id)
     await sweeper.store.add_payload(record.task_id, Sealed(b""))
     assert SweepReport() == await sweeper.sweep()
-    assert await objects(sweeper) == set()
+    assert await other_objects(sweeper) == set()
     assert record == await sweeper.store.record(TASK)
 
 
-async def test_half_born_task_is_cleared_when_it_is_old(sweeper: Sweeper) -> None:
-    """What a submission left that died before its record was there goes after a bound, and not before."""
+async def test_incomplete_task_is_deleted_when_it_is_old(sweeper: Sweeper) -> None:
+    """The mark and the payload of a task without a record are deleted after `incomplete_age`, and not before."""
     await sweeper.store.mark_active(TASK)
     await sweeper.store.add_payload(TASK, Sealed(b""))
-    before = await objects(sweeper)
+    before = await other_objects(sweeper)
     assert SweepReport() == await sweeper.sweep()
-    assert before == await objects(sweeper)
+    assert before == await other_objects(sweeper)
     assert SweepReport() == await attrs.evolve(sweeper, incomplete_age=dt.timedelta(0)).sweep()
-    assert await objects(sweeper) == set()
+    assert await other_objects(sweeper) == set()
 
 
-# --- starting again --------------------------------------------------------------------------------------------------
+# --- restarting --------------------------------------------------------------------------------------------------
 
 
-async def test_forgotten_tasks_are_started_oldest_first(sweeper: Sweeper, jobs: KnownJobs) -> None:
-    """Tasks that waited in the queue of a service that is gone are started in the order in which they came."""
+async def test_pending_tasks_are_launched_oldest_first(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """The queued tasks of a service that was killed are launched in the order of their creation."""
     for task_id, hours in (("b", 2), ("c", 3), ("a", 1), ("d", 4)):
-        await born(sweeper, task_id, created_at=NOW + hours * HOUR)
+        await add_pending(sweeper, task_id, created_at=NOW + hours * HOUR)
     assert SweepReport(started=4) == await sweeper.sweep()
     assert ["a", "b", "c", "d"] == jobs.launched
     assert SweepReport() == await sweeper.sweep()
 
 
-async def test_where_nobody_keeps_the_queue_nothing_is_started(sweeper: Sweeper, jobs: KnownJobs) -> None:
-    """A sweep that may not start workers leaves pending tasks as they are."""
-    record = await born(sweeper)
+async def test_pending_tasks_are_not_launched_without_restarts(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """A sweep without `restarts_pending` does not launch or change pending tasks."""
+    record = await add_pending(sweeper)
     assert SweepReport() == await attrs.evolve(sweeper, restarts_pending=False).sweep()
     assert ([], record) == (jobs.launched, await sweeper.store.record(TASK))
 
 
-async def test_start_that_fails_is_tried_again(sweeper: Sweeper, jobs: KnownJobs) -> None:
-    """A forgotten task for which there is no room stays pending, until there is."""
-    await born(sweeper)
-    jobs.launch_fault = Busy("It is full.")
+async def test_failed_launch_is_retried(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """A task that cannot be launched stays pending, and the next sweep launches it."""
+    await add_pending(sweeper)
+    jobs.launch_error = Busy("It is full.")
     assert SweepReport(failed=1) == await sweeper.sweep()
-    jobs.launch_fault = None
+    jobs.launch_error = None
     assert SweepReport(started=1) == await sweeper.sweep()
 
 
 # --- delivering ------------------------------------------------------------------------------------------------------
 
 
-async def test_two_sweeps_at_once_deliver_once(
-    make_sweeper: Callable[[], Sweeper], jobs: KnownJobs, receiver: Receiver
+async def test_concurrent_sweeps_deliver_each_callback_once(
+    make_sweeper: Callable[[], Sweeper], jobs: FakeJobs, receiver: Receiver
 ) -> None:
-    """However many sweeps run at once, each dead task has one end and each receiver one callback."""
+    """Concurrent sweeps settle each lost task once and deliver each callback once."""
     sweepers = [make_sweeper() for _ in range(4)]
     task_ids = [f"t-{number}" for number in range(12)]
     for number, task_id in enumerate(task_ids):
-        make_task = ended if number % 2 else began
+        make_task = add_finished if number % 2 else add_running
         await make_task(sweepers[0], task_id, receiver.url)
     reports = await asyncio.gather(*(sweeper.sweep() for sweeper in sweepers))
-    assert sorted(task_ids) == sorted(receiver.got)
+    assert sorted(task_ids) == sorted(receiver.task_ids)
     total = sum(reports, SweepReport())
     assert (12, 0, 0) == (total.delivered, total.undelivered, total.failed)
-    assert await objects(sweepers[0]) == set()
+    assert await other_objects(sweepers[0]) == set()
 
 
-async def test_callback_under_a_lease_is_left_to_its_holder(sweeper: Sweeper, receiver: Receiver) -> None:
-    """While a worker delivers, a sweep does not; when its lease has run out, it does."""
-    await ended(sweeper, url=receiver.url, lease_until=dt.datetime.now(dt.UTC) + HOUR)
+async def test_callback_under_a_lease_is_not_delivered(sweeper: Sweeper, receiver: Receiver) -> None:
+    """A sweep delivers a callback that a worker has claimed only after the lease has expired."""
+    await add_finished(sweeper, url=receiver.url, lease_until=dt.datetime.now(dt.UTC) + HOUR)
     assert SweepReport() == await sweeper.sweep()
     await sweeper.store.update(TASK, lambda record: claim_callback(record, lease_until=NOW))
     assert SweepReport(delivered=1) == await sweeper.sweep()
-    assert ["t-1"] == receiver.got
+    assert ["t-1"] == receiver.task_ids
 
 
-async def test_callback_that_fails_waits_for_its_pause(sweeper: Sweeper, receiver: Receiver) -> None:
-    """After a failure the next sweep leaves the receiver alone, and the task stays marked."""
-    await ended(sweeper, url=receiver.url)
+async def test_failed_callback_is_not_retried_immediately(sweeper: Sweeper, receiver: Receiver) -> None:
+    """The sweep after a failed delivery does not retry it yet, and the task stays active."""
+    await add_finished(sweeper, url=receiver.url)
     receiver.status = 500
     assert SweepReport(undelivered=1) == await sweeper.sweep()
     assert SweepReport() == await sweeper.sweep()
-    assert (["t-1"], {"active/t-1"}) == (receiver.got, await objects(sweeper))
+    assert (["t-1"], {"active/t-1"}) == (receiver.task_ids, await other_objects(sweeper))
 
 
-async def test_callback_that_is_given_up_is_not_reported_as_delivered(sweeper: Sweeper, receiver: Receiver) -> None:
-    """The last try for a receiver that stayed away too long fails like the others, and then the task is done with."""
-    record = await ended(sweeper, url=receiver.url)
+async def test_abandoned_callback_is_reported_as_undelivered(sweeper: Sweeper, receiver: Receiver) -> None:
+    """After the last failed delivery within the retry period, the callback is abandoned and the task is not active."""
+    record = await add_finished(sweeper, url=receiver.url)
     long_ago = NOW - CALLBACK_RETRY_PERIOD - HOUR
     await sweeper.store.update(record.task_id, lambda present: attrs.evolve(present, completed_at=long_ago))
     receiver.status = 500
     assert SweepReport(undelivered=1) == await sweeper.sweep()
     assert (CallbackState.ABANDONED, set()) == (
         state_of(await sweeper.store.record(TASK)),
-        await objects(sweeper),
+        await other_objects(sweeper),
     )
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [StorageError("It does not answer."), OSError("unforeseen")])
-async def test_one_bad_task_does_not_keep_the_others(
-    sweeper: Sweeper, jobs: KnownJobs, receiver: Receiver, fault: Exception
+@pytest.mark.parametrize("fault", [StorageError("It does not respond."), OSError("unexpected")])
+async def test_error_of_one_task_does_not_stop_the_sweep(
+    sweeper: Sweeper, jobs: FakeJobs, receiver: Receiver, fault: Exception
 ) -> None:
-    """A task that cannot be looked at, for whatever reason, is counted, and all others are swept."""
+    """A task that raises any error is counted as failed, and all other tasks are processed."""
     for task_id in ("t-0", "t-1", "t-2"):
-        await began(sweeper, task_id, receiver.url)
+        await add_running(sweeper, task_id, receiver.url)
         jobs.states[TaskId(task_id)] = ExecutionState.FINISHED
     jobs.states[TASK] = fault
     assert SweepReport(settled=2, delivered=2, failed=1) == await sweeper.sweep()
-    assert ["t-0", "t-2"] == sorted(receiver.got)
+    assert ["t-0", "t-2"] == sorted(receiver.task_ids)
 
 
-async def test_sweep_that_is_cancelled_leaves_a_debt_that_another_takes_up(
+async def test_callbacks_of_a_cancelled_sweep_are_delivered_later(
     make_sweeper: Callable[[], Sweeper], receiver: Receiver
 ) -> None:
-    """A sweep may be stopped in the middle of many deliveries; what it had taken up is due after the lease."""
+    """When a sweep is cancelled during deliveries, another sweep delivers its callbacks after their leases."""
     first = make_sweeper()
     task_ids = [f"t-{number:02}" for number in range(30)]
     for task_id in task_ids:
-        await ended(first, task_id, receiver.url)
+        await add_finished(first, task_id, receiver.url)
     receiver.hanging = set(task_ids)
     sweeping = asyncio.create_task(first.sweep())
-    await until(lambda: len(receiver.got) >= 5)
+    await until(lambda: len(receiver.task_ids) >= 5)
     sweeping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sweeping
-    receiver.let_go.set()
+    receiver.released.set()
     records = [await first.store.record(TaskId(task_id)) for task_id in task_ids]
     assert {CallbackState.DELIVERING, CallbackState.OWED} == {state_of(record) for record in records}
     for record in records:
@@ -347,11 +356,11 @@ async def test_sweep_that_is_cancelled_leaves_a_debt_that_another_takes_up(
     assert SweepReport(delivered=30) == await make_sweeper().sweep()
 
 
-# --- sweeping on and on ----------------------------------------------------------------------------------------------
+# --- repeated sweeps ----------------------------------------------------------------------------------------------
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so, within a bound."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.001)
@@ -359,7 +368,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def sweeping(sweeper: Sweeper, every_seconds: float = 3600) -> AsyncIterator[asyncio.Event]:
-    """Sweep on the side; gives what makes the next sweep come sooner."""
+    """Run sweeps in the background; yield the event that requests the next sweep."""
     sooner = asyncio.Event()
     task = asyncio.create_task(sweeper.run_forever(every_seconds=every_seconds, sooner=sooner))
     try:
@@ -370,46 +379,46 @@ async def sweeping(sweeper: Sweeper, every_seconds: float = 3600) -> AsyncIterat
     assert task.cancelled()
 
 
-async def test_sweeps_come_again_and_again(sweeper: Sweeper, receiver: Receiver) -> None:
-    """What becomes owed after one sweep is delivered by a later one."""
+async def test_sweeps_are_repeated(sweeper: Sweeper, receiver: Receiver) -> None:
+    """A callback that becomes owed after one sweep is delivered by a later one."""
     async with sweeping(sweeper, every_seconds=0.01):
         for number in range(3):
-            await ended(sweeper, f"t-{number}", receiver.url)
-            await until(lambda number=number: f"t-{number}" in receiver.got)  # type: ignore[misc]
+            await add_finished(sweeper, f"t-{number}", receiver.url)
+            await until(lambda number=number: f"t-{number}" in receiver.task_ids)  # type: ignore[misc]
 
 
-async def test_sweep_comes_sooner_when_it_is_asked_for(sweeper: Sweeper, receiver: Receiver) -> None:
-    """A wish is followed by a sweep at once, however long the pause is."""
+async def test_sweep_runs_when_it_is_requested(sweeper: Sweeper, receiver: Receiver) -> None:
+    """A request starts a sweep immediately, independent of the interval."""
     async with sweeping(sweeper) as sooner:
         for number in range(3):
-            await ended(sweeper, f"t-{number}", receiver.url)
+            await add_finished(sweeper, f"t-{number}", receiver.url)
             sooner.set()
-            await until(lambda number=number: f"t-{number}" in receiver.got)  # type: ignore[misc]
+            await until(lambda number=number: f"t-{number}" in receiver.task_ids)  # type: ignore[misc]
 
 
-async def test_one_wish_is_one_sweep(sweeper: Sweeper, receiver: Receiver) -> None:
-    """A wish that was followed is used up: the sweep does not run on and on."""
-    await ended(sweeper, "t-0", receiver.url)
+async def test_one_request_starts_one_sweep(sweeper: Sweeper, receiver: Receiver) -> None:
+    """The event is cleared when the requested sweep starts, so that no further sweep follows."""
+    await add_finished(sweeper, "t-0", receiver.url)
     receiver.status = 500
     async with sweeping(sweeper) as sooner:
-        await until(lambda: "t-0" in receiver.got)
+        await until(lambda: "t-0" in receiver.task_ids)
         sooner.set()
         await until(lambda: not sooner.is_set())
 
 
-async def test_receiver_that_hangs_holds_up_nobody(sweeper: Sweeper, receiver: Receiver) -> None:
-    """While one receiver does not answer, further sweeps deliver to the others, and leave that one alone."""
+async def test_hanging_receiver_does_not_delay_others(sweeper: Sweeper, receiver: Receiver) -> None:
+    """While one delivery hangs, later sweeps deliver other callbacks and do not repeat that one."""
     receiver.hanging = {"t-0"}
     async with sweeping(sweeper) as sooner:
         for number in range(4):
-            await ended(sweeper, f"t-{number}", receiver.url)
+            await add_finished(sweeper, f"t-{number}", receiver.url)
             sooner.set()
-            await until(lambda number=number: f"t-{number}" in receiver.got)  # type: ignore[misc]
-    assert ["t-0", "t-1", "t-2", "t-3"] == receiver.got
+            await until(lambda number=number: f"t-{number}" in receiver.task_ids)  # type: ignore[misc]
+    assert ["t-0", "t-1", "t-2", "t-3"] == receiver.task_ids
 
 
 class BrokenBlobs(DirectoryBlobs):
-    """A folder whose first listings fail."""
+    """A storage whose first listings fail."""
 
     def __init__(self, root: Path, errors: list[Exception]) -> None:
         super().__init__(root)
@@ -421,9 +430,21 @@ class BrokenBlobs(DirectoryBlobs):
         return await super().entries(prefix, after=after, before=before, limit=limit)
 
 
-async def test_sweep_that_breaks_is_followed_by_another(sweeper: Sweeper, receiver: Receiver, tmp_path: Path) -> None:
-    """When the storage, or anything else, fails a whole sweep, the next one comes all the same."""
-    await ended(sweeper, url=receiver.url)
-    blobs = BrokenBlobs(tmp_path / "blobs", [StorageError("It does not answer."), OSError("unforeseen")])
+async def test_sweep_runs_after_one_that_failed(sweeper: Sweeper, receiver: Receiver, tmp_path: Path) -> None:
+    """When a whole sweep fails with any error, the next one runs."""
+    await add_finished(sweeper, url=receiver.url)
+    blobs = BrokenBlobs(tmp_path / "blobs", [StorageError("It does not respond."), OSError("unexpected")])
     async with sweeping(attrs.evolve(sweeper, store=Store(blobs)), every_seconds=0.01):
-        await until(lambda: receiver.got == ["t-1"])
+        await until(lambda: receiver.task_ids == ["t-1"])
+
+
+async def test_leftovers_of_final_and_unknown_tasks_are_cleared(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """What a lost worker has left is removed although its task is final; what a task still needs is not."""
+    final, waiting = TaskId("t-final"), TaskId("t-pending")
+    record = await pending(sweeper, final)
+    await sweeper.store.add(finish(start(record, at=NOW), SUCCESS, at=NOW))
+    await add_task(sweeper, await pending(sweeper, waiting))
+    jobs.states[waiting] = ExecutionState.QUEUED
+    jobs.with_leftovers = [final, waiting, TaskId("t-unknown")]
+    await sweeper.sweep()
+    assert [final, TaskId("t-unknown")] == jobs.cleared

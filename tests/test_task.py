@@ -50,7 +50,7 @@ FAILURE = Outcome(status=Status.FAILED, reason=Reason.AGENT_ERROR, exit_code=1, 
 
 
 def pending(webhook: CallbackInfo | None = None) -> TaskRecord:
-    """Return the record of a task that has just been asked for."""
+    """Return the record of a new task."""
     return TaskRecord(
         task_id=TaskId("t-1"),
         type=TaskType.ASYNC,
@@ -61,18 +61,18 @@ def pending(webhook: CallbackInfo | None = None) -> TaskRecord:
     )
 
 
-def over(webhook: CallbackInfo | None = None) -> TaskRecord:
-    """Return the record of a task that has succeeded."""
+def completed(webhook: CallbackInfo | None = None) -> TaskRecord:
+    """Return the record of a completed task."""
     return finish(start(pending(webhook), at=NOW), SUCCESS, at=NOW + SECOND)
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
 
-def test_secret_never_shows_itself() -> None:
-    """A secret is a mask in whatever way it is turned into text, alone or inside of a fact."""
+def test_text_of_a_secret_is_masked() -> None:
+    """Every conversion to text masks a secret, alone or inside another object."""
     secret = Secret("made-up secret")
-    fact = TaskSpec(
+    spec = TaskSpec(
         task_id=TaskId("t-1"),
         type=TaskType.SYNC,
         prompt="made-up secret",
@@ -80,20 +80,20 @@ def test_secret_never_shows_itself() -> None:
         anthropic_api_key=secret,
         environment_secrets={"TOKEN": secret},
     )
-    shown = [repr(secret), str(secret), f"{secret}", f"{secret!r}", "%s" % secret, repr([secret]), repr(fact)]  # noqa: UP031
-    assert [] == [text for text in shown if "made-up secret" in text]
+    texts = [repr(secret), str(secret), f"{secret}", f"{secret!r}", "%s" % secret, repr([secret]), repr(spec)]  # noqa: UP031
+    assert [] == [text for text in texts if "made-up secret" in text]
     assert secret.reveal() == "made-up secret"
 
 
-def test_secrets_are_equal_by_value_only_to_secrets() -> None:
-    """Two secrets of one value are equal and hash alike; a secret never equals a string."""
+def test_secret_equals_only_a_secret_with_its_value() -> None:
+    """Two secrets with the same value are equal and have the same hash; a secret does not equal a string."""
     assert Secret("a") == Secret("a")
     assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
     assert Secret("a") != "a"
 
 
-def test_secrets_of_a_request_are_all_that_must_be_masked() -> None:
-    """Every field of a request that holds a secret is named, but the callback URL, which the record shows in part."""
+def test_secrets_of_a_request_are_collected() -> None:
+    """`secrets` has the value of every secret field except the callback URL, a part of which is in the record."""
     spec = TaskSpec(
         task_id=TaskId("t-1"),
         type=TaskType.SYNC,
@@ -109,8 +109,8 @@ def test_secrets_of_a_request_are_all_that_must_be_masked() -> None:
     assert {"api", "oauth", "ssh", "user:git", "git", "one", "two"} == {secret.reveal() for secret in spec.secrets}
 
 
-def test_every_secret_field_of_a_request_is_covered() -> None:
-    """A field for a secret that is added to the request is also added to what is masked."""
+def test_secret_fields_of_a_request_are_known() -> None:
+    """A new secret field fails this test, so that it is added to the test above."""
     fields = {field.name for field in attrs.fields(TaskSpec) if re.search("Secret|Token", str(field.type))}
     assert {
         "anthropic_api_key",
@@ -140,7 +140,7 @@ def test_every_secret_field_of_a_request_is_covered() -> None:
     ],
 )
 def test_task_id_is_url_safe(text: str, is_valid: bool) -> None:
-    """A task ID has letters, digits, underscores and hyphens of ASCII, up to 128 of them."""
+    """A task ID has 1 to 128 ASCII letters, digits, underscores and hyphens."""
     assert is_valid == (TASK_ID_PATTERN.fullmatch(text) is not None)
 
 
@@ -157,8 +157,8 @@ LEGAL = {
 
 
 @pytest.mark.parametrize(("old", "new"), list(itertools.product(Status, Status)))
-def test_only_legal_transitions_are_let_through(old: Status, new: Status) -> None:
-    """Of all pairs of states, six may follow each other."""
+def test_only_legal_transitions_are_accepted(old: Status, new: Status) -> None:
+    """`check_transition` accepts six pairs of statuses and rejects all others."""
     try:
         check_transition(old, new)
         is_legal = True
@@ -167,32 +167,32 @@ def test_only_legal_transitions_are_let_through(old: Status, new: Status) -> Non
     assert ((old, new) in LEGAL) == is_legal
 
 
-def test_nothing_follows_a_final_state() -> None:
-    """A state is final when no transition leaves it."""
+def test_final_statuses() -> None:
+    """A status is final when no transition starts from it."""
     assert {Status.COMPLETED, Status.FAILED, Status.CANCELLED} == {status for status in Status if status.is_final}
 
 
-def test_started_task_runs() -> None:
-    """A worker that takes a task up is noted with its time and its execution."""
+def test_started_task_is_running() -> None:
+    """The record of a started task has the time of the start and the name of the execution."""
     started = start(pending(), at=NOW, execution_name="executions/1")
     expected = attrs.evolve(pending(), status=Status.RUNNING, started_at=NOW, execution_name="executions/1")
     assert expected == started
 
 
-def test_worker_without_a_name_keeps_the_one_that_is_known() -> None:
-    """A worker that does not know its execution leaves the name that the launch gave."""
+def test_start_without_an_execution_name_retains_it() -> None:
+    """A start without a name does not replace the name that the launch returned."""
     launched = attrs.evolve(pending(), execution_name="executions/1")
     assert start(launched, at=NOW).execution_name == "executions/1"
 
 
-def test_task_is_taken_up_once() -> None:
-    """A second worker of one task is refused."""
+def test_task_cannot_be_started_twice() -> None:
+    """Starting a running task raises `IllegalTransition`."""
     with pytest.raises(IllegalTransition, match="A task that is running cannot become running"):
         start(start(pending(), at=NOW), at=NOW)
 
 
-def test_pending_task_is_cancelled_at_once() -> None:
-    """A cancel before the worker has begun ends the task."""
+def test_pending_task_is_cancelled_immediately() -> None:
+    """A cancellation makes a pending task final."""
     record = request_cancel(pending(), at=NOW)
     assert (Status.CANCELLED, NOW, NOW, 130, Reason.CANCELLED) == (
         record.status,
@@ -203,23 +203,23 @@ def test_pending_task_is_cancelled_at_once() -> None:
     )
 
 
-def test_running_task_is_marked_as_cancelling() -> None:
-    """A cancel of a running task leaves it to its worker, and a second one changes nothing."""
+def test_running_task_becomes_cancelling() -> None:
+    """A cancelled task runs until its worker stops, and a second cancellation changes nothing."""
     once = request_cancel(start(pending(), at=NOW), at=NOW + SECOND)
     assert (Status.RUNNING, True, NOW + SECOND) == (once.status, once.is_cancelling, once.cancelled_at)
     assert once == request_cancel(once, at=NOW + 2 * SECOND)
 
 
 @pytest.mark.parametrize("outcome", [SUCCESS, FAILURE, cancelled_outcome()])
-def test_task_that_is_over_is_not_cancelled(outcome: Outcome) -> None:
-    """A cancel that comes too late is told how the task ended."""
+def test_final_task_cannot_be_cancelled(outcome: Outcome) -> None:
+    """The error has the status of the task."""
     record = finish(start(pending(), at=NOW), outcome, at=NOW)
     with pytest.raises(IllegalTransition, match=f"Task t-1 is already {outcome.status}"):
         request_cancel(record, at=NOW)
 
 
 def test_final_record_has_the_outcome() -> None:
-    """All that is known of the end stands in the final record, with the time that it took."""
+    """The final record has all fields of the outcome, and the duration."""
     outcome = attrs.evolve(
         SUCCESS,
         errors=2,
@@ -242,23 +242,23 @@ def test_final_record_has_the_outcome() -> None:
     )
 
 
-def test_task_that_never_began_took_no_time() -> None:
-    """A task that ends before it began has a duration of zero, and no start."""
+def test_task_that_never_started_has_no_duration() -> None:
+    """A task that finishes before it starts has a duration of zero and no start time."""
     summary = finish(pending(), FAILURE, at=NOW + SECOND).summary
     assert summary is not None
     assert (0, None) == (summary.duration_ms, summary.started_at)
 
 
-def test_clock_that_goes_back_gives_no_negative_duration() -> None:
-    """A task that ended before it began, by another machine's clock, took no time."""
+def test_duration_is_never_negative() -> None:
+    """When the clock of another machine is behind, the duration is zero."""
     summary = finish(start(pending(), at=NOW), SUCCESS, at=NOW - SECOND).summary
     assert summary is not None
     assert summary.duration_ms == 0
 
 
 @pytest.mark.parametrize("outcome", [SUCCESS, FAILURE])
-def test_cancel_that_was_answered_stands(outcome: Outcome) -> None:
-    """However the worker ends a task that is being cancelled, it ends as cancelled, with the figures of what was done."""
+def test_cancelling_task_becomes_cancelled(outcome: Outcome) -> None:
+    """A task that is cancelling becomes cancelled with any outcome, and its summary has the values of the outcome."""
     record = finish(request_cancel(start(pending(), at=NOW), at=NOW), outcome, at=NOW + SECOND)
     assert (Status.CANCELLED, Reason.CANCELLED, 130, "The task was cancelled.") == (
         record.status,
@@ -276,15 +276,15 @@ steps: dict[str, Step] = {
     "cancel": lambda record: request_cancel(record, at=NOW),
     "succeed": lambda record: finish(record, SUCCESS, at=NOW),
     "fail": lambda record: finish(record, FAILURE, at=NOW),
-    "be cancelled": lambda record: finish(record, cancelled_outcome(), at=NOW),
+    "finish as cancelled": lambda record: finish(record, cancelled_outcome(), at=NOW),
 }
 
 
 @given(st.lists(st.sampled_from(sorted(steps)), max_size=8))
-def test_whoever_comes_first_decides_the_end(order: list[str]) -> None:
-    """In whatever order parties change a task, a final state stays as it is and what it was born with never changes."""
+def test_final_status_never_changes(order: list[str]) -> None:
+    """In any order of changes, a final status and the fields of the request do not change."""
     record = pending(CallbackInfo())
-    cancel_answered = False
+    cancel_accepted = False
     for name in order:
         before = record
         try:
@@ -293,29 +293,33 @@ def test_whoever_comes_first_decides_the_end(order: list[str]) -> None:
             continue
         assert not before.status.is_final
         assert (before.status, record.status) in LEGAL or before.status is record.status
-        cancel_answered = cancel_answered or name == "cancel"
-    born = ("task_id", "type", "created_at", "logs_path", "metadata", "callback_url")
-    assert [getattr(pending(), name) for name in born] == [getattr(record, name) for name in born]
-    assert not (cancel_answered and record.status in (Status.COMPLETED, Status.FAILED))
+        cancel_accepted = cancel_accepted or name == "cancel"
+    constant = ("task_id", "type", "created_at", "logs_path", "metadata", "callback_url")
+    assert [getattr(pending(), name) for name in constant] == [getattr(record, name) for name in constant]
+    assert not (cancel_accepted and record.status in (Status.COMPLETED, Status.FAILED))
     assert record.status.is_final == record.owes_callback == (record.completed_at is not None)
 
 
-# --- the callback's debt ---------------------------------------------------------------------------------------------
+# --- callbacks ---------------------------------------------------------------------------------------------
 
 
 def test_task_without_callback_owes_none() -> None:
-    """A task that named no callback has nothing to deliver, whatever happens."""
-    assert (None, False, False) == (over().webhook, over().owes_callback, is_callback_due(over(), at=NOW + 9 * SECOND))
+    """A completed task without a callback URL owes no callback."""
+    assert (None, False, False) == (
+        completed().webhook,
+        completed().owes_callback,
+        is_callback_due(completed(), at=NOW + 9 * SECOND),
+    )
 
 
-def test_running_task_owes_nothing_yet() -> None:
-    """A callback is owed from the end of the task on."""
+def test_running_task_owes_no_callback() -> None:
+    """A callback is owed only when the task is final."""
     assert not start(pending(CallbackInfo()), at=NOW).owes_callback
 
 
-def test_end_and_debt_are_one_value() -> None:
-    """The final record owes its callback at once, unless its writer takes it up in the same act."""
-    record = over(CallbackInfo())
+def test_final_record_owes_its_callback() -> None:
+    """The callback of a final record is due immediately, unless `finish` claims it with a lease."""
+    record = completed(CallbackInfo())
     assert CallbackInfo(state=CallbackState.OWED, next_attempt_at=NOW + SECOND) == record.webhook
     assert is_callback_due(record, at=NOW + SECOND)
     leased = finish(start(pending(CallbackInfo()), at=NOW), SUCCESS, at=NOW, lease_until=NOW + 60 * SECOND)
@@ -323,17 +327,17 @@ def test_end_and_debt_are_one_value() -> None:
 
 
 def test_callback_under_a_lease_is_not_due() -> None:
-    """Nobody else takes a callback up before the lease has run out; then anybody may."""
-    record = claim_callback(over(CallbackInfo()), lease_until=NOW + 60 * SECOND)
+    """A claimed callback is not due until its lease expires."""
+    record = claim_callback(completed(CallbackInfo()), lease_until=NOW + 60 * SECOND)
     assert record.owes_callback
     assert not is_callback_due(record, at=NOW + 59 * SECOND)
     assert is_callback_due(record, at=NOW + 60 * SECOND)
 
 
-def test_delivered_callback_is_settled() -> None:
-    """After a delivery nothing is owed, and the tries are counted."""
-    tried = record_delivery(over(CallbackInfo()), delivered=False, attempts=5, error="No answer.", at=NOW)
-    record = record_delivery(tried, delivered=True, attempts=2, error=None, at=NOW)
+def test_delivered_callback_is_not_owed() -> None:
+    """After a successful delivery the callback is not owed, and the record has the number of all attempts."""
+    failed = record_delivery(completed(CallbackInfo()), delivered=False, attempts=5, error="No response.", at=NOW)
+    record = record_delivery(failed, delivered=True, attempts=2, error=None, at=NOW)
     assert record.webhook is not None
     assert (CallbackState.DELIVERED, 7, None, None) == (
         record.webhook.state,
@@ -344,43 +348,43 @@ def test_delivered_callback_is_settled() -> None:
     assert not record.owes_callback
 
 
-def test_pauses_between_deliveries_grow() -> None:
-    """Each delivery that fails is followed by a pause twice as long, from a minute up to six hours."""
-    record, pauses = over(CallbackInfo()), []
+def test_delay_between_deliveries_grows() -> None:
+    """The delay after a failed delivery doubles each time, from one minute to six hours."""
+    record, delays = completed(CallbackInfo()), []
     for _ in range(12):
-        record = record_delivery(record, delivered=False, attempts=5, error="No answer.", at=NOW)
+        record = record_delivery(record, delivered=False, attempts=5, error="No response.", at=NOW)
         assert record.webhook is not None
         assert record.webhook.next_attempt_at is not None
-        pauses.append(record.webhook.next_attempt_at - NOW)
+        delays.append(record.webhook.next_attempt_at - NOW)
     minutes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 360, 360, 360]
-    assert [dt.timedelta(minutes=minute) for minute in minutes] == pauses
+    assert [dt.timedelta(minutes=minute) for minute in minutes] == delays
     assert (minutes[0] * 60, 6 * 3600) == (FIRST_CALLBACK_DELAY.total_seconds(), MAX_CALLBACK_DELAY.total_seconds())
 
 
-@pytest.mark.parametrize(("wish", "pause"), [(5 * SECOND, 60 * SECOND), (600 * SECOND, 600 * SECOND)])
-def test_receiver_may_ask_for_a_longer_pause(wish: dt.timedelta, pause: dt.timedelta) -> None:
-    """What the receiver wants makes a pause longer, never shorter."""
+@pytest.mark.parametrize(("requested", "delay"), [(5 * SECOND, 60 * SECOND), (600 * SECOND, 600 * SECOND)])
+def test_receiver_can_request_a_longer_delay(requested: dt.timedelta, delay: dt.timedelta) -> None:
+    """`not_before` can make the delay longer, and never shorter."""
     record = record_delivery(
-        over(CallbackInfo()), delivered=False, attempts=1, error="Too many.", at=NOW, not_before=NOW + wish
+        completed(CallbackInfo()), delivered=False, attempts=1, error="Too many.", at=NOW, not_before=NOW + requested
     )
     assert record.webhook is not None
-    assert NOW + pause == record.webhook.next_attempt_at
+    assert NOW + delay == record.webhook.next_attempt_at
 
 
-def test_receiver_that_stays_away_is_given_up() -> None:
-    """A month after the task's end the callback is owed no more; the last error stays."""
-    record = over(CallbackInfo())
+def test_callback_is_abandoned_after_the_retry_period() -> None:
+    """A failed delivery after the retry period abandons the callback; the record retains the last error."""
+    record = completed(CallbackInfo())
     late = NOW + SECOND + CALLBACK_RETRY_PERIOD
-    owed = record_delivery(record, delivered=False, attempts=1, error="No answer.", at=late)
-    given_up = record_delivery(owed, delivered=False, attempts=1, error="No answer.", at=late + SECOND)
-    assert (True, False) == (owed.owes_callback, given_up.owes_callback)
-    assert given_up.webhook is not None
-    assert (CallbackState.ABANDONED, "No answer.") == (given_up.webhook.state, given_up.webhook.last_error)
+    owed = record_delivery(record, delivered=False, attempts=1, error="No response.", at=late)
+    abandoned = record_delivery(owed, delivered=False, attempts=1, error="No response.", at=late + SECOND)
+    assert (True, False) == (owed.owes_callback, abandoned.owes_callback)
+    assert abandoned.webhook is not None
+    assert (CallbackState.ABANDONED, "No response.") == (abandoned.webhook.state, abandoned.webhook.last_error)
 
 
 @pytest.mark.parametrize("state", list(CallbackState))
-def test_callback_is_owed_again_whatever_became_of_it(state: CallbackState) -> None:
-    """A wish to deliver again makes the callback due at once and keeps the count of tries."""
-    record = owe_callback(over(CallbackInfo(state=state, attempts=4)), at=NOW)
+def test_callback_can_be_requested_in_any_state(state: CallbackState) -> None:
+    """`owe_callback` makes the callback due immediately, and retains the number of attempts."""
+    record = owe_callback(completed(CallbackInfo(state=state, attempts=4)), at=NOW)
     assert CallbackInfo(state=CallbackState.OWED, attempts=4, next_attempt_at=NOW) == record.webhook
     assert is_callback_due(record, at=NOW)

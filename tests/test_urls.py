@@ -22,18 +22,18 @@ from ccrun.urls import GitUrl, parse_git_url
         ("deploy@Example.com:org/repo", "deploy@Example.com:org/repo", "example.com"),
     ],
 )
-def test_ssh_form_of_a_url(url: str, expected: str, host: str) -> None:
-    """An https URL becomes an SSH URL without the port, with groups of any depth; an SSH URL stays as it is."""
+def test_https_url_becomes_an_ssh_url(url: str, expected: str, host: str) -> None:
+    """An https URL becomes an SSH URL with the same path and without the port; an SSH URL is not changed."""
     assert GitUrl(url=expected, scheme="ssh", host=host) == parse_git_url(url).over_ssh()
 
 
 @pytest.mark.parametrize("url", ["https://github.com/org/repo", "http://127.0.0.1:80/x.git", "file:///srv/x.git"])
-def test_a_url_is_passed_to_git_unchanged(url: str) -> None:
-    """A URL that is not one of SSH is not reached over SSH."""
+def test_other_url_is_not_changed(url: str) -> None:
+    """A URL of another scheme is passed to git unchanged, and is not used over SSH."""
     remote = parse_git_url(url)
     assert (url, False) == (remote.url, remote.is_ssh)
 
 
-def test_a_credential_is_for_scheme_host_and_port() -> None:
-    """Path and query of the URL do not matter."""
+def test_origin_is_scheme_host_and_port() -> None:
+    """The origin, which a credential is limited to, has neither path nor query."""
     assert "https://example.com:8443" == parse_git_url("https://example.com:8443/a/b?x#y").origin

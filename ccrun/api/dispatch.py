@@ -7,6 +7,7 @@ response never reports a state that is not stored yet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import hashlib
 import hmac
@@ -21,7 +22,17 @@ import structlog
 
 from ccrun import codec, lifecycle
 from ccrun.api.background import BackgroundTasks
-from ccrun.errors import Busy, CcrunError, LaunchFailed, NotRedeliverable, TaskAlreadyFinished, TaskExists, TaskNotFound
+from ccrun.errors import (
+    Busy,
+    CcrunError,
+    IllegalTransition,
+    LaunchFailed,
+    NotRedeliverable,
+    StorageError,
+    TaskAlreadyFinished,
+    TaskExists,
+    TaskNotFound,
+)
 from ccrun.jobs import Jobs
 from ccrun.seal import KeyWrapper, Purpose, Sealed, new_data_key
 from ccrun.settle import settle
@@ -35,8 +46,11 @@ CREATION_WAIT_SECONDS: Final = 5.0
 CREATION_POLL_SECONDS: Final = 0.05
 #: Tasks whose last check is remembered.
 MAX_REMEMBERED_CHECKS: Final = 10_000
+#: Seconds in which a task is stored, or its request fails; a call to the storage could be retried for longer. A sweep removes
+#: what is incomplete after twice this time (`ccrun.sweep.INCOMPLETE_TASK_AGE`).
+CREATION_SECONDS: Final = 15.0
 #: Seconds after which a sweep has removed an incomplete task of a process that was killed.
-INCOMPLETE_TASK_RETRY_SECONDS: Final = 300
+INCOMPLETE_TASK_RETRY_SECONDS: Final = 60
 
 
 @attrs.frozen(kw_only=True)
@@ -125,7 +139,7 @@ class Dispatcher:
 
         Raises:
             TaskExists: Another request has the same ID.
-            Busy: There is no capacity, or the first request with this key is not stored yet.
+            Busy: There is no capacity, or the first request with this ID or key is not stored yet.
             LaunchFailed: The worker could not be started. The task is stored as failed.
             KeyServiceError: The key service failed.
             StorageError: The storage failed.
@@ -140,11 +154,15 @@ class Dispatcher:
             record = attrs.evolve(record, sealed_callback_url=sealed_url)
         payload = await data_key.seal(codec.spec_to_bytes(spec), task_id=spec.task_id, purpose=Purpose.PAYLOAD)
         try:
-            await self._store_new_task(record, payload)
+            async with asyncio.timeout(CREATION_SECONDS):
+                record = await self._store_new_task(record, payload)
+        except TimeoutError:
+            raise StorageError("The storage did not store the task in time.") from None
         except TaskExists:
+            original = await self._original_task(spec.task_id)
             if idempotency_digest is None:
                 raise
-            return Submitted(record=await self._original_task(spec.task_id, idempotency_digest), is_replay=True)
+            return Submitted(record=_replayed(original, idempotency_digest), is_replay=True)
         return Submitted(record=await self._launch(record), is_replay=False)
 
     async def cancel(self, task_id: TaskId) -> Cancelled:
@@ -208,35 +226,69 @@ class Dispatcher:
             idempotency_digest=idempotency_digest,
         )
 
-    async def _store_new_task(self, record: TaskRecord, payload: Sealed) -> None:
-        """Store all parts of a task, or none."""
+    async def _store_new_task(self, record: TaskRecord, payload: Sealed) -> TaskRecord:
+        """Store all parts of a task, or none. Return the stored record.
+
+        Raises:
+            TaskExists: There is a task with this ID, or another request stores one.
+        """
+        task_id, digest = record.task_id, record.idempotency_digest
         # The mark comes first: without it, no sweep would remove an incomplete task.
-        await self.store.mark_active(record.task_id)
-        await self.store.add_payload(record.task_id, payload)
+        is_marked_now = await self.store.mark_active(task_id, request_digest=digest)
+        own_payload: int | None = None
+        try:
+            own_payload = await self.store.add_payload(task_id, payload)
+        except TaskExists:
+            # An earlier attempt of this request was interrupted or is slow. The one that creates the record launches the task.
+            if digest is None or not await self.store.take_over_payload(task_id, payload, request_digest=digest):
+                raise
         try:
             await self.store.add(record)
-        except CcrunError:
-            await self.store.delete_payload(record.task_id)
+        except CcrunError as error:
+            if isinstance(error, TaskExists):
+                with contextlib.suppress(IllegalTransition):
+                    return await self._retry_launch(record)
+            # A payload that was taken over may be that of the task which the other request has created by now.
+            if own_payload is not None:
+                await self.store.delete_payload(task_id, generation=own_payload)
             raise
+        if not is_marked_now:
+            # A sweep may have deleted the older mark in the meantime.
+            await self.store.mark_active(task_id)
+        return record
 
-    async def _original_task(self, task_id: TaskId, digest: str) -> TaskRecord:
-        """Return the record of the first request with this Idempotency-Key, as soon as it is stored."""
+    async def _retry_launch(self, record: TaskRecord) -> TaskRecord:
+        """Return the record of a task that is launched again, after its first launch has failed.
+
+        Raises:
+            IllegalTransition: It was not rejected, or was submitted by another request.
+        """
+
+        def retry(present: TaskRecord) -> TaskRecord:
+            if not _is_retry(present, record.idempotency_digest):
+                raise IllegalTransition(f"Task {record.task_id} is already {present.status}.")
+            return lifecycle.retry_launch(present, record)
+
+        return await self.store.update(record.task_id, retry)
+
+    async def _original_task(self, task_id: TaskId) -> TaskRecord:
+        """Return the record of the task with this ID, as soon as it is stored.
+
+        Raises:
+            Busy: It is not stored in time.
+        """
         try:
             async with asyncio.timeout(self.creation_wait_seconds):
                 while True:
                     try:
-                        record = await self.store.record(task_id)
-                        break
+                        return await self.store.record(task_id)
                     except TaskNotFound:
                         await asyncio.sleep(CREATION_POLL_SECONDS)
         except TimeoutError:
             raise Busy(
-                "An earlier request with this Idempotency-Key is still being processed.",
+                "An earlier request with this task ID or Idempotency-Key is still being processed.",
                 retry_after=INCOMPLETE_TASK_RETRY_SECONDS,
             ) from None
-        if record.idempotency_digest is None or not hmac.compare_digest(record.idempotency_digest, digest):
-            raise TaskExists("This Idempotency-Key was used with another request.")
-        return record
 
     async def _launch(self, record: TaskRecord) -> TaskRecord:
         try:
@@ -251,16 +303,37 @@ class Dispatcher:
         return attrs.evolve(record, execution_name=execution_name)
 
     async def _mark_launch_failed(self, record: TaskRecord, error: CcrunError) -> TaskRecord:
-        """Record that the task has failed, unless a worker has started it. The client gets the error, so no callback is owed."""
-        outcome = lifecycle.failed_outcome(Reason.LAUNCH_FAILED, error.message)
+        """Record that the task has failed, unless a worker has started it."""
 
         def fail(present: TaskRecord) -> TaskRecord:
             if present.status is not Status.PENDING:
                 return present
-            failed = lifecycle.finish(present, outcome, at=dt.datetime.now(dt.UTC))
-            return attrs.evolve(failed, webhook=None)
+            return lifecycle.reject(present, error.message, at=dt.datetime.now(dt.UTC))
 
         return await self.store.update(record.task_id, fail)
+
+
+def _is_retry(original: TaskRecord, digest: str | None) -> bool:
+    """Return whether a request with this digest is a retry of the one that created the task."""
+    return (
+        digest is not None
+        and original.idempotency_digest is not None
+        and hmac.compare_digest(original.idempotency_digest, digest)
+    )
+
+
+def _replayed(original: TaskRecord, digest: str) -> TaskRecord:
+    """Return the record of a task for a retry of its request.
+
+    Raises:
+        TaskExists: It was created by another request.
+        LaunchFailed: The first request failed with this error, and a retry is still being stored.
+    """
+    if not _is_retry(original, digest):
+        raise TaskExists("This Idempotency-Key was used with another request.")
+    if original.launch_rejected:
+        raise LaunchFailed(original.error)
+    return original
 
 
 def redacted_url(url: str) -> str:

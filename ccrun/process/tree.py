@@ -43,6 +43,26 @@ async def kill_marked(marker: str, *, seconds: float = KILL_SECONDS) -> bool:
     return await asyncio.to_thread(ProcessTree(None, marker).kill, seconds)
 
 
+def kill_orphans(known: Container[int], *, seconds: float = KILL_SECONDS) -> None:
+    """Kill all children of this process in other sessions, and their descendants, which become its children one after the other.
+
+    They are what lost workers have left, even if they cleared their environment. Does nothing in a process that has not called
+    `become_subreaper`. Blocks.
+
+    Args:
+        known: The children that this process has started itself.
+        seconds: The timeout.
+    """
+    until = time.monotonic() + seconds
+    while is_subreaper() and time.monotonic() < until:
+        orphans = [pid for pid in _own_children() if pid not in known and _is_of_another_session(pid)]
+        if not orphans:
+            return
+        for pid in orphans:
+            _signal(pid, signal.SIGKILL)
+            _reap(pid)
+
+
 @attrs.frozen
 class ProcessEntry:
     """A process in /proc."""
@@ -153,24 +173,20 @@ class ProcessTree:
         A process that forks and exits in a loop is faster than a search of all processes. As an orphan it is a child of this
         process, and listing these takes microseconds.
         """
-        while self._claims_orphans() and time.monotonic() < until:
-            orphans = [pid for pid in _own_children() if pid not in open_children and self._is_of_another_session(pid)]
-            if not orphans:
-                return
-            for pid in orphans:
-                _signal(pid, signal.SIGKILL)
-                _reap(pid)
-
-    def _is_of_another_session(self, pid: int) -> bool:
-        try:
-            return os.getsid(pid) != self._session
-        except ProcessLookupError:
-            return False
+        if self._claims_orphans():
+            kill_orphans(open_children, seconds=until - time.monotonic())
 
 
 def _own_children() -> list[int]:
     """Return the IDs of this process's children, none where the kernel does not list them. See proc_tid_children(5)."""
     return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_bytes().split()]
+
+
+def _is_of_another_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) != os.getsid(0)
+    except ProcessLookupError:
+        return False
 
 
 def _reap(pid: int) -> None:

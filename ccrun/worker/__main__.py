@@ -13,14 +13,14 @@ import structlog
 
 from ccrun import config, log
 from ccrun.backends.local import pidfile
-from ccrun.backends.local.layout import pid_file, process_marker
+from ccrun.backends.local.layout import pid_files, process_marker
 from ccrun.backends.local.pidfile import AlreadyHeld
 from ccrun.backends.open import open_backend
 from ccrun.claude_cli import find_cli
 from ccrun.config import Config
 from ccrun.errors import CcrunError, ConfigError, exit_status
 from ccrun.names import payload_name
-from ccrun.process import linux, user
+from ccrun.process import cgroup, linux, user
 from ccrun.process.user import User
 from ccrun.task import TaskId
 from ccrun.worker.dependencies import WorkerDependencies
@@ -44,7 +44,7 @@ def main() -> int:
         if settings.encrypted_payload_path not in (None, payload_name(settings.task_id)):
             raise ConfigError("ENCRYPTED_PAYLOAD_PATH must name the payload of the task that TASK_ID names.")
         agent_user = user.find_user(settings.agent_user, SYSTEM_PATH) if settings.agent_user else None
-        with log.bound(task_id=settings.task_id), _pid_file_held(settings, settings.task_id):
+        with log.bound(task_id=settings.task_id), _local_worker(settings, settings.task_id):
             asyncio.run(_work(settings, settings.task_id, agent_user))
     except AlreadyHeld:
         return 0
@@ -55,9 +55,13 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _pid_file_held(settings: Config, task_id: TaskId) -> Iterator[None]:
+def _local_worker(settings: Config, task_id: TaskId) -> Iterator[None]:
+    """Hold what tells a service on this machine that the worker runs, and what lets it find the processes of a lost worker."""
     if settings.is_local:
-        with pidfile.hold(pid_file(settings.data_dir, task_id)):
+        with (
+            pidfile.hold(pid_files(settings.data_dir) / task_id),
+            cgroup.joined(process_marker(settings.data_dir, task_id)),
+        ):
             yield
     else:
         yield

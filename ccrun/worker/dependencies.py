@@ -58,12 +58,12 @@ class WorkerTimeouts:
     #: Of those, for the agent to exit.
     shutdown_term_grace: float = 3.0
     #: Of those, for the callback.
-    shutdown_callback: float = 3.0
+    shutdown_callback: float = 2.5
 
     @property
     def shutdown_work(self) -> float:
-        """Of those, what is left until the outcome must be recorded, which takes less than one."""
-        return self.shutdown - self.shutdown_callback - 1.0
+        """Of those, for the work; abandoning the log and recording the outcome take less than 1.5."""
+        return self.shutdown - self.shutdown_callback - 1.5
 
 
 @attrs.frozen(kw_only=True)

@@ -25,7 +25,7 @@ from ccrun.worker import claude
 from ccrun.worker.agent import AgentSession, run_agent
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.checkout import Checkout, check_out
-from ccrun.worker.log_writer import LogWriter
+from ccrun.worker.log_writer import LogIncomplete, LogWriter
 from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
 from ccrun.worker.preparation import command_files, prepare_dotenv, run_commands
@@ -64,10 +64,9 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
         return
     log.info("task_started", message="Task started")
     stop = StopRequest()
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(_watching(deps, task_id, stop, shutdown))
-        spec: TaskSpec | None = None
-        payload = Payload(deps.store, deps.wrapper, task_id)
+    spec: TaskSpec | None = None
+    payload = Payload(deps.store, deps.wrapper, task_id)
+    async with _watching(deps, task_id, stop, shutdown), AsyncExitStack() as stack:
         try:
             spec = await payload.open()
             stop.set_deadline(started + spec.timeout_minutes * 60)
@@ -85,13 +84,14 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
             log.warning("task_already_final", message="The task was finished by another process", error=error.message)
             return
         _log_finished(record)
-        if not record.owes_callback or deps.callbacks is None:
-            return
-        if payload.is_deleted:
-            await _deliver_callback(deps.callbacks, record, spec, shutdown, deps.timeouts)
-        else:
-            # A sweep deletes the payload before it delivers, so that no payload outlives its task.
-            await deps.callbacks.release(task_id)
+    # The workspace is removed: a worker that is killed during the delivery leaves no files.
+    if not record.owes_callback or deps.callbacks is None:
+        return
+    if payload.is_deleted:
+        await _deliver_callback(deps.callbacks, record, spec, shutdown, deps.timeouts)
+    else:
+        # A sweep deletes the payload before it delivers, so that no payload outlives its task.
+        await deps.callbacks.release(task_id)
 
 
 def _log_finished(record: TaskRecord) -> None:
@@ -144,8 +144,12 @@ async def _until_shutdown(work: Coroutine[Any, Any, Outcome], stop: StopRequest,
         performing.cancel()
     try:
         return await performing
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, LogIncomplete) as stopped:
         error = "The worker was shut down, and the task could not be stopped in order in the time that was left."
+        if isinstance(stopped, LogIncomplete):
+            if stop.shutdown_at is None:
+                raise
+            error = f"{error} {stopped.message}"
         return lifecycle.failed_outcome(Reason.KILLED, error, exit_code=EXIT_TERMINATED)
 
 

@@ -5,14 +5,32 @@ import contextlib
 import datetime as dt
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import attrs
 import pytest
+from helpers.dispatch import (
+    NOW,
+    SUCCESS,
+    TASK,
+    URL,
+    RecordingJobs,
+    WatchedBlobs,
+    all_objects,
+    blobs,
+    dispatcher,
+    finish_task,
+    jobs,
+    other_store,
+    owed,
+    spec,
+    store,
+    wrapper,
+)
 
 from ccrun import codec, lifecycle
-from ccrun.api.dispatch import Dispatcher, Idempotency, Submitted, redacted_url
+from ccrun.api.dispatch import Dispatcher, Submitted, redacted_url
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.backends.local.key import LocalKey
 from ccrun.blobs import Blob
@@ -27,153 +45,19 @@ from ccrun.errors import (
     TaskExists,
     TaskNotFound,
 )
-from ccrun.jobs import ExecutionState
 from ccrun.lifecycle import finish, record_delivery, start
 from ccrun.names import active_name, payload_name, record_name
 from ccrun.seal import Purpose
 from ccrun.store import Store
 from ccrun.task import (
-    TASK_ID_PATTERN,
     CallbackState,
-    Outcome,
     Reason,
-    Secret,
     Status,
-    TaskId,
     TaskRecord,
-    TaskSpec,
-    TaskType,
 )
 from ccrun.unseal import unseal
 
-TASK = TaskId("t-1")
-NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)
-SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0)
-URL = "https://user:made-up-password@example.com:8443/hook?token=made-up-token"
-
-
-class WatchedBlobs(DirectoryBlobs):
-    """A directory that can call a function before a record is replaced, or delay the creation of records."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.before_replace: Callable[[], object] | None = None
-        self.may_store_records = asyncio.Event()
-        self.may_store_records.set()
-
-    async def create(self, name: str, content: bytes | Sequence[bytes | bytearray]) -> int:
-        if name.endswith("metadata.json"):
-            await self.may_store_records.wait()
-        return await super().create(name, content)
-
-    async def replace(self, name: str, content: bytes, *, generation: int) -> int:
-        if self.before_replace is not None:
-            run, self.before_replace = self.before_replace, None
-            await asyncio.to_thread(run)
-        return await super().replace(name, content, generation=generation)
-
-
-class RecordingJobs:
-    """A backend that records launches and cancellations, and starts no workers."""
-
-    max_running: int | None = None
-    start_timeout: dt.timedelta | None = None
-
-    def __init__(self) -> None:
-        self.launched: list[TaskId] = []
-        self.cancelled: list[TaskId] = []
-        self.error: CcrunError | None = None
-        self.before_launch: Callable[[], object] | None = None
-
-    def check_capacity(self) -> None: ...
-
-    async def launch(self, task_id: TaskId) -> str | None:
-        if self.before_launch is not None:
-            await asyncio.to_thread(self.before_launch)
-        if self.error is not None:
-            raise self.error
-        self.launched.append(task_id)
-        return f"executions/{task_id}"
-
-    async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
-        self.cancelled.append(task_id)
-
-    async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
-        return ExecutionState.UNKNOWN
-
-    async def clear(self, task_id: TaskId) -> None:
-        pass
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> WatchedBlobs:
-    """The objects."""
-    return WatchedBlobs(tmp_path / "blobs")
-
-
-@pytest.fixture
-def store(blobs: WatchedBlobs) -> Store:
-    """The store."""
-    return Store(blobs)
-
-
-@pytest.fixture
-def other_store(tmp_path: Path) -> Store:
-    """The same store, used by another process."""
-    return Store(DirectoryBlobs(tmp_path / "blobs"))
-
-
-@pytest.fixture
-def wrapper(tmp_path: Path) -> LocalKey:
-    """The key service."""
-    return LocalKey(tmp_path / "sealing.key")
-
-
-@pytest.fixture
-def jobs() -> RecordingJobs:
-    """The recorded launches and cancellations."""
-    return RecordingJobs()
-
-
-@pytest.fixture
-def owed() -> list[str]:
-    """One entry for each time that a callback became due."""
-    return []
-
-
-@pytest.fixture
-def dispatcher(store: Store, jobs: RecordingJobs, wrapper: LocalKey, owed: list[str]) -> Dispatcher:
-    """The operations under test."""
-    return Dispatcher(
-        store=store, jobs=jobs, wrapper=wrapper, callback_owed=lambda: owed.append("owed"), creation_wait_seconds=0.2
-    )
-
-
-def spec(task_id: str = "t-1", *, prompt: str = "made-up prompt", callback_url: str | None = None) -> TaskSpec:
-    """Return a request."""
-    return TaskSpec(
-        task_id=TaskId(task_id),
-        type=TaskType.ASYNC,
-        prompt=prompt,
-        timeout_minutes=5,
-        anthropic_api_key=Secret("made-up-key"),
-        callback_url=Secret(callback_url) if callback_url else None,
-        environment_secrets={"TOKEN": Secret("made-up-secret")},
-        metadata={"order": 7},
-    )
-
-
-async def all_objects(blobs: DirectoryBlobs) -> dict[str, bytes]:
-    """Return the content of all objects by name."""
-    return {entry.name: (await blobs.read(entry.name)).content for entry in await blobs.entries("", limit=1000)}
-
-
-async def finish_task(store: Store, outcome: Outcome = SUCCESS) -> TaskRecord:
-    """Change the store as a worker does that starts and finishes the task."""
-    await store.update(TASK, lambda record: start(record, at=NOW))
-    await store.delete_payload(TASK)
-    return await store.update(TASK, lambda record: finish(record, outcome, at=NOW))
-
+__all__ = ["blobs", "dispatcher", "jobs", "other_store", "owed", "store", "wrapper"]
 
 # --- submitting ------------------------------------------------------------------------------------------------------
 
@@ -333,77 +217,6 @@ async def test_task_is_not_failed_if_its_worker_started(
     submitted = await dispatcher.submit(spec())
     assert Status.RUNNING == submitted.record.status == (await store.record(TASK)).status
     assert payload_name(TASK) in await all_objects(blobs)
-
-
-# --- idempotency -----------------------------------------------------------------------------------------------------
-
-
-def test_key_and_caller_determine_the_task_id() -> None:
-    """Equal keys of one caller give one task ID; other keys and other callers give others."""
-    keys = [Idempotency(key=key, caller=caller) for caller in ("one", "two") for key in ("a", "b")]
-    assert len({key.task_id for key in keys}) == 4
-    assert Idempotency(key="a", caller="one").task_id == keys[0].task_id
-    assert all(TASK_ID_PATTERN.fullmatch(key.task_id) for key in keys)
-
-
-def test_digest_depends_on_body_key_and_caller() -> None:
-    """The digest differs when the body, the key or the caller differs."""
-    digests = {
-        Idempotency(key=key, caller=caller).digest(body)
-        for key, caller, body in itertools.product(("a", "b"), ("one", "two"), (b"1", b"2"))
-    }
-    assert len(digests) == 8
-    assert Idempotency(key="a", caller="one").digest(b"1") in digests
-
-
-async def test_retry_returns_the_same_task(dispatcher: Dispatcher, store: Store, jobs: RecordingJobs) -> None:
-    """A retry returns the same task, even after it has finished, and launches nothing."""
-    first = await dispatcher.submit(spec(), idempotency_digest="d")
-    retry = await dispatcher.submit(spec(), idempotency_digest="d")
-    assert (False, True) == (first.is_replay, retry.is_replay)
-    assert await store.record(TASK) == retry.record
-    finished = await finish_task(store)
-    assert Submitted(record=finished, is_replay=True) == await dispatcher.submit(spec(), idempotency_digest="d")
-    with pytest.raises(BlobNotFound):
-        await store.payload(TASK)
-    assert [TASK] == jobs.launched
-
-
-@pytest.mark.parametrize("first_digest", ["other", None])
-async def test_other_request_with_the_key_is_rejected(dispatcher: Dispatcher, first_digest: str | None) -> None:
-    """A request with the same key and another body is rejected; so is one for a task that was submitted without a key."""
-    await dispatcher.submit(spec(), idempotency_digest=first_digest)
-    with pytest.raises(TaskExists, match="This Idempotency-Key was used with another request"):
-        await dispatcher.submit(spec(), idempotency_digest="d")
-
-
-async def test_concurrent_retries_launch_one_task(dispatcher: Dispatcher, jobs: RecordingJobs) -> None:
-    """Of twenty equal concurrent requests one launches the task, and all return it."""
-    outcomes = await asyncio.gather(*(dispatcher.submit(spec(), idempotency_digest="d") for _ in range(20)))
-    assert [False] + [True] * 19 == sorted(outcome.is_replay for outcome in outcomes)
-    assert [TASK] == jobs.launched
-    assert {TASK} == {outcome.record.task_id for outcome in outcomes}
-
-
-async def test_retry_waits_for_the_first_request(dispatcher: Dispatcher, blobs: WatchedBlobs) -> None:
-    """A retry that arrives before the first request is stored returns its task."""
-    blobs.may_store_records.clear()
-    first = asyncio.create_task(dispatcher.submit(spec(), idempotency_digest="d"))
-    async with asyncio.timeout(10):
-        while payload_name(TASK) not in await all_objects(blobs):
-            await asyncio.sleep(0.001)
-    second = asyncio.create_task(dispatcher.submit(spec(), idempotency_digest="d"))
-    blobs.may_store_records.set()
-    assert (False, True) == ((await first).is_replay, (await second).is_replay)
-
-
-async def test_retry_of_an_incomplete_request_is_busy(dispatcher: Dispatcher, store: Store) -> None:
-    """If the first request is never completed, a retry fails with the time after which to retry."""
-    wrapped = await dispatcher.wrapper.wrap(b"")
-    await store.add_payload(TASK, wrapped)  # type: ignore[arg-type]
-    with pytest.raises(Busy) as caught:
-        await dispatcher.submit(spec(), idempotency_digest="d")
-    assert caught.value.retry_after == 300
 
 
 # --- cancelling ------------------------------------------------------------------------------------------------------

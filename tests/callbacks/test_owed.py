@@ -26,7 +26,7 @@ from ccrun.store import Store
 from ccrun.task import CallbackInfo, CallbackState, Outcome, Reason, Secret, Status, TaskId, TaskRecord, TaskType
 
 TASK = TaskId("t-1")
-#: When the tasks of these tests end. Callbacks of tasks that ended long ago are given up.
+#: When the tasks of these tests finish. It is recent, since callbacks of old tasks are abandoned.
 NOW = dt.datetime.now(dt.UTC).replace(microsecond=0)
 SUCCESS = Outcome(status=Status.COMPLETED, reason=Reason.COMPLETED, exit_code=0, result="done")
 SECRET = Secret("whsec_bWFkZS11cCBzZWNyZXQ=")
@@ -34,28 +34,28 @@ ONCE = deliver.RetryPolicy(attempt_seconds=5, attempts=1, total_seconds=5)
 
 
 class Receiver:
-    """Takes callbacks, and answers as a test wants."""
+    """Records callbacks, and responds with a status and headers that the test sets."""
 
     def __init__(self) -> None:
-        self.got: list[tuple[str, bytes]] = []
+        self.requests: list[tuple[str, bytes]] = []
         self.status = 200
         self.headers: dict[str, str] = {}
         self.url = ""
 
-    async def take(self, request: web.Request) -> web.Response:
-        """Verify the signature with the reference library, and note the body."""
+    async def handle(self, request: web.Request) -> web.Response:
+        """Verify the signature with the reference library, and record the request."""
         body = await request.read()
         StandardWebhook(SECRET.reveal()).verify(body, dict(request.headers))
-        self.got.append((request.headers["webhook-id"], body))
+        self.requests.append((request.headers["webhook-id"], body))
         return web.Response(status=self.status, headers=self.headers)
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver on loopback."""
+    """Start a receiver on loopback."""
     receiver = Receiver()
     app = web.Application()
-    app.router.add_post("/hook", receiver.take)
+    app.router.add_post("/hook", receiver.handle)
     async with TestServer(app) as server:
         receiver.url = str(server.make_url("/hook?token=made-up-token"))
         yield receiver
@@ -63,13 +63,13 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """The store of a test."""
+    """Return an empty store."""
     return Store(DirectoryBlobs(tmp_path / "blobs"))
 
 
 @pytest.fixture
 def callbacks(store: Store, tmp_path: Path) -> OwedCallbacks:
-    """The courier of a test, which tries once."""
+    """Return callbacks that are delivered in one attempt."""
     return OwedCallbacks(
         store=store,
         wrapper=LocalKey(tmp_path / "sealing.key"),
@@ -79,8 +79,8 @@ def callbacks(store: Store, tmp_path: Path) -> OwedCallbacks:
     )
 
 
-async def end_task(callbacks: OwedCallbacks, url: str, *, sealed_for: TaskId = TASK) -> TaskRecord:
-    """Store a task that is over and owes a callback to that URL."""
+async def add_finished_task(callbacks: OwedCallbacks, url: str, *, sealed_for: TaskId = TASK) -> TaskRecord:
+    """Store a finished task that owes a callback to the URL."""
     key = await new_data_key(callbacks.wrapper)
     sealed = await key.seal(url.encode(), task_id=sealed_for, purpose=Purpose.CALLBACK_URL)
     record = TaskRecord(
@@ -98,151 +98,155 @@ async def end_task(callbacks: OwedCallbacks, url: str, *, sealed_for: TaskId = T
     return record
 
 
-async def taken_up(callbacks: OwedCallbacks) -> TaskRecord:
-    """Take up a callback that is due."""
+async def claim_due(callbacks: OwedCallbacks) -> TaskRecord:
+    """Claim the callback, which is due."""
     claimed = await callbacks.claim(TASK)
     assert claimed is not None
     return claimed
 
 
-def told(record: TaskRecord) -> CallbackInfo:
-    """Return what the record tells of its callback."""
+def callback_of(record: TaskRecord) -> CallbackInfo:
+    """Return the state of the callback."""
     assert record.webhook is not None
     return record.webhook
 
 
-async def test_one_of_many_takes_a_debt_up(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """Of ten couriers at once one has the debt, for the length of its lease, and the others nothing."""
-    await end_task(callbacks, receiver.url)
+async def test_one_of_many_concurrent_claims_succeeds(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """Of ten concurrent claims, one gets the callback, for the duration of the lease."""
+    await add_finished_task(callbacks, receiver.url)
     claims = [claim for claim in await asyncio.gather(*(callbacks.claim(TASK) for _ in range(10))) if claim]
     assert len(claims) == 1
-    claim = told(claims[0])
-    assert claim.state is CallbackState.DELIVERING
-    assert claim.next_attempt_at is not None
+    callback = callback_of(claims[0])
+    assert callback.state is CallbackState.DELIVERING
+    assert callback.next_attempt_at is not None
     assert (
-        dt.timedelta(0) <= CALLBACK_LEASE - (claim.next_attempt_at - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=1)
+        dt.timedelta(0)
+        <= CALLBACK_LEASE - (callback.next_attempt_at - dt.datetime.now(dt.UTC))
+        < dt.timedelta(minutes=1)
     )
     assert claims[0] == await callbacks.store.record(TASK)
 
 
-async def test_lease_that_ran_out_binds_nobody(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """The debt of a courier that died is taken up by another when the lease is over."""
-    await end_task(callbacks, receiver.url)
-    await taken_up(callbacks)
+async def test_callback_can_be_claimed_after_the_lease(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """A claimed callback can be claimed again only after its lease has expired."""
+    await add_finished_task(callbacks, receiver.url)
+    await claim_due(callbacks)
     assert await callbacks.claim(TASK) is None
 
     def expire(record: TaskRecord) -> TaskRecord:
-        return attrs.evolve(record, webhook=attrs.evolve(told(record), next_attempt_at=NOW))
+        return attrs.evolve(record, webhook=attrs.evolve(callback_of(record), next_attempt_at=NOW))
 
     await callbacks.store.update(TASK, expire)
     assert await callbacks.claim(TASK) is not None
 
 
-async def test_there_is_nothing_to_take_up_of_a_settled_task(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """A callback that is delivered is not taken up; a task that is unknown is told."""
-    await end_task(callbacks, receiver.url)
-    await callbacks.deliver(await taken_up(callbacks))
+async def test_delivered_callback_cannot_be_claimed(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """A claim of a delivered callback returns None; a claim for an unknown task raises `TaskNotFound`."""
+    await add_finished_task(callbacks, receiver.url)
+    await callbacks.deliver(await claim_due(callbacks))
     assert await callbacks.claim(TASK) is None
     with pytest.raises(TaskNotFound):
         await callbacks.claim(TaskId("unknown"))
 
 
-async def test_callback_is_delivered_and_noted(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """The receiver gets the signed body of the record under the task's own ID, and the debt is gone."""
-    record = await end_task(callbacks, receiver.url)
-    delivered = await callbacks.deliver(await taken_up(callbacks))
-    assert [("task_t-1", codec.callback_body(record))] == receiver.got
-    assert CallbackInfo(state=CallbackState.DELIVERED, attempts=1) == told(delivered)
+async def test_delivery_is_recorded(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """The receiver gets the signed body with the ID of the task, and the callback is no longer owed."""
+    record = await add_finished_task(callbacks, receiver.url)
+    delivered = await callbacks.deliver(await claim_due(callbacks))
+    assert [("task_t-1", codec.callback_body(record))] == receiver.requests
+    assert CallbackInfo(state=CallbackState.DELIVERED, attempts=1) == callback_of(delivered)
     assert delivered == await callbacks.store.record(TASK)
     assert await callbacks.store.active() == []
 
 
 async def test_every_delivery_has_the_same_body(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """What a receiver gets when a delivery is made again is what it got before, byte for byte."""
-    await end_task(callbacks, receiver.url)
+    """A second delivery sends exactly the bytes of the first."""
+    await add_finished_task(callbacks, receiver.url)
     receiver.status = 503
-    owed = await callbacks.deliver(await taken_up(callbacks))
+    owed = await callbacks.deliver(await claim_due(callbacks))
     await callbacks.deliver(owed)
-    assert receiver.got[0] == receiver.got[1]
+    assert receiver.requests[0] == receiver.requests[1]
 
 
-async def test_failed_delivery_stays_owed(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """A receiver that refuses leaves the debt, due after a pause, with what went wrong."""
-    await end_task(callbacks, receiver.url)
+async def test_callback_stays_owed_after_a_failure(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """After a failed delivery the callback is due again after a delay, and the record has the error."""
+    await add_finished_task(callbacks, receiver.url)
     receiver.status = 500
     before = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
-    noted = told(await callbacks.deliver(await taken_up(callbacks)))
+    recorded = callback_of(await callbacks.deliver(await claim_due(callbacks)))
     assert (CallbackState.OWED, 1, 1, "The receiver answered 500.") == (
-        noted.state,
-        noted.attempts,
-        noted.rounds,
-        noted.last_error,
+        recorded.state,
+        recorded.attempts,
+        recorded.rounds,
+        recorded.last_error,
     )
-    assert noted.next_attempt_at is not None
-    assert dt.timedelta(minutes=1) <= noted.next_attempt_at - before < dt.timedelta(minutes=2)
+    assert recorded.next_attempt_at is not None
+    assert dt.timedelta(minutes=1) <= recorded.next_attempt_at - before < dt.timedelta(minutes=2)
     assert [TASK] == [mark.task_id for mark in await callbacks.store.active()]
 
 
-async def test_receiver_is_left_alone_as_long_as_it_wants(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """`Retry-After` of the last answer puts the next delivery off."""
-    await end_task(callbacks, receiver.url)
+async def test_next_delivery_obeys_retry_after(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """The next delivery is due after the time in the `Retry-After` header of the last response."""
+    await add_finished_task(callbacks, receiver.url)
     receiver.status, receiver.headers = 429, {"Retry-After": "3600"}
-    noted = told(await callbacks.deliver(await taken_up(callbacks)))
-    assert noted.next_attempt_at is not None
-    assert noted.next_attempt_at - dt.datetime.now(dt.UTC) > dt.timedelta(minutes=59)
+    recorded = callback_of(await callbacks.deliver(await claim_due(callbacks)))
+    assert recorded.next_attempt_at is not None
+    assert recorded.next_attempt_at - dt.datetime.now(dt.UTC) > dt.timedelta(minutes=59)
 
 
-async def test_url_that_is_known_need_not_be_unsealed(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """The worker, which has the URL, delivers without the key service."""
-    await end_task(callbacks, receiver.url, sealed_for=TaskId("another"))
-    delivered = await callbacks.deliver(await taken_up(callbacks), url=Secret(receiver.url))
-    assert told(delivered).state is CallbackState.DELIVERED
+async def test_given_url_is_used_without_the_key_service(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """The worker passes the URL, so the sealed URL is not opened."""
+    await add_finished_task(callbacks, receiver.url, sealed_for=TaskId("another"))
+    delivered = await callbacks.deliver(await claim_due(callbacks), url=Secret(receiver.url))
+    assert callback_of(delivered).state is CallbackState.DELIVERED
 
 
-async def test_url_that_does_not_open_is_noted(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """A callback URL that was changed, or copied from another task, is a delivery that failed, and nobody is called."""
-    await end_task(callbacks, receiver.url, sealed_for=TaskId("another"))
-    noted = told(await callbacks.deliver(await taken_up(callbacks)))
-    assert (CallbackState.OWED, 0, []) == (noted.state, noted.attempts, receiver.got)
-    assert noted.last_error is not None
-    assert "belongs to another task" in noted.last_error
+async def test_url_that_cannot_be_opened_fails_the_delivery(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """A sealed URL that was copied from another task fails the delivery, and no request is sent."""
+    await add_finished_task(callbacks, receiver.url, sealed_for=TaskId("another"))
+    recorded = callback_of(await callbacks.deliver(await claim_due(callbacks)))
+    assert (CallbackState.OWED, 0, []) == (recorded.state, recorded.attempts, receiver.requests)
+    assert recorded.last_error is not None
+    assert "belongs to another task" in recorded.last_error
 
 
-async def test_silent_key_service_leaves_the_debt(callbacks: OwedCallbacks, receiver: Receiver, tmp_path: Path) -> None:
-    """When the key service does not answer, that is noted as what went wrong, and the callback stays owed."""
-    await end_task(callbacks, receiver.url)
-    claimed = await taken_up(callbacks)
+async def test_callback_stays_owed_without_the_key_service(
+    callbacks: OwedCallbacks, receiver: Receiver, tmp_path: Path
+) -> None:
+    """When the key service fails, the record has its error and the callback stays owed."""
+    await add_finished_task(callbacks, receiver.url)
+    claimed = await claim_due(callbacks)
     (tmp_path / "sealing.key").write_bytes(b"damaged")
-    noted = told(await callbacks.deliver(claimed))
+    recorded = callback_of(await callbacks.deliver(claimed))
     expected = (CallbackState.OWED, 0, "The key file is damaged: it must have 32 bytes.")
-    assert expected == (noted.state, noted.attempts, noted.last_error)
+    assert expected == (recorded.state, recorded.attempts, recorded.last_error)
 
 
-async def test_courier_that_hands_over_leaves_the_debt_to_a_sweep(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """What a courier that is about to end could not deliver is due again at once, unless the receiver wants a pause."""
-    await end_task(callbacks, receiver.url)
+async def test_single_attempt_leaves_the_callback_due(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """With `single_attempt`, a failed callback is due again immediately, unless the receiver sent `Retry-After`."""
+    await add_finished_task(callbacks, receiver.url)
     receiver.status = 500
-    hasty = attrs.evolve(callbacks, single_attempt=True)
-    noted = told(await hasty.deliver(await taken_up(hasty)))
-    assert (CallbackState.OWED, 1, 0) == (noted.state, noted.attempts, noted.rounds)
+    single = attrs.evolve(callbacks, single_attempt=True)
+    recorded = callback_of(await single.deliver(await claim_due(single)))
+    assert (CallbackState.OWED, 1, 0) == (recorded.state, recorded.attempts, recorded.rounds)
     receiver.headers = {"Retry-After": "3600"}
-    await hasty.deliver(await taken_up(hasty))
+    await single.deliver(await claim_due(single))
     assert await callbacks.claim(TASK) is None
 
 
-async def test_claim_is_given_back(callbacks: OwedCallbacks, receiver: Receiver) -> None:
-    """A courier that cannot deliver what it has claimed gives it back, due at once; what is settled it leaves alone."""
-    await end_task(callbacks, receiver.url)
-    await taken_up(callbacks)
+async def test_claim_can_be_released(callbacks: OwedCallbacks, receiver: Receiver) -> None:
+    """A released callback can be claimed immediately; releasing a delivered callback changes nothing."""
+    await add_finished_task(callbacks, receiver.url)
+    await claim_due(callbacks)
     await callbacks.release(TASK)
-    await callbacks.deliver(await taken_up(callbacks))
+    await callbacks.deliver(await claim_due(callbacks))
     await callbacks.release(TASK)
-    assert told(await callbacks.store.record(TASK)).state is CallbackState.DELIVERED
+    assert callback_of(await callbacks.store.record(TASK)).state is CallbackState.DELIVERED
 
 
 @pytest.fixture
 def logged() -> Iterator[list[EventDict]]:
-    """What is logged, of every level."""
+    """Return the log entries of all levels."""
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("DEBUG"))
     with capture_logs() as entries:
@@ -250,13 +254,13 @@ def logged() -> Iterator[list[EventDict]]:
     structlog.configure(**before)
 
 
-async def test_nothing_of_the_url_is_logged_or_noted(
+async def test_url_is_neither_logged_nor_recorded(
     callbacks: OwedCallbacks, receiver: Receiver, logged: list[EventDict]
 ) -> None:
-    """Neither the log nor the record shows where a callback went, or failed to go."""
-    await end_task(callbacks, receiver.url)
+    """Neither the log nor the public record contains any part of the URL, whether the delivery succeeds or fails."""
+    await add_finished_task(callbacks, receiver.url)
     receiver.status = 500
-    failed = await callbacks.deliver(await taken_up(callbacks))
+    failed = await callbacks.deliver(await claim_due(callbacks))
     receiver.status = 200
     await callbacks.deliver(failed)
     shown = f"{logged} {codec.record_to_public(failed)}"

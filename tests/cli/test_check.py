@@ -15,72 +15,72 @@ from ccrun.testing.model import Fail
 from ccrun.testing.receiver import Receiver
 
 
-async def test_a_service_that_is_started_for_it_passes() -> None:
-    """With nothing set: a scripted model, a stream, a verified callback."""
-    checked = await run_check("local")
-    assert (0, "") == (checked.code, checked.stderr)
-    assert ["none: a script answers"] == checked.rows_with_status("model")
+async def test_local_check_passes_without_settings() -> None:
+    """The check starts a service with a scripted model, reads a stream and verifies a callback."""
+    result = await run_check("local")
+    assert (0, "") == (result.code, result.stderr)
+    assert ["none: a script answers"] == result.rows_with_status("model")
     assert ["GET /health", "GET /ready", "POST /run", "POST /run-async"] == [
-        row.partition(":")[0] for row in checked.rows_with_status("passed")
+        row.partition(":")[0] for row in result.rows_with_status("passed")
     ]
-    assert checked.rows[-1].endswith("its callback was delivered and verified")
+    assert result.rows[-1].endswith("its callback was delivered and verified")
 
 
-async def test_a_service_elsewhere_passes_with_its_token_and_a_credential(start_service: StartService) -> None:
-    """The token goes with every request; the credential goes with every task."""
-    brought = {"AUTH_TOKEN": TOKEN, "ANTHROPIC_API_KEY": MADE_UP_KEY}
+async def test_remote_check_uses_the_token_and_the_credential(start_service: StartService) -> None:
+    """The check sends the token with every request and the credential with every task, and does not print the token."""
+    credentials = {"AUTH_TOKEN": TOKEN, "ANTHROPIC_API_KEY": MADE_UP_KEY}
     async with start_service(CCRUN_API_TOKENS=TOKEN) as service:
-        for word, expected in (("remote", 3), ("auth", 1)):
-            checked = await run_check(word, SERVICE_URL=service.url, **brought)
-            assert (0, expected) == (checked.code, len(checked.rows_with_status("passed"))), checked
-        assert TOKEN not in "".join(checked.rows)
+        for check, expected in (("remote", 3), ("auth", 1)):
+            result = await run_check(check, SERVICE_URL=service.url, **credentials)
+            assert (0, expected) == (result.code, len(result.rows_with_status("passed"))), result
+        assert TOKEN not in "".join(result.rows)
         headers = [request.headers for request in service.model.requests]
     assert {MADE_UP_KEY} == {each.get("X-Api-Key", "") for each in headers}
 
 
-async def test_a_callback_is_seen_to_arrive(start_service: StartService) -> None:
-    """With TEST_CALLBACK_URL it must be delivered; without, the service itself gets it and refuses."""
-    brought = {"ANTHROPIC_API_KEY": MADE_UP_KEY}
+async def test_callback_must_be_delivered_to_the_given_url(start_service: StartService) -> None:
+    """With TEST_CALLBACK_URL the callback must be delivered; without it, the service is its own receiver, and rejects it."""
+    credentials = {"ANTHROPIC_API_KEY": MADE_UP_KEY}
     async with start_service() as service, Receiver(Secret(CALLBACK_SECRET)) as receiver:
-        there = {"SERVICE_URL": service.url, "TEST_CALLBACK_URL": receiver.url, **brought}
-        delivered, itself, nowhere = await asyncio.gather(
-            run_check("remote-async", **there),
-            run_check("remote-async", SERVICE_URL=service.url, **brought),
-            run_check("remote-async", **{**there, "TEST_CALLBACK_URL": receiver.url + "/nowhere"}),
+        settings = {"SERVICE_URL": service.url, "TEST_CALLBACK_URL": receiver.url, **credentials}
+        delivered, own_receiver, no_receiver = await asyncio.gather(
+            run_check("remote-async", **settings),
+            run_check("remote-async", SERVICE_URL=service.url, **credentials),
+            run_check("remote-async", **{**settings, "TEST_CALLBACK_URL": receiver.url + "/other"}),
         )
         await receiver.first()
     assert (0, True) == (delivered.code, delivered.rows[-1].endswith("its callback was delivered"))
-    assert (0, True) == (itself.code, itself.rows[-1].endswith("set TEST_CALLBACK_URL to see it delivered"))
-    assert (1, True) == (nowhere.code, "was not delivered: " in nowhere.rows[-1])
+    assert (0, True) == (own_receiver.code, own_receiver.rows[-1].endswith("set TEST_CALLBACK_URL to see it delivered"))
+    assert (1, True) == (no_receiver.code, "was not delivered: " in no_receiver.rows[-1])
 
 
-async def test_an_open_service_does_not_pass_for_a_closed_one(start_service: StartService) -> None:
-    """Whoever is answered without a token is told of."""
+async def test_auth_check_fails_for_a_service_without_tokens(start_service: StartService) -> None:
+    """The check fails when the service accepts a request without a token."""
     async with start_service() as service:
-        checked = await run_check("auth", SERVICE_URL=service.url)
+        result = await run_check("auth", SERVICE_URL=service.url)
     assert (1, ["GET /tasks with no token gives 200: anyone who reaches this service can use it."]) == (
-        checked.code,
-        checked.rows_with_status("failed"),
+        result.code,
+        result.rows_with_status("failed"),
     )
 
 
-async def test_a_task_that_fails_is_a_check_that_fails(start_service: StartService) -> None:
-    """What went wrong is said; the other checks are made all the same."""
+async def test_failed_task_fails_its_check(start_service: StartService) -> None:
+    """The check of the failed task has its error, and the other checks run."""
     async with start_service(lambda _: Fail(400, "invalid_request_error", "Not today.")) as service:
-        checked = await run_check("remote", SERVICE_URL=service.url, ANTHROPIC_API_KEY=MADE_UP_KEY)
-    assert (1, 2, 1) == (checked.code, len(checked.rows_with_status("passed")), len(checked.rows_with_status("failed")))
-    assert "Not today." in checked.rows[-1]
+        result = await run_check("remote", SERVICE_URL=service.url, ANTHROPIC_API_KEY=MADE_UP_KEY)
+    assert (1, 2, 1) == (result.code, len(result.rows_with_status("passed")), len(result.rows_with_status("failed")))
+    assert "Not today." in result.rows[-1]
 
 
-async def test_examples_are_sent_as_they_are_but_for_what_is_made_up_in_them(tmp_path: Path) -> None:
-    """One with a callback goes to /run-async; task IDs, keys and receivers of the files are replaced; faults are named."""
+async def test_examples_are_sent_with_replaced_placeholders(tmp_path: Path) -> None:
+    """The task IDs, keys and callback URLs of the files are replaced; an invalid or missing file fails with its error."""
 
     def write(name: str, **body: Any) -> Path:
         path = tmp_path / name
         path.write_text(json.dumps({"prompt": "Hello", **body}))
         return path
 
-    checked = await run_check(
+    result = await run_check(
         "examples",
         write("plain.json", taskId="same", anthropicApiKey="<your key>"),
         write("again.json", taskId="same", metadata={"a": 1}),
@@ -88,24 +88,24 @@ async def test_examples_are_sent_as_they_are_but_for_what_is_made_up_in_them(tmp
         write("wrong.json", maxTruns=3),
         tmp_path / "missing.json",
     )
-    assert 1 == checked.code
+    assert 1 == result.code
     assert ["plain.json: POST /run", "again.json: POST /run", "async.json: POST /run-async"] == [
-        ":".join(row.split(":")[:2]) for row in checked.rows_with_status("passed")
+        ":".join(row.split(":")[:2]) for row in result.rows_with_status("passed")
     ]
-    wrong, missing = checked.rows_with_status("failed")
+    wrong, missing = result.rows_with_status("failed")
     assert wrong.startswith("wrong.json: The service answered 400: ")
     assert missing.startswith("missing.json cannot be read: ")
 
 
-async def test_an_unknown_check_is_a_usage_error() -> None:
-    """The message names the checks that there are; the exit status is 2."""
-    checked = await run_check("remte")
-    assert (2, []) == (checked.code, checked.rows_with_status("failed"))
-    assert re.search(r'Invalid value "remte"[^"]*Choose from:[^"]*"local", "remote"', checked.stderr)
+async def test_unknown_check_is_a_usage_error() -> None:
+    """The message has the names of all checks; the exit status is 2."""
+    result = await run_check("remte")
+    assert (2, []) == (result.code, result.rows_with_status("failed"))
+    assert re.search(r'Invalid value "remte"[^"]*Choose from:[^"]*"local", "remote"', result.stderr)
 
 
 @pytest.mark.parametrize(
-    ("word", "environment", "code", "sentence"),
+    ("check", "environment", "code", "sentence"),
     [
         ("remote", {}, 1, "SERVICE_URL is not set: it names the service to check."),
         (
@@ -123,11 +123,13 @@ async def test_an_unknown_check_is_a_usage_error() -> None:
         ("examples", {}, 1, "No example was named, and there is none in docs/examples."),
     ],
 )
-async def test_what_is_missing_is_told(word: str, environment: dict[str, str], code: int, sentence: str) -> None:
-    """One sentence, and a status that is not 0."""
-    checked = await run_check(word, **environment)
+async def test_missing_or_unsafe_setting_fails_the_check(
+    check: str, environment: dict[str, str], code: int, sentence: str
+) -> None:
+    """The output is one sentence without a traceback, and the exit status is 1."""
+    result = await run_check(check, **environment)
     assert (code, True, "") == (
-        checked.code,
-        checked.rows_with_status("failed")[0].startswith(sentence),
-        checked.stderr,
+        result.code,
+        result.rows_with_status("failed")[0].startswith(sentence),
+        result.stderr,
     )

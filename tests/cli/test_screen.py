@@ -24,7 +24,7 @@ def _results(*contents: Any) -> dict[str, Any]:
         ("task", {"taskId": "t-1", "status": "pending"}, [Row("task", "t-1 is pending")]),
         ("caught_up", {}, []),
         ("message", {"type": "system", "subtype": "status"}, []),
-        ("message", {"type": "result", "result": "said already"}, []),
+        ("message", {"type": "result", "result": "shown already"}, []),
         ("message", {"type": "text", "content": "plain"}, [Row("output", "plain")]),
         (
             "message",
@@ -56,20 +56,20 @@ def _results(*contents: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_events_are_told_to_a_person(name: str, data: Any, expected: list[Row]) -> None:
-    """What only programs need is left out, and no shape of a line breaks the telling."""
+def test_rows_of_an_event(name: str, data: Any, expected: list[Row]) -> None:
+    """Only events for people have rows, and an event of unexpected form raises nothing."""
     assert expected == list(rows(name, data))
 
 
-def test_what_a_tool_gave_is_shortened() -> None:
-    """Neither many lines nor long ones fill the screen, and what is missing is told."""
+def test_output_of_a_tool_is_shortened() -> None:
+    """Many lines are cut, with the number of missing lines, and a long line is cut."""
     (many, long) = rows("message", _results("line\n" * 100, "x" * 10_000))
     assert "line\n" * MAX_TOOL_LINES + f"… and {100 - MAX_TOOL_LINES} more lines" == many.text
     assert MAX_TOOL_CHARS == len(long.text)
 
 
-def test_text_is_wrapped_and_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows have 80 columns without a terminal; orders to it and markup are shown as text."""
+def test_text_is_wrapped_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal, rows have at most 80 columns; control characters are removed and markup is shown as text."""
     Screen().row("agent", "[bold]red\x1b[31m\r\u009b " + "word " * 30 + "\ud800\nnext")
     lines = capsys.readouterr().out.splitlines()
     assert [True] * len(lines) == [len(line) <= 80 and line == line.rstrip() for line in lines]

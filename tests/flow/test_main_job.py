@@ -163,7 +163,9 @@ async def test_a_client_that_leaves_does_not_disturb_a_reader_of_its_task(start_
 def look_around(conversation: Conversation) -> Reply:
     """Have the agent print all that it can reach of processes and files."""
     command = (
-        "env; cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; cat ~/../*/* 2>/dev/null"
+        # The CLI cuts long output in the middle, also inside of a line, and other processes of the machine have much of it.
+        "env; { cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'; cat ~/../*/*; } 2>/dev/null"
+        " | grep -aE '_API_KEY=|made-up|private'"
     )
     if conversation.turn == 0:
         return UseTool("Bash", {"command": command})

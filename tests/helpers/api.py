@@ -123,6 +123,9 @@ class RecordingJobs(Faulty):
     async def clear(self, task_id: TaskId) -> None:
         await self._fail_or_wait()
 
+    async def leftovers(self) -> list[TaskId]:
+        return []
+
 
 class FaultyKey(Faulty):
     """A key service that can fail, and cannot unwrap keys."""

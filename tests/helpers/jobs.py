@@ -47,7 +47,7 @@ async def stopped_workers(directory: Path) -> AsyncIterator[MakeJobs]:
         return SubprocessJobs(
             command=command or worker_command(directory),
             environment=dict(os.environ),
-            pid_file=lambda task_id: directory / "pids" / task_id,
+            pid_files=directory / "pids",
             marker=lambda task_id: f"{directory}/{task_id}",
             max_running=max_running,
             max_queued=max_queued,

@@ -74,6 +74,9 @@ class NoJobs:
 
     async def clear(self, task_id: TaskId) -> None: ...
 
+    async def leftovers(self) -> list[TaskId]:
+        return []
+
 
 @attrs.frozen(kw_only=True)
 class WorkerSetup:

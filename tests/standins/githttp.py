@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import attrs
 import pytest
@@ -108,6 +108,7 @@ class GitHttp:
         self._repos = repos
         self._tls = tls
         self._directory: Path | None = None
+        self._handlers: set[asyncio.Task[Any]] = set()
         self._open = contextlib.AsyncExitStack()
 
     @property
@@ -144,6 +145,7 @@ class GitHttp:
             server = web.Server(self._handle, access_log=None, auto_decompress=False, handler_cancellation=True)
             runner = web.ServerRunner(server, shutdown_timeout=0.05)
             await runner.setup()
+            stack.push_async_callback(self._wait_for_handlers)
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
             self.port = runner.addresses[0][1]
@@ -152,6 +154,11 @@ class GitHttp:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._open.aclose()
+
+    async def _wait_for_handlers(self) -> None:
+        # `cleanup` cancels the handlers but does not wait until they have killed their git processes.
+        while self._handlers:
+            await asyncio.wait(self._handlers)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.requests.append(
@@ -191,8 +198,14 @@ class GitHttp:
         variables = _cgi(
             request, self._repos.root.resolve(), f"/{repository.relative_to(self._repos.root.resolve())}{service[0]}"
         )
-        async with backend(["git", "http-backend"], env=environment(**variables)) as git:
-            return await self._bridge(request, git)
+        handler = asyncio.current_task()
+        assert handler is not None
+        self._handlers.add(handler)
+        try:
+            async with backend(["git", "http-backend"], env=environment(**variables)) as git:
+                return await self._bridge(request, git)
+        finally:
+            self._handlers.discard(handler)
 
     def _is_authorized(self, request: web.BaseRequest) -> bool:
         is_push = "git-receive-pack" in (request.path.rpartition("/")[2], request.query.get("service"))

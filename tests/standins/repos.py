@@ -153,7 +153,11 @@ async def backend(
         # The group may exist although its leader has exited.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        await asyncio.shield(_wait(process))
+        waiting = asyncio.create_task(_wait(process))
+        # A server that closes may cancel its handlers a second time.
+        while not waiting.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(waiting)
 
 
 async def _wait(process: asyncio.subprocess.Process) -> None:

@@ -24,7 +24,7 @@ from ccrun.testing.model import (
     sequence,
 )
 
-#: The CLI starts in a second or two on a busy machine.
+#: Seconds. The longest run of the CLI, with room for a busy machine.
 CLI_SECONDS = 60.0
 
 Cli: TypeAlias = Callable[..., Awaitable[tuple[int, list[dict[str, Any]]]]]
@@ -32,14 +32,14 @@ Cli: TypeAlias = Callable[..., Awaitable[tuple[int, list[dict[str, Any]]]]]
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
-    """Run the real CLI in a clean environment; gives its exit code and the lines it printed."""
+    """Return a function that runs the real CLI in a clean environment and returns its exit code and its output lines."""
     spec = importlib.util.find_spec("claude_agent_sdk")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the claude-agent-sdk package, which carries the CLI, is not installed")
+        pytest.skip("the claude-agent-sdk package, which contains the CLI, is not installed")
     binary = Path(spec.submodule_search_locations[0], "_bundled", "claude")
-    home, room = tmp_path / "home", tmp_path / "room"
+    home, workspace = tmp_path / "home", tmp_path / "workspace"
     home.mkdir()
-    room.mkdir()
+    workspace.mkdir()
 
     async def run(base_url: str, prompt: str, *arguments: str, **extra: str) -> tuple[int, list[dict[str, Any]]]:
         environment = {
@@ -56,7 +56,7 @@ def cli(tmp_path: Path) -> Cli:
         process = await asyncio.create_subprocess_exec(
             binary,
             *("-p", "--verbose", "--output-format", "stream-json", *arguments),
-            cwd=room,
+            cwd=workspace,
             env=environment,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -77,15 +77,15 @@ def _conversation(*messages: dict[str, Any]) -> Conversation:
     return Conversation(messages=messages)
 
 
-async def _ask(model: ScriptedModel, **body: Any) -> tuple[int, Any]:
-    """Post a request for a whole message."""
+async def _request_message(model: ScriptedModel, **body: Any) -> tuple[int, Any]:
+    """Request a complete message; return the status and the body."""
     request = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}], **body}
     async with aiohttp.ClientSession() as session, session.post(f"{model.url}/v1/messages", json=request) as response:
         return response.status, await response.json()
 
 
-async def _events(model: ScriptedModel) -> list[dict[str, Any]]:
-    """Post a request for a stream and return its events."""
+async def _request_stream(model: ScriptedModel) -> list[dict[str, Any]]:
+    """Request a stream; return its events."""
     request = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
     async with aiohttp.ClientSession() as session, session.post(f"{model.url}/v1/messages", json=request) as response:
         assert response.content_type == "text/event-stream"
@@ -95,8 +95,8 @@ async def _events(model: ScriptedModel) -> list[dict[str, Any]]:
     return events
 
 
-def test_the_prompt_is_told_from_the_reminders_around_it() -> None:
-    """The prompt is the caller's, whatever reminders the CLI puts before, after or inside its blocks."""
+def test_prompt_has_no_reminders() -> None:
+    """The reminders that the CLI adds are not part of the prompt, whether they are separate blocks or not."""
     reminder = "<system-reminder>\nToday is a day.\n</system-reminder>\n"
     blocks = [{"type": "text", "text": reminder}, {"type": "text", "text": f"{reminder}Do this.\n{reminder}"}]
     later = {"role": "user", "content": "Something else"}
@@ -105,8 +105,8 @@ def test_the_prompt_is_told_from_the_reminders_around_it() -> None:
     assert _conversation({"role": "assistant", "content": "No."}).prompt == ""
 
 
-def test_the_last_tool_result_is_text_in_both_spellings() -> None:
-    """A tool result is read as text whether it was sent as a string or as blocks; the latest counts."""
+def test_last_tool_result_is_text() -> None:
+    """`last_tool_result` is the text of the latest result, which the CLI sends as a string or as blocks."""
     first = {"type": "tool_result", "tool_use_id": "a", "content": "one"}
     second = {"type": "tool_result", "tool_use_id": "b", "content": [{"type": "text", "text": "two"}]}
     assert _conversation({"role": "user", "content": "Hello"}).last_tool_result is None
@@ -117,34 +117,34 @@ def test_the_last_tool_result_is_text_in_both_spellings() -> None:
     )
 
 
-async def test_a_stream_carries_the_whole_reply_in_pieces() -> None:
-    """The pieces of a stream amount to the text and to the input of the tool, in the order of the API's events."""
+async def test_stream_contains_the_reply_in_pieces() -> None:
+    """The deltas of a stream join to the text and the input of the tool, and the events have the order of the API."""
     command = {"command": "echo ünïcode 🎉 " + "x" * 1000}
-    async with ScriptedModel(sequence(UseTool("Bash", command, "I look."))) as model:
-        events = await _events(model)
+    async with ScriptedModel(sequence(UseTool("Bash", command, "I read."))) as model:
+        events = await _request_stream(model)
     kinds = [event["type"] for event in events]
     deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
-    spoken = [delta["text"] for delta in deltas if delta["type"] == "text_delta"]
-    typed = [delta["partial_json"] for delta in deltas if delta["type"] == "input_json_delta"]
+    texts = [delta["text"] for delta in deltas if delta["type"] == "text_delta"]
+    inputs = [delta["partial_json"] for delta in deltas if delta["type"] == "input_json_delta"]
     assert (kinds[0], kinds[-2:]) == ("message_start", ["message_delta", "message_stop"])
     assert [event["index"] for event in events if event["type"] == "content_block_start"] == [0, 1]
-    assert min(len(spoken), len(typed)) > 1
-    assert "".join(spoken) == "I look."
-    assert json.loads("".join(typed)) == command
+    assert min(len(texts), len(inputs)) > 1
+    assert "".join(texts) == "I read."
+    assert json.loads("".join(inputs)) == command
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
-async def test_whole_messages_tokens_and_refusals() -> None:
-    """Without `stream` the message comes whole; a refusal has the API's shape, its status and its headers."""
+async def test_responses_without_streaming() -> None:
+    """Complete messages, token counts and errors have the form of the API."""
 
     def script(conversation: Conversation) -> Reply:
         return Fail(529, "overloaded_error", "Busy") if conversation.prompt == "fail" else Say("Hi")
 
     async with ScriptedModel(script) as model, aiohttp.ClientSession() as session:
-        status, message = await _ask(model)
+        status, message = await _request_message(model)
         assert (status, message["content"]) == (200, [{"type": "text", "text": "Hi"}])
-        status, refusal = await _ask(model, messages=[{"role": "user", "content": "fail"}])
-        assert (status, refusal) == (
+        status, error = await _request_message(model, messages=[{"role": "user", "content": "fail"}])
+        assert (status, error) == (
             529,
             {"type": "error", "error": {"type": "overloaded_error", "message": "Busy"}},
         )
@@ -156,8 +156,8 @@ async def test_whole_messages_tokens_and_refusals() -> None:
         assert [request.path for request in model.requests][-1] == "/v1/messages"
 
 
-async def test_a_hang_does_not_keep_the_server_from_stopping() -> None:
-    """A stream that stands still says its text first and ends when the server does."""
+async def test_server_stops_during_a_hang() -> None:
+    """A hanging stream sends its text first, and its connection closes when the server stops."""
     async with asyncio.timeout(10), aiohttp.ClientSession() as session:
         async with ScriptedModel(sequence(Hang("I think"))) as model:
             response = await session.post(f"{model.url}/v1/messages", json={"stream": True, "messages": []})
@@ -166,28 +166,28 @@ async def test_a_hang_does_not_keep_the_server_from_stopping() -> None:
             await response.read()
 
 
-async def test_the_cli_uses_tools_and_ends(cli: Cli, tmp_path: Path) -> None:
-    """The real CLI runs the demo to its end: the file is there, and the last words quote what the tool read."""
+async def test_cli_runs_the_demo_script(cli: Cli, tmp_path: Path) -> None:
+    """The real CLI completes the demo script: the file exists, and the result contains what the tool read."""
     async with ScriptedModel(demo_script) as model:
         code, lines = await cli(model.url, "Write a note.", "--allowedTools", "Bash", "--max-turns", "6")
     assert code == 0
-    assert (tmp_path / "room" / "NOTE.md").read_text() == DEMO_NOTE
+    assert (tmp_path / "workspace" / "NOTE.md").read_text() == DEMO_NOTE
     assert DEMO_NOTE.strip() in lines[-1]["result"]
     assert (lines[-1]["num_turns"], lines[-1]["total_cost_usd"]) == (3, 0)
     assert {request.headers["x-api-key"] for request in model.requests} == {"made-up-key"}
 
 
-async def test_the_cli_tells_its_prompt(cli: Cli) -> None:
-    """Many tasks can share one server: a script that looks at the prompt answers each by its own."""
+async def test_script_gets_the_prompt_of_the_cli(cli: Cli) -> None:
+    """A script can reply to each task by its prompt, so that several tasks can share one server."""
     async with ScriptedModel(lambda conversation: Say(f"You said: {conversation.prompt}")) as model:
         code, lines = await cli(model.url, "Grüße, 世界!")
     assert (code, lines[-1]["result"]) == (0, "You said: Grüße, 世界!")
 
 
-async def test_the_cli_ends_on_a_failure(cli: Cli) -> None:
-    """A failure of the API that the script tells is what the CLI reports."""
-    refusal = Fail(400, "invalid_request_error", "Made-up fault", {"x-should-retry": "false"})
-    async with ScriptedModel(sequence(refusal)) as model:
+async def test_cli_reports_an_error_of_the_script(cli: Cli) -> None:
+    """The result of the CLI has the status and the message of the scripted error."""
+    failure = Fail(400, "invalid_request_error", "Made-up fault", {"x-should-retry": "false"})
+    async with ScriptedModel(sequence(failure)) as model:
         code, lines = await cli(model.url, "Hello")
     assert (code, lines[-1]["is_error"], lines[-1]["api_error_status"]) == (1, True, 400)
     assert "Made-up fault" in lines[-1]["result"]

@@ -24,37 +24,37 @@ def _signed(**changes: str) -> ReceivedCallback:
     )
 
 
-def test_what_ccrun_signed_is_genuine() -> None:
-    """Its age is told."""
+def test_signed_callback_is_verified() -> None:
+    """`verify` accepts a callback that ccrun signed, and returns its age."""
     assert 7 == verify(_signed(), secret=SECRET, now=NOW + 7)
 
 
 @pytest.mark.parametrize(
     ("callback", "secret", "now"),
     [
-        pytest.param(ReceivedCallback(headers=_signed().headers, body=BODY + b" "), SECRET, NOW, id="another body"),
-        pytest.param(_signed(), Secret("another"), NOW, id="another secret"),
-        pytest.param(_signed(X_Webhook_Timestamp=str(NOW + 1)), SECRET, NOW, id="another time"),
-        pytest.param(_signed(X_Webhook_Timestamp="soon"), SECRET, NOW, id="no time"),
-        pytest.param(_signed(X_Webhook_Signature=""), SECRET, NOW, id="no signature"),
-        pytest.param(_signed(X_Webhook_Signature="sha256=é\udcff"), SECRET, NOW, id="no hexadecimal"),
-        pytest.param(ReceivedCallback(headers={}, body=BODY), SECRET, NOW, id="no headers"),
-        pytest.param(_signed(), SECRET, NOW + MAX_AGE_SECONDS + 1, id="too old"),
-        pytest.param(_signed(), SECRET, NOW - MAX_AGE_SECONDS - 1, id="of the future"),
+        pytest.param(ReceivedCallback(headers=_signed().headers, body=BODY + b" "), SECRET, NOW, id="other-body"),
+        pytest.param(_signed(), Secret("another"), NOW, id="other-secret"),
+        pytest.param(_signed(X_Webhook_Timestamp=str(NOW + 1)), SECRET, NOW, id="other-timestamp"),
+        pytest.param(_signed(X_Webhook_Timestamp="soon"), SECRET, NOW, id="invalid-timestamp"),
+        pytest.param(_signed(X_Webhook_Signature=""), SECRET, NOW, id="empty-signature"),
+        pytest.param(_signed(X_Webhook_Signature="sha256=é\udcff"), SECRET, NOW, id="invalid-signature"),
+        pytest.param(ReceivedCallback(headers={}, body=BODY), SECRET, NOW, id="no-headers"),
+        pytest.param(_signed(), SECRET, NOW + MAX_AGE_SECONDS + 1, id="too-old"),
+        pytest.param(_signed(), SECRET, NOW - MAX_AGE_SECONDS - 1, id="in-the-future"),
     ],
 )
-def test_what_is_not_genuine_is_refused(callback: ReceivedCallback, secret: Secret, now: float) -> None:
-    """A change of the body, the secret, the time or the signature, or a time that is far off."""
+def test_forged_callback_is_rejected(callback: ReceivedCallback, secret: Secret, now: float) -> None:
+    """`verify` raises if the body, secret, timestamp or signature differs, or the timestamp is too far from now."""
     with pytest.raises(InvalidCallback):
         verify(callback, secret=secret, now=now)
 
 
-async def test_forged_callbacks_are_answered_401_and_not_told() -> None:
-    """The first callback that is told is the first genuine one."""
+async def test_receiver_rejects_forged_callbacks() -> None:
+    """The receiver responds with 401 to an invalid callback, and `first` returns the first valid one."""
     async with Receiver(SECRET) as receiver, aiohttp.ClientSession() as session, asyncio.timeout(10):
         stale = sign(BODY, webhook_id="task_t-1", secret=SECRET, timestamp=int(time.time()) - 1000)
-        async with session.post(receiver.url, data=BODY, headers=stale) as answer:
-            assert 401 == answer.status
+        async with session.post(receiver.url, data=BODY, headers=stale) as response:
+            assert 401 == response.status
         delivery = await deliver(
             Secret(receiver.url), BODY, webhook_id="task_t-1", secret=SECRET, guard=CallbackGuard(everywhere=True)
         )

@@ -34,18 +34,17 @@ from ccrun.worker.transcript import (
 )
 
 MIB = 1024 * 1024
-PATIENCE_SECONDS = 60.0
 
 
 def task(**fields: Any) -> TaskSpec:
-    """Return a task of which only `fields` matter."""
-    needed = {"task_id": TaskId("t1"), "type": TaskType.ASYNC, "prompt": "Do it.", "timeout_minutes": 1.0}
-    return TaskSpec(**{**needed, **fields})
+    """Return a task with these fields, and defaults for the required ones."""
+    defaults = {"task_id": TaskId("t1"), "type": TaskType.ASYNC, "prompt": "Do it.", "timeout_minutes": 1.0}
+    return TaskSpec(**{**defaults, **fields})
 
 
-def surroundings(spec: TaskSpec, **changed: Any) -> dict[str, str]:
-    """Return the environment of a task in rooms that do not exist."""
-    usual = {
+def agent_environment(spec: TaskSpec, **changed: Any) -> dict[str, str]:
+    """Return the environment of the agent; the directories do not exist."""
+    defaults = {
         "inherited": {"PATH": "/usr/bin:/bin"},
         "home": Path("/t/home"),
         "config": Path("/t/config"),
@@ -56,7 +55,7 @@ def surroundings(spec: TaskSpec, **changed: Any) -> dict[str, str]:
         "is_root": False,
         "marker": "t1",
     }
-    return environment(spec, **{**usual, **changed})
+    return environment(spec, **{**defaults, **changed})
 
 
 # --- finding the CLI -------------------------------------------------------------------------------------------------
@@ -64,47 +63,47 @@ def surroundings(spec: TaskSpec, **changed: Any) -> dict[str, str]:
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder with `claude` and `other`, both of which can be run, and `plain`, which cannot."""
+    """A directory with the executables `claude` and `other`, and `plain`, which is not executable."""
     for name in ("claude", "other", "plain"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o644 if name == "plain" else 0o755)
     return tmp_path
 
 
-def test_the_configured_cli_wins(programs: Path) -> None:
-    """A path and a name on the PATH are both taken."""
+def test_configured_cli_is_used(programs: Path) -> None:
+    """It may be a path or the name of a program on the PATH."""
     assert find_cli(str(programs / "other"), str(programs)) == programs / "other"
     assert find_cli("other", str(programs)) == programs / "other"
 
 
 @pytest.mark.parametrize("configured", ["missing", "plain"])
-def test_a_configured_cli_that_cannot_be_run_is_no_reason_to_take_another(programs: Path, configured: str) -> None:
-    """The operator is told, without a local path."""
+def test_configured_cli_that_is_not_executable_is_an_error(programs: Path, configured: str) -> None:
+    """No other CLI is used instead, and the error has no local path."""
     with pytest.raises(CcrunError, match=r"^CLAUDE_CLI does not name a program that can be run\.$"):
         find_cli(str(programs / configured), str(programs))
 
 
-def test_the_path_comes_before_the_bundled_cli(programs: Path, tmp_path: Path) -> None:
-    """`claude` on the PATH is taken, and without one the CLI of the package, which is not imported for it."""
+def test_cli_on_path_is_preferred_to_the_bundled_cli(programs: Path, tmp_path: Path) -> None:
+    """Without `claude` on the PATH, the CLI of the SDK package is used, and the package is not imported."""
     assert find_cli(None, f"/nowhere:{programs}") == programs / "claude"
     assert find_cli(None, "/nowhere").parts[-3:] == ("claude_agent_sdk", "_bundled", "claude")
     assert "claude_agent_sdk" not in sys.modules
 
 
-def test_no_cli_at_all_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sentence names the three ways out."""
-    # What Python itself puts there for a package that must not be found.
+def test_error_for_a_missing_cli_names_the_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names all three remedies."""
+    # With None, importing the package fails.
     monkeypatch.setitem(sys.modules, "claude_agent_sdk", None)
-    sentence = "The Claude CLI was not found: set CLAUDE_CLI, put `claude` on PATH or install ccrun[claude]."
-    with pytest.raises(CcrunError, match=re.escape(sentence)):
+    message = "The Claude CLI was not found: set CLAUDE_CLI, put `claude` on PATH or install ccrun[claude]."
+    with pytest.raises(CcrunError, match=re.escape(message)):
         find_cli(None, "/nowhere")
 
 
 # --- the environment -------------------------------------------------------------------------------------------------
 
 
-def test_the_environment_holds_what_it_should_and_nothing_else() -> None:
-    """Of the worker's own only PATH, locale and time zone; the real credential is not in it."""
+def test_environment_has_only_the_expected_variables() -> None:
+    """Of the worker's variables, it has PATH, locale and time zone only. The real credential is not in it."""
     inherited = {
         "PATH": "/bin",
         "LC_ALL": "de_DE.UTF-8",
@@ -113,7 +112,7 @@ def test_the_environment_holds_what_it_should_and_nothing_else() -> None:
         "GCS_LOGS_BUCKET": "b",
     }
     spec = task(environment_secrets={"TOKEN": Secret("s3cret")}, anthropic_api_key=Secret("real"))
-    assert surroundings(spec, inherited=inherited) == {
+    assert agent_environment(spec, inherited=inherited) == {
         "PATH": "/bin",
         "LANG": "C.UTF-8",
         "LC_ALL": "de_DE.UTF-8",
@@ -133,26 +132,26 @@ def test_the_environment_holds_what_it_should_and_nothing_else() -> None:
     }
 
 
-def test_every_variable_that_ccrun_sets_is_reserved_or_merged() -> None:
-    """No secret of the caller's can take the place of what keeps the agent in; a PATH or a NO_PROXY of its own is added."""
-    plain = {**surroundings(task()), **surroundings(task(), is_oauth=True, is_root=True)}
-    hostile = {name: Secret("theirs") for name in (*plain, "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK")}
-    del hostile["no_proxy"]
-    changed = {**surroundings(task(environment_secrets=hostile), is_oauth=True, is_root=True)}
-    free = {"PATH": "theirs:/usr/bin:/bin", "NO_PROXY": "theirs,127.0.0.1", "no_proxy": "theirs,127.0.0.1"}
-    assert changed == {**surroundings(task(), is_oauth=True, is_root=True), **free, "LANG": "theirs"}
+def test_secrets_cannot_override_variables_of_ccrun() -> None:
+    """A secret with the name of a reserved variable is ignored; PATH and NO_PROXY are merged; LANG may be overridden."""
+    defaults = {**agent_environment(task()), **agent_environment(task(), is_oauth=True, is_root=True)}
+    secrets = {name: Secret("secret") for name in (*defaults, "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK")}
+    del secrets["no_proxy"]
+    changed = {**agent_environment(task(environment_secrets=secrets), is_oauth=True, is_root=True)}
+    merged = {"PATH": "secret:/usr/bin:/bin", "NO_PROXY": "secret,127.0.0.1", "no_proxy": "secret,127.0.0.1"}
+    assert changed == {**agent_environment(task(), is_oauth=True, is_root=True), **merged, "LANG": "secret"}
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URL", "PATH", "LD_LIBRARY_PATH", "GITHUB_TOKEN", "NODE_OPTIONS", "MY_HOME"])
-def test_other_variables_are_the_callers_own(name: str) -> None:
-    """What only decides how the caller's own code runs is free."""
+def test_other_variables_are_not_reserved(name: str) -> None:
+    """A secret may set any variable that does not affect the CLI's requests, its directories or its permissions."""
     assert not is_reserved_variable(name)
 
 
-def test_an_oauth_token_and_root_change_the_environment() -> None:
-    """The dummy credential is of the real one's kind, and root is allowed what the CLI refuses to it outside a container."""
-    plain = surroundings(task())
-    changed = surroundings(task(), is_oauth=True, is_root=True)
+def test_environment_with_an_oauth_token_as_root() -> None:
+    """The run token is passed as an OAuth token, and IS_SANDBOX lets root use every permission mode."""
+    plain = agent_environment(task())
+    changed = agent_environment(task(), is_oauth=True, is_root=True)
     del plain["ANTHROPIC_API_KEY"]
     assert changed == {**plain, "CLAUDE_CODE_OAUTH_TOKEN": "run-token", "IS_SANDBOX": "1"}
 
@@ -160,14 +159,14 @@ def test_an_oauth_token_and_root_change_the_environment() -> None:
 # --- arguments and input files ---------------------------------------------------------------------------------------
 
 
-def test_the_plain_command() -> None:
-    """Nobody is ever asked for a permission, and the turns have a bound."""
+def test_default_arguments() -> None:
+    """The CLI never asks for a permission, and the number of turns is limited."""
     command = ["/bin/claude", "-p", "--verbose", "--output-format=stream-json", "--permission-prompts=none"]
     assert argv(task(), cli=Path("/bin/claude"), files={}) == [*command, "--max-turns=6"]
 
 
-def test_values_are_tied_to_their_flags() -> None:
-    """No value can be read as a flag, whatever it begins with, and each tool stays a value of its own."""
+def test_values_are_joined_to_their_options() -> None:
+    """A value that begins with `--` is not read as an option, and each tool has its own option."""
     spec = task(
         model="--danger",
         fallback_model="haiku",
@@ -189,8 +188,8 @@ def test_values_are_tied_to_their_flags() -> None:
     ]
 
 
-def test_nothing_confidential_is_an_argument() -> None:
-    """What other users of the machine see in the process list has neither texts nor secrets."""
+def test_arguments_contain_nothing_confidential() -> None:
+    """Other users of the machine see the arguments in the process list, so these have no prompts and no secrets."""
     spec = task(
         prompt="word-1",
         system_prompt="word-2",
@@ -200,12 +199,12 @@ def test_nothing_confidential_is_an_argument() -> None:
         environment_secrets={"WORD_7": Secret("word-8")},
         anthropic_api_key=Secret("word-9"),
     )
-    files = {option: Path("/f", option) for option in option_files(spec, surroundings(spec))}
+    files = {option: Path("/f", option) for option in option_files(spec, agent_environment(spec))}
     assert "word" not in " ".join(argv(spec, cli=Path("claude"), files=files)).lower()
 
 
-def test_subagents_become_what_the_flag_takes() -> None:
-    """Lists that front matter writes as text become lists, empty fields go, and a description is always there."""
+def test_subagents_are_converted_for_the_agents_option() -> None:
+    """Comma-separated tools become lists, null fields are removed, and a missing description is added."""
     matter = {"name": "other", "tools": "Read, Bash(git log:*, -n),", "model": None, "disallowedTools": ["Edit"]}
     spec = task(subagents={"a": ConfigFile(frontmatter=matter, content="Be a."), "b": ConfigFile(content="Be b.")})
     assert json.loads(option_files(spec, {})["agents"]) == {
@@ -233,8 +232,8 @@ RESULT: Mapping[str, Any] = {
 }
 
 
-def told(*events: object) -> Transcript:
-    """Return a transcript that was fed these events as the CLI prints them."""
+def transcript_of(*events: object) -> Transcript:
+    """Return a transcript of these events, as the CLI prints them."""
     transcript = Transcript()
     for event in events:
         line = event if isinstance(event, bytes) else json.dumps(event, separators=(",", ":")).encode()
@@ -242,22 +241,22 @@ def told(*events: object) -> Transcript:
     return transcript
 
 
-def test_the_last_result_counts_and_figures_add_up() -> None:
-    """When background work wakes the agent again, turns and tokens are those of the whole run."""
-    transcript = told(RESULT, {**RESULT, "num_turns": 3, "result": "Really done."})
+def test_last_result_is_used_and_counts_are_summed() -> None:
+    """The CLI prints several results when background work resumes the agent. Turns and tokens are those of the whole run."""
+    transcript = transcript_of(RESULT, {**RESULT, "num_turns": 3, "result": "Really done."})
     assert (transcript.turns, transcript.result and transcript.result["result"]) == (5, "Really done.")
     assert transcript.usage == {"input_tokens": 40, "server": {"requests": 2}, "speed": "standard"}
 
 
-def test_tools_that_fail_are_counted() -> None:
-    """Only what the CLI reports as a tool's error counts, not a text that looks like it."""
+def test_failed_tool_calls_are_counted() -> None:
+    """A tool result with `is_error` is counted; a text that contains the same characters is not."""
     blocks = [{"type": "tool_result", "is_error": True}, {"type": "tool_result", "is_error": False}, "text"]
     user = {"type": "user", "message": {"content": blocks}}
-    talk = {
+    assistant = {
         "type": "assistant",
         "message": {"content": [{"type": "text", "text": '"is_error":true', "is_error": True}]},
     }
-    assert told(user, talk, user).errors == 2
+    assert transcript_of(user, assistant, user).errors == 2
 
 
 @pytest.mark.parametrize(
@@ -276,25 +275,25 @@ def test_tools_that_fail_are_counted() -> None:
         b"",
     ],
 )
-def test_lines_that_are_no_events_do_no_harm(line: bytes) -> None:
-    """Whatever a program prints between the events is passed over."""
-    transcript = told(line)
+def test_lines_that_are_not_events_are_ignored(line: bytes) -> None:
+    """Output of other programs between the events has no effect."""
+    transcript = transcript_of(line)
     assert (transcript.has_lines, transcript.result, transcript.turns, transcript.errors) == (True, None, 0, 0)
 
 
-def test_a_result_longer_than_what_is_parsed_elsewhere_is_seen() -> None:
-    """A long answer is a result like any other; other long lines are not parsed."""
+def test_result_longer_than_the_parse_limit_is_parsed() -> None:
+    """A result is parsed at any length; other long events are not."""
     long = "x" * (2 * MAX_PARSED_LINE_BYTES)
     blocks = [{"type": "tool_result", "is_error": True, "content": long}]
-    transcript = told({"type": "user", "message": {"content": blocks}}, {**RESULT, "result": long})
+    transcript = transcript_of({"type": "user", "message": {"content": blocks}}, {**RESULT, "result": long})
     assert (transcript.errors, transcript.turns) == (0, 2)
 
 
-def test_figures_that_cannot_be_kept_are_dropped() -> None:
-    """Neither a number that JavaScript does not have nor a text that cannot be encoded gets into the record."""
+def test_invalid_values_of_a_result_are_not_recorded() -> None:
+    """The record has no number that JavaScript cannot represent and no text that UTF-8 cannot encode."""
     hostile = rb"""{"type":"result","is_error":false,"num_turns":1e9,"total_cost_usd":NaN,"session_id":"\ud800","result":7,
         "usage":{"a":1e999,"b":123456789012345678901,"c":"\udfff","\ud800":1,"d":[1],"e":null}}""".replace(b"\n", b"")
-    outcome = outcome_of_run(told(hostile), Exit(code=0))
+    outcome = outcome_of_run(transcript_of(hostile), Exit(code=0))
     assert outcome == Outcome(
         status=Status.COMPLETED,
         reason=Reason.COMPLETED,
@@ -308,7 +307,7 @@ def test_figures_that_cannot_be_kept_are_dropped() -> None:
 
 
 def text(content: str) -> bytes:
-    """Return the line of a text object."""
+    """Return the log line for a text that is not JSON."""
     return json.dumps({"type": "text", "content": content}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -336,15 +335,15 @@ def text(content: str) -> bytes:
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, text('{"a":' * 100_000 + "1" + "}" * 100_000)),
     ],
 )
-def test_a_line_of_the_log(line: bytes, expected: bytes | None) -> None:
-    """Objects stay byte for byte, anything else becomes a text object, blank lines go; the kind of bytes makes no difference."""
-    wanted = line if expected is None else expected
-    assert (bytes(line_for_log(line)), bytes(line_for_log(bytearray(line)))) == (wanted, wanted)
+def test_line_for_log(line: bytes, expected: bytes | None) -> None:
+    """JSON objects are unchanged, blank lines become empty, and any other line becomes a text object."""
+    expected_line = line if expected is None else expected
+    assert (bytes(line_for_log(line)), bytes(line_for_log(bytearray(line)))) == (expected_line, expected_line)
 
 
 @given(st.binary().map(lambda line: line.replace(b"\n", b"")))
-def test_every_line_of_the_log_is_one_object(line: bytes) -> None:
-    """Whatever a program prints, readers get one JSON object a line, and it stays one when it is read again."""
+def test_every_logged_line_is_one_json_object(line: bytes) -> None:
+    """Any line becomes one JSON object or is empty, and a logged line is unchanged when it is converted again."""
     logged = line_for_log(line)
     if logged:
         assert isinstance(json.loads(bytes(logged).decode()), dict)
@@ -353,7 +352,7 @@ def test_every_line_of_the_log_is_one_object(line: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "is_kept"),
+    ("line", "is_object"),
     [
         (b'{"a":"' + b"\xc3\xa9" * MIB + b'"}', True),
         (b'{"a":"x' + b"\xc3\xa9" * MIB + b'"}', True),
@@ -364,29 +363,29 @@ def test_every_line_of_the_log_is_one_object(line: bytes) -> None:
         (b"x" * 2 * MIB, False),
     ],
 )
-def test_long_lines_are_judged_by_their_looks(line: bytes, is_kept: bool) -> None:
-    """A long object is handed back as it is and not copied; what cannot be one becomes a text object."""
+def test_long_lines_are_classified_without_parsing(line: bytes, is_object: bool) -> None:
+    """A long line that looks like an object is returned without a copy; any other becomes a text object."""
     logged = line_for_log(line)
-    if is_kept:
+    if is_object:
         assert logged is line
     else:
         assert bytes(logged) == text(line.decode(errors="replace"))
 
 
-@pytest.mark.parametrize(("line", "most"), [(b'{"a":"%s"}', 1), (b"%s", 80)])
-def test_long_lines_cost_no_memory_beside_what_is_returned(line: bytes, most: int) -> None:
-    """64 MiB are looked at in slices: an object costs nothing more, a text its wrapped self."""
+@pytest.mark.parametrize(("line", "max_mib"), [(b'{"a":"%s"}', 1), (b"%s", 80)])
+def test_long_lines_need_no_additional_memory(line: bytes, max_mib: int) -> None:
+    """For a line of 64 MiB, memory is allocated only for a text object that is returned."""
     long = bytearray(line % (b"x" * (64 * MIB)))
     tracemalloc.start()
     try:
         line_for_log(long)
         Transcript().feed(long)
-        assert tracemalloc.get_traced_memory()[1] <= most * MIB
+        assert tracemalloc.get_traced_memory()[1] <= max_mib * MIB
     finally:
         tracemalloc.stop()
 
 
-# --- the verdict -----------------------------------------------------------------------------------------------------
+# --- the outcome -----------------------------------------------------------------------------------------------------
 
 MAX_TURNS_RESULT: Mapping[str, Any] = {
     "type": "result",
@@ -402,7 +401,7 @@ OK = Exit(code=0)
 
 
 @pytest.mark.parametrize(
-    ("events", "ended", "more", "reason", "code", "error"),
+    ("events", "exit_status", "options", "reason", "code", "error"),
     [
         ([RESULT], OK, {}, Reason.COMPLETED, 0, None),
         ([RETRY_401, RESULT], OK, {}, Reason.COMPLETED, 0, None),
@@ -412,12 +411,12 @@ OK = Exit(code=0)
         ([MAX_TURNS_RESULT], Exit(code=1), {}, Reason.MAX_TURNS, 1, "Reached maximum number of turns (1)"),
         ([API_RESULT], Exit(code=1), {}, Reason.API_ERROR, 1, "API Error: 500"),
         ([API_RESULT], OK, {}, Reason.API_ERROR, 1, "API Error: 500"),
-        ([RESULT, {**RESULT, "is_error": True, "result": "Oh."}], OK, {}, Reason.AGENT_ERROR, 1, "Oh."),
+        ([RESULT, {**RESULT, "is_error": True, "result": "Failed."}], OK, {}, Reason.AGENT_ERROR, 1, "Failed."),
         ([{"type": "result", "is_error": True}], OK, {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
         ([{"type": "result"}], OK, {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
         ([RESULT], Exit(code=3), {}, Reason.AGENT_ERROR, 3, "Claude process exited with code 3"),
         ([], Exit(code=1), {}, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
-        ([b"noise"], OK, {}, Reason.AGENT_ERROR, 1, "The Claude CLI exited without a result."),
+        ([b"text"], OK, {}, Reason.AGENT_ERROR, 1, "The Claude CLI exited without a result."),
         ([API_RESULT], Exit(code=1), {"rejected": "No."}, Reason.CREDENTIAL_REJECTED, 1, "No."),
         ([], Exit(code=143, signal=15), {"rejected": "No."}, Reason.CREDENTIAL_REJECTED, 143, "No."),
         ([RETRY_401], Exit(code=1), {}, Reason.CREDENTIAL_REJECTED, 1, "Claude process exited with code 1"),
@@ -443,17 +442,17 @@ OK = Exit(code=0)
         ([API_RESULT], Exit(code=143, signal=15), {"stopped_by_us": True}, Reason.API_ERROR, 1, "API Error: 500"),
     ],
 )
-def test_a_run_is_judged(
-    events: list[Any], ended: Exit, more: Mapping[str, Any], reason: Reason, code: int, error: str | None
+def test_outcome_of_a_run(
+    events: list[Any], exit_status: Exit, options: Mapping[str, Any], reason: Reason, code: int, error: str | None
 ) -> None:
-    """Success needs a good last result and a good end; a failure has one reason, never exit code 0, and the CLI's own words."""
-    outcome = outcome_of_run(told(*events), ended, **more)
+    """A run succeeds with a successful last result and exit code 0; a failure has one reason and a nonzero exit code."""
+    outcome = outcome_of_run(transcript_of(*events), exit_status, **options)
     status = Status.COMPLETED if reason is Reason.COMPLETED else Status.FAILED
     assert (outcome.status, outcome.reason, outcome.exit_code, outcome.error) == (status, reason, code, error)
 
 
-def test_an_outcome_has_the_figures_of_the_run() -> None:
-    """Turns, errors, cost, tokens, session and text come from the CLI, also when the run has failed."""
+def test_outcome_has_the_statistics_of_the_run() -> None:
+    """It has turns, errors, cost, tokens, session ID and result, also when the run has failed."""
     user = {"type": "user", "message": {"content": [{"type": "tool_result", "is_error": True}]}}
     completed = Outcome(
         status=Status.COMPLETED,
@@ -466,7 +465,7 @@ def test_an_outcome_has_the_figures_of_the_run() -> None:
         session_id="s1",
         result="Done.",
     )
-    assert outcome_of_run(told(user, RESULT), OK) == completed
+    assert outcome_of_run(transcript_of(user, RESULT), OK) == completed
     failed = attrs.evolve(
         completed,
         status=Status.FAILED,
@@ -475,13 +474,13 @@ def test_an_outcome_has_the_figures_of_the_run() -> None:
         error="API Error: 500",
         result="API Error: 500",
     )
-    assert outcome_of_run(told(user, API_RESULT), OK) == failed
+    assert outcome_of_run(transcript_of(user, API_RESULT), OK) == failed
 
 
-def test_texts_of_the_cli_are_bounded() -> None:
-    """The record stays small, however long the answer is; a cut is visible."""
+def test_result_and_error_are_truncated() -> None:
+    """The record stays small; an ellipsis marks the truncation."""
     long = "é" * (2 * MAX_RESULT_CHARS)
-    outcome = outcome_of_run(told({**API_RESULT, "result": long}), OK)
+    outcome = outcome_of_run(transcript_of({**API_RESULT, "result": long}), OK)
     assert outcome.result == "é" * (MAX_RESULT_CHARS - 1) + "…"
     assert outcome.error == "é" * (MAX_ERROR_CHARS - 1) + "…"
 
@@ -490,28 +489,28 @@ def test_texts_of_the_cli_are_bounded() -> None:
 
 
 @attrs.frozen(kw_only=True)
-class Run:
+class CliRun:
     """A run of the real CLI."""
 
     outcome: Outcome
     events: list[dict[str, Any]]
     stderr: str
     requests: list[RecordedRequest]
-    room: Path
+    task_dir: Path
 
     @property
     def init(self) -> dict[str, Any]:
-        """The first thing that the CLI says of itself."""
+        """The first event of the CLI, which describes its configuration."""
         return next(event for event in self.events if event.get("subtype") == "init")
 
-    def asked(self, number: int = 0) -> str:
-        """What the model was asked: all of the body, as JSON."""
+    def request_body(self, number: int = 0) -> str:
+        """Return the body of a request to the model, as JSON."""
         posts = [request for request in self.requests if request.method == "POST"]
         return json.dumps(posts[number].body, ensure_ascii=False)
 
     @property
     def tool_results(self) -> list[str]:
-        """What the tools gave back, as JSON."""
+        """The contents of the tool results, as JSON."""
         return [
             json.dumps(block["content"])
             for event in self.events
@@ -522,172 +521,175 @@ class Run:
 
 
 @pytest.fixture
-def room() -> Iterator[Path]:
-    """The task's folder: pytest's own is too long for the CLI's socket."""
-    folder = Path(tempfile.mkdtemp(prefix="ccrun-"))
+def task_dir() -> Iterator[Path]:
+    """The directories of a task. The paths of `tmp_path` are too long for the socket of the CLI."""
+    directory = Path(tempfile.mkdtemp(prefix="ccrun-"))
     for name in ("home", "config", "tmp", "inputs", "work"):
-        (folder / name).mkdir(mode=0o700)
-    assert len(os.fsencode(folder / "tmp")) <= MAX_TEMPORARY_PATH_BYTES
-    yield folder
-    shutil.rmtree(folder)
+        (directory / name).mkdir(mode=0o700)
+    assert len(os.fsencode(directory / "tmp")) <= MAX_TEMPORARY_PATH_BYTES
+    yield directory
+    shutil.rmtree(directory)
 
 
 @pytest.fixture
-def run_cli(room: Path) -> Callable[..., Any]:
-    """Runs the real CLI on a task, with a script in the model's place, as the worker will."""
+def run_cli(task_dir: Path) -> Callable[..., Any]:
+    """Return a function that runs the real CLI with a scripted model, as the worker does."""
     cli = find_cli(None, "")
 
-    async def run(spec: TaskSpec, script: Script, *, is_oauth: bool = False, stop: bool = False) -> Run:
+    async def run(spec: TaskSpec, script: Script, *, is_oauth: bool = False, stop: bool = False) -> CliRun:
         transcript, events = Transcript(), []
         async with ScriptedModel(script) as model:
-            surrounding = environment(
+            variables = environment(
                 spec,
                 inherited={"PATH": os.environ["PATH"]},
-                home=room / "home",
-                config=room / "config",
-                temporary=room / "tmp",
+                home=task_dir / "home",
+                config=task_dir / "config",
+                temporary=task_dir / "tmp",
                 base_url=model.url,
                 run_token=Secret("made-up-key"),
                 is_oauth=is_oauth,
                 is_root=os.geteuid() == 0,
-                marker=str(room),
+                marker=str(task_dir),
             )
             files = {}
-            for option, content in option_files(spec, surrounding).items():
-                files[option] = room / "inputs" / option
+            for option, content in option_files(spec, variables).items():
+                files[option] = task_dir / "inputs" / option
                 files[option].write_bytes(content)
             command = argv(spec, cli=cli, files=files)
-            async with spawn(command, env=surrounding, cwd=room / "work", stdin=spec.prompt.encode()) as child:
+            async with spawn(command, env=variables, cwd=task_dir / "work", stdin=spec.prompt.encode()) as child:
                 async for line in child.lines():
                     transcript.feed(line)
                     assert line_for_log(line) == line
                     events.append(json.loads(line))
                     if stop:
                         child.terminate()
-                ended = await child.wait()
-            return Run(
-                outcome=outcome_of_run(transcript, ended),
+                exit_status = await child.wait()
+            return CliRun(
+                outcome=outcome_of_run(transcript, exit_status),
                 events=events,
                 stderr=child.stderr_tail.decode(),
                 requests=list(model.requests),
-                room=room,
+                task_dir=task_dir,
             )
 
     return run
 
 
 def bash(command: str) -> UseTool:
-    """Return what a model says that wants a shell command run."""
+    """Return a model response that runs a shell command."""
     return UseTool("Bash", {"command": command, "description": "A test"})
 
 
-async def test_the_cli_answers(run_cli: Callable[..., Any]) -> None:
-    """A plain run completes, with the figures of the CLI; the prompt reaches the model through stdin, however long."""
+async def test_cli_completes_a_task(run_cli: Callable[..., Any]) -> None:
+    """The outcome has the statistics of the CLI, and a prompt of 640 kB reaches the model over stdin."""
     prompt = "--help é\n" + "0123456789abcdef" * 40_000
     run = await run_cli(task(prompt=prompt, model="claude-sonnet-4-5"), sequence(Say("Done.")))
     assert (run.outcome.reason, run.outcome.exit_code, run.outcome.turns) == (Reason.COMPLETED, 0, 1)
     assert (run.outcome.result, run.outcome.session_id) == ("Done.", run.init["session_id"])
     assert run.outcome.usage is not None
     assert run.outcome.cost_usd is not None
-    assert (json.dumps(prompt, ensure_ascii=False)[1:-1] in run.asked(), run.init["model"]) == (
+    assert (json.dumps(prompt, ensure_ascii=False)[1:-1] in run.request_body(), run.init["model"]) == (
         True,
         "claude-sonnet-4-5",
     )
 
 
-async def test_the_cli_uses_tools_in_the_task_folder(run_cli: Callable[..., Any], room: Path) -> None:
-    """A tool runs where the task is, and one that fails is counted."""
+async def test_tools_run_in_the_working_directory(run_cli: Callable[..., Any], task_dir: Path) -> None:
+    """A tool runs in the directory in which the CLI was started, and a failed one is counted."""
     spec = task(permission_mode="bypassPermissions")
     run = await run_cli(spec, sequence(bash("pwd > here"), bash("exit 7"), Say("Done.")))
-    assert (room / "work" / "here").read_text() == f"{room / 'work'}\n"
+    assert (task_dir / "work" / "here").read_text() == f"{task_dir / 'work'}\n"
     assert (run.outcome.reason, run.outcome.turns, run.outcome.errors) == (Reason.COMPLETED, 3, 1)
 
 
-async def test_the_cli_stops_at_the_limit_of_turns(run_cli: Callable[..., Any]) -> None:
-    """The limit is the request's, and the failure says so."""
+async def test_run_fails_at_the_maximum_number_of_turns(run_cli: Callable[..., Any]) -> None:
+    """The maximum comes from the request, and the error states it."""
     run = await run_cli(task(max_turns=1, permission_mode="bypassPermissions"), sequence(bash("true")))
     assert run.outcome.reason is Reason.MAX_TURNS
     assert (run.outcome.exit_code, run.outcome.error) == (1, "Reached maximum number of turns (1)")
 
 
-async def test_an_error_of_the_api_is_a_failure(run_cli: Callable[..., Any]) -> None:
-    """The API's own words reach the caller."""
-    run = await run_cli(task(), sequence(Fail(400, "invalid_request_error", "no such thing")))
+async def test_error_of_the_model_api_fails_the_run(run_cli: Callable[..., Any]) -> None:
+    """The error of the task contains the message of the model API."""
+    run = await run_cli(task(), sequence(Fail(400, "invalid_request_error", "no such model")))
     assert (run.outcome.status, run.outcome.reason, run.outcome.exit_code) == (Status.FAILED, Reason.API_ERROR, 1)
-    assert "no such thing" in run.outcome.error
+    assert "no such model" in run.outcome.error
 
 
 @pytest.mark.parametrize("is_oauth", [False, True])
-async def test_a_refused_credential_is_told(run_cli: Callable[..., Any], is_oauth: bool) -> None:
-    """A 401 that says not to try again ends the run at once."""
-    refusal = Fail(401, "authentication_error", "invalid x-api-key", headers={"x-should-retry": "false"})
-    run = await run_cli(task(), sequence(refusal), is_oauth=is_oauth)
+async def test_rejected_credential_is_reported(run_cli: Callable[..., Any], is_oauth: bool) -> None:
+    """The CLI does not retry after a 401 with `x-should-retry: false`."""
+    rejection = Fail(401, "authentication_error", "invalid x-api-key", headers={"x-should-retry": "false"})
+    run = await run_cli(task(), sequence(rejection), is_oauth=is_oauth)
     assert (run.outcome.status, run.outcome.reason) == (Status.FAILED, Reason.CREDENTIAL_REJECTED)
 
 
-async def test_a_cli_that_was_terminated_is_no_success(run_cli: Callable[..., Any]) -> None:
-    """Ended in the middle of an answer, it has failed."""
+async def test_terminated_cli_has_failed(run_cli: Callable[..., Any]) -> None:
+    """The CLI is terminated while it reads a response."""
     run = await run_cli(task(), sequence(Hang("Well,")), stop=True)
     assert run.outcome.status is Status.FAILED
     assert run.outcome.exit_code == 143
 
 
 async def test_system_prompts_reach_the_model_from_files(run_cli: Callable[..., Any]) -> None:
-    """Both of them, whatever they begin with, and far beyond what one argument can hold."""
+    """Both may begin with a dash, and may be longer than an argument of a process."""
     system, appended = "--system é\n" + "s" * MIB, '-appended "quoted"'
     run = await run_cli(task(system_prompt=system, append_system_prompt=appended), sequence(Say("Done.")))
-    assert (system.replace("\n", "\\n") in run.asked(), json.dumps(appended)[1:-1] in run.asked()) == (True, True)
+    assert (system.replace("\n", "\\n") in run.request_body(), json.dumps(appended)[1:-1] in run.request_body()) == (
+        True,
+        True,
+    )
 
 
-async def test_values_that_look_like_flags_are_values(run_cli: Callable[..., Any]) -> None:
-    """Neither a model nor a tool of such a name turns a flag of the CLI on."""
+async def test_values_that_look_like_options_are_values(run_cli: Callable[..., Any]) -> None:
+    """A model or a tool with the name of an option does not set that option."""
     flag = "--dangerously-skip-permissions"
     run = await run_cli(task(model=flag, allowed_tools=(flag,), disallowed_tools=(flag,)), sequence(Say("Done.")))
     assert (run.init["model"], run.init["permissionMode"]) == (flag, "default")
 
 
-async def test_tools_are_allowed_one_by_one(run_cli: Callable[..., Any]) -> None:
-    """Spaces and commas in parentheses survive; what is not allowed is denied and not waited for; what is disallowed is gone."""
+async def test_allowed_and_disallowed_tools(run_cli: Callable[..., Any]) -> None:
+    """Spaces and commas in parentheses are preserved, other commands are denied, and disallowed tools are not offered."""
     spec = task(allowed_tools=("Bash(touch a, b)", "Bash(mkdir c:*)"), disallowed_tools=("WebFetch", "WebSearch"))
     run = await run_cli(spec, sequence(bash("touch a, b"), bash("mkdir c"), bash("touch d"), Say("Done.")))
-    assert sorted(os.listdir(run.room / "work")) == ["a,", "b", "c"]  # noqa: PTH208
+    assert sorted(os.listdir(run.task_dir / "work")) == ["a,", "b", "c"]  # noqa: PTH208
     assert (run.outcome.reason, run.outcome.errors) == (Reason.COMPLETED, 1)
     assert not {"WebFetch", "WebSearch"} & set(run.init["tools"])
 
 
 @pytest.mark.parametrize("mode", ["acceptEdits", "auto", "bypassPermissions", "default", "dontAsk", "manual", "plan"])
-async def test_every_permission_mode_is_known_to_the_cli(run_cli: Callable[..., Any], mode: str) -> None:
-    """No mode that a request may name makes the CLI refuse to run, not even as root."""
+async def test_cli_accepts_every_permission_mode(run_cli: Callable[..., Any], mode: str) -> None:
+    """The CLI runs in every mode that a request may have, also as root."""
     run = await run_cli(task(permission_mode=mode), sequence(Say("Done.")))
     assert (run.outcome.reason, run.stderr) == (Reason.COMPLETED, "")
 
 
-async def test_commands_and_subagents_of_the_task_win_over_the_repositorys(
-    run_cli: Callable[..., Any], room: Path
+async def test_commands_and_subagents_of_the_task_override_those_of_the_repository(
+    run_cli: Callable[..., Any], task_dir: Path
 ) -> None:
-    """Commands from the configuration folder, subagents from the flag; the repository's others stay."""
+    """Those of the repository with other names are still available."""
     for kind, name, origin in (
-        ("commands", "greet", "theirs"),
-        ("commands", "only", "theirs"),
-        ("agents", "rev", "theirs"),
+        ("commands", "greet", "repository"),
+        ("commands", "only", "repository"),
+        ("agents", "rev", "repository"),
     ):
-        folder = room / "work" / ".claude" / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.md").write_text(f"---\nname: {name}\ndescription: d-{origin}\n---\nbody-{origin}")
-    (room / "config" / "commands").mkdir()
-    (room / "config" / "commands" / "greet.md").write_text("---\ndescription: d-ours\n---\nbody-ours")
-    ours = ConfigFile(frontmatter={"description": "d-ours", "tools": "Read, Grep"}, content="body-ours")
-    run = await run_cli(task(prompt="/greet", subagents={"rev": ours}), sequence(Say("Done.")))
+        directory = task_dir / "work" / ".claude" / kind
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{name}.md").write_text(f"---\nname: {name}\ndescription: d-{origin}\n---\nbody-{origin}")
+    (task_dir / "config" / "commands").mkdir()
+    (task_dir / "config" / "commands" / "greet.md").write_text("---\ndescription: d-task\n---\nbody-task")
+    subagent = ConfigFile(frontmatter={"description": "d-task", "tools": "Read, Grep"}, content="body-task")
+    run = await run_cli(task(prompt="/greet", subagents={"rev": subagent}), sequence(Say("Done.")))
     assert {"greet", "only"} <= set(run.init["slash_commands"])
     assert "rev" in run.init["agents"]
-    assert ("body-ours" in run.asked(), "body-theirs" in run.asked()) == (True, False)
-    assert ("rev: d-ours" in run.asked(), "rev: d-theirs" in run.asked()) == (True, False)
+    assert ("body-task" in run.request_body(), "body-repository" in run.request_body()) == (True, False)
+    assert ("rev: d-task" in run.request_body(), "rev: d-repository" in run.request_body()) == (True, False)
 
 
 MCP_SERVER = """
 import json, os, sys
-with open("seen", "w") as seen:
-    json.dump([sys.argv[1:], os.environ.get("GIVEN")], seen)
+with open("received", "w") as file:
+    json.dump([sys.argv[1:], os.environ.get("GIVEN")], file)
 for line in sys.stdin:
     request = json.loads(line)
     match request["method"]:
@@ -701,39 +703,39 @@ for line in sys.stdin:
 """
 
 
-async def test_the_cli_expands_variables_for_mcp_servers(run_cli: Callable[..., Any], room: Path) -> None:
-    """`${VAR}` comes from the task's secrets, in arguments and variables alike, and the repository's servers do not run."""
-    (room / "work" / ".mcp.json").write_text('{"mcpServers":{"theirs":{"command":"touch","args":["ran"]}}}')
-    (room / "work" / ".claude").mkdir()
-    (room / "work" / ".claude" / "settings.json").write_text('{"enableAllProjectMcpServers":true}')
+async def test_cli_expands_variables_in_the_mcp_configuration(run_cli: Callable[..., Any], task_dir: Path) -> None:
+    """`${VAR}` is replaced by a secret of the task, in arguments and variables; servers of the repository do not start."""
+    (task_dir / "work" / ".mcp.json").write_text('{"mcpServers":{"repository":{"command":"touch","args":["ran"]}}}')
+    (task_dir / "work" / ".claude").mkdir()
+    (task_dir / "work" / ".claude" / "settings.json").write_text('{"enableAllProjectMcpServers":true}')
     server = {
         "command": sys.executable,
         "args": ["-c", MCP_SERVER, "${TOKEN}", "${MISSING:-none}"],
         "env": {"GIVEN": "<${TOKEN}>"},
     }
-    spec = task(mcp_config={"mcpServers": {"ours": server}}, environment_secrets={"TOKEN": Secret("s3cret")})
+    spec = task(mcp_config={"mcpServers": {"task": server}}, environment_secrets={"TOKEN": Secret("s3cret")})
     run = await run_cli(spec, sequence(Say("Done.")))
-    assert [(server["name"], server["status"]) for server in run.init["mcp_servers"]] == [("ours", "connected")]
-    assert json.loads((room / "work" / "seen").read_text()) == [["s3cret", "none"], "<s3cret>"]
-    assert not (room / "work" / "ran").exists()
+    assert [(server["name"], server["status"]) for server in run.init["mcp_servers"]] == [("task", "connected")]
+    assert json.loads((task_dir / "work" / "received").read_text()) == [["s3cret", "none"], "<s3cret>"]
+    assert not (task_dir / "work" / "ran").exists()
 
 
 @pytest.mark.parametrize(
     ("is_oauth", "expected"),
     [(False, {"x-api-key": "made-up-key"}), (True, {"Authorization": "Bearer made-up-key"})],
 )
-async def test_a_repository_cannot_lead_the_requests_elsewhere(
-    run_cli: Callable[..., Any], room: Path, is_oauth: bool, expected: Mapping[str, str]
+async def test_repository_cannot_redirect_requests(
+    run_cli: Callable[..., Any], task_dir: Path, is_oauth: bool, expected: Mapping[str, str]
 ) -> None:
-    """Whatever the settings in the repository say, requests go to the proxy, with the credential that opens it."""
-    (room / "work" / ".claude").mkdir()
-    theirs = {
-        "apiKeyHelper": "echo theirs",
+    """With any settings in the repository, requests go to the proxy, with the run token."""
+    (task_dir / "work" / ".claude").mkdir()
+    settings = {
+        "apiKeyHelper": "echo other",
         "env": {
-            "ANTHROPIC_API_KEY": "theirs",
-            "ANTHROPIC_AUTH_TOKEN": "theirs",
+            "ANTHROPIC_API_KEY": "other",
+            "ANTHROPIC_AUTH_TOKEN": "other",
             "ANTHROPIC_BASE_URL": "http://127.0.0.1:1",
-            "CLAUDE_CODE_OAUTH_TOKEN": "theirs",
+            "CLAUDE_CODE_OAUTH_TOKEN": "other",
             "CLAUDE_CODE_USE_BEDROCK": "1",
             "CLAUDE_CODE_USE_FOUNDRY": "1",
             "CLAUDE_CODE_USE_VERTEX": "1",
@@ -742,21 +744,21 @@ async def test_a_repository_cannot_lead_the_requests_elsewhere(
             "NO_PROXY": "example.com",
         },
     }
-    (room / "work" / ".claude" / "settings.json").write_text(json.dumps(theirs))
+    (task_dir / "work" / ".claude" / "settings.json").write_text(json.dumps(settings))
     run = await run_cli(task(), sequence(Say("Done.")), is_oauth=is_oauth)
     assert run.outcome.reason is Reason.COMPLETED
     headers = run.requests[0].headers
     assert {name: headers[name] for name in ("x-api-key", "Authorization") if name in headers} == expected
 
 
-async def test_all_that_the_cli_writes_stays_in_the_task_folder(run_cli: Callable[..., Any], room: Path) -> None:
-    """Its state, its sockets and its temporary files are below HOME, the configuration folder and TMPDIR."""
+async def test_cli_writes_only_to_the_task_directory(run_cli: Callable[..., Any], task_dir: Path) -> None:
+    """Its state, sockets and temporary files are below HOME, the configuration directory and TMPDIR."""
     show = bash("echo $CLAUDE_CODE_MESSAGING_SOCKET; echo x > $(mktemp)")
     run = await run_cli(task(permission_mode="bypassPermissions"), sequence(show, Say("Done.")))
-    assert str(room / "tmp" / "cc-socks") in run.tool_results[0]
+    assert str(task_dir / "tmp" / "cc-socks") in run.tool_results[0]
     shared = [Path(f"/tmp/claude-{os.geteuid()}"), Path("/tmp/cc-socks"), Path(f"/tmp/cc-socks-{os.geteuid()}")]
-    strangers = [name for folder in shared for name in glob.glob(f"{folder}/*{room.name}*")]  # noqa: PTH207
-    assert strangers == []
-    left = {path.relative_to(room).parts[0] for path in room.rglob("*")}  # a few hundred files
-    assert left == {"home", "config", "tmp", "inputs", "work"}
-    assert os.listdir(room / "work") == []  # noqa: PTH208
+    outside = [name for directory in shared for name in glob.glob(f"{directory}/*{task_dir.name}*")]  # noqa: PTH207
+    assert outside == []
+    written = {path.relative_to(task_dir).parts[0] for path in task_dir.rglob("*")}  # A few hundred files.
+    assert written == {"home", "config", "tmp", "inputs", "work"}
+    assert os.listdir(task_dir / "work") == []  # noqa: PTH208

@@ -191,7 +191,7 @@ def test_common_values_are_written(read: Read, value: str) -> None:
     ("value", "content"), [("plain", b"A='plain'\n"), ('"$`', b"A='\"$`'\n"), ("it's", b'A="it\'s"\n'), ("", b"A=''\n")]
 )
 def test_values_are_quoted(value: str, content: bytes) -> None:
-    """Single quotes are used where they can be, double quotes otherwise."""
+    """Single quotes are used where possible, double quotes otherwise."""
     assert Dotenv(content=content) == render({"A": value})
 
 
@@ -214,7 +214,7 @@ def test_values_are_quoted(value: str, content: bytes) -> None:
     ],
 )
 def test_value_that_one_reader_would_change_is_left_out(read: Read, value: str) -> None:
-    """A value is not written if neither kind of quotes suits all readers; the variables around it are."""
+    """A value is not written if neither kind of quotes works for all readers; other variables are."""
     variables = {"Z": "\n", "A": value, "B": "# after", "C": "\n"}
     rendered = render(variables)
     assert Dotenv(content=b"Z='\n'\nB='# after'\nC='\n'\n", left_out=("A",)) == rendered
@@ -271,7 +271,7 @@ def test_other_names_are_written(read: Read, name: str) -> None:
     ],
 )
 def test_reserved_names_are_left_out(name: str) -> None:
-    """A variable that bash sets itself, or that is no ordinary property in JavaScript, is left out."""
+    """A variable that bash sets itself, or that is not an ordinary property in JavaScript, is left out."""
     assert Dotenv(content=b"", left_out=(name,)) == render({name: "x"})
 
 
@@ -296,31 +296,33 @@ def test_every_variable_of_bash_is_read_or_left_out(tmp_path: Path) -> None:
     "value", ["${" * 60_000, "${" * 60_000 + ":}", "\\" * 120_000, "'\\" * 60_000 + '"', "}" * 120_000 + "${"]
 )
 def test_long_values_are_rendered_fast(value: str) -> None:
-    """The longest permitted values take less than a second, whatever they contain."""
+    """The longest permitted values take less than a second, with any content."""
     started = time.perf_counter()
     render({"A": value})
     assert time.perf_counter() - started < 1
 
 
 def test_repr_does_not_show_values() -> None:
-    """The content is not part of the object's repr."""
+    """The `repr` of the result does not have the content."""
     assert "secret" not in repr(render({"A": "secret"}))
 
 
-# --- after existing lines --------------------------------------------------------------------------------------------
+# --- existing lines --------------------------------------------------------------------------------------------------
 
 
 @EXAMPLES
-@given(before=VARIABLES, ours=VARIABLES)
-def test_later_lines_win(read: Read, before: dict[str, str], ours: dict[str, str]) -> None:
+@given(before=VARIABLES, appended=VARIABLES)
+def test_appended_variables_override_existing_ones(
+    read: Read, before: dict[str, str], appended: dict[str, str]
+) -> None:
     """Every reader returns the appended variables, and the existing ones that they do not replace."""
-    above = render(before)
-    both = render(ours, existing=above.content)
-    assert both.content.startswith(above.content)
-    assert render(ours).left_out == both.left_out
-    readings = read(both.content)
-    assert_read_back(readings, ours, left_out=both.left_out)
-    assert_read_back(readings, before, left_out={*above.left_out, *ours})
+    existing = render(before)
+    combined = render(appended, existing=existing.content)
+    assert combined.content.startswith(existing.content)
+    assert render(appended).left_out == combined.left_out
+    readings = read(combined.content)
+    assert_read_back(readings, appended, left_out=combined.left_out)
+    assert_read_back(readings, before, left_out={*existing.left_out, *appended})
 
 
 @pytest.mark.parametrize(
@@ -354,21 +356,21 @@ def test_later_lines_win(read: Read, before: dict[str, str], ours: dict[str, str
     ],
 )
 @pytest.mark.parametrize("value", ["", "# 'x", "\n", '"', "x", "# \\", "# \\x", "`# x"])
-def test_open_quotes_above_do_not_affect_ours(read: Read, existing: bytes, value: str) -> None:
+def test_open_quotes_do_not_affect_appended_variables(read: Read, existing: bytes, value: str) -> None:
     """Every reader returns the appended variables, even if the existing lines leave a quote open."""
-    ours = {"A": value, "B": value, "C": "it's"}
-    both = render(ours, existing=existing)
-    assert both.content.startswith(existing)
-    assert (("A", "B") if value == "# \\" else ()) == both.left_out
-    readings = read(both.content)
+    appended = {"A": value, "B": value, "C": "it's"}
+    combined = render(appended, existing=existing)
+    assert combined.content.startswith(existing)
+    assert (("A", "B") if value == "# \\" else ()) == combined.left_out
+    readings = read(combined.content)
     if existing == b"K=`open":
         # In a shell, this is a command substitution up to the next backtick.
         readings = attrs.evolve(readings, shells={})
-    assert_read_back(readings, ours, left_out=both.left_out)
+    assert_read_back(readings, appended, left_out=combined.left_out)
 
 
-@pytest.mark.parametrize(("existing", "ours"), [(b"", {"A": "a"}), (b"K=v", {}), (b"", {}), (b"K=v", {"UID": "1"})])
-def test_no_boundary_without_two_parts(existing: bytes, ours: dict[str, str]) -> None:
+@pytest.mark.parametrize(("existing", "appended"), [(b"", {"A": "a"}), (b"K=v", {}), (b"", {}), (b"K=v", {"UID": "1"})])
+def test_content_of_a_single_part_is_unchanged(existing: bytes, appended: dict[str, str]) -> None:
     """If there are no existing lines, or no variables to append, the content is that of the other part."""
-    rendered = render(ours)
-    assert attrs.evolve(rendered, content=existing + rendered.content) == render(ours, existing=existing)
+    rendered = render(appended)
+    assert attrs.evolve(rendered, content=existing + rendered.content) == render(appended, existing=existing)

@@ -35,9 +35,9 @@ from ccrun.worker.proxy import (
     upstream_headers,
 )
 
-REAL = "made-up-real-credential"
-#: Nothing here takes longer than a second or two on a busy machine; the CLI needs a few.
-BOUND_SECONDS = 20.0
+CREDENTIAL = "made-up-real-credential"
+#: Seconds for a request. On a busy machine it takes one or two, and a run of the CLI a few.
+MAX_SECONDS = 20.0
 CLI_SECONDS = 60.0
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -47,7 +47,7 @@ Cli: TypeAlias = Callable[..., Awaitable[tuple[int, list[dict[str, Any]]]]]
 
 @pytest.fixture
 def upstream(aiohttp_server: AiohttpServer) -> Upstream:
-    """Serve a handler as the model API; gives its base URL."""
+    """Return a function that serves a handler as the model API and returns its base URL."""
 
     async def start(handler: Handler) -> str:
         app = web.Application(client_max_size=2 * MAX_BODY_BYTES)
@@ -60,12 +60,12 @@ def upstream(aiohttp_server: AiohttpServer) -> Upstream:
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
-    """Run the real CLI behind a proxy in a clean environment; gives its exit code and the lines it printed."""
+    """Return a function that runs the real CLI with a proxy and returns its exit code and its output lines."""
     spec = importlib.util.find_spec("claude_agent_sdk")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the claude-agent-sdk package, which carries the CLI, is not installed")
+        pytest.skip("the claude-agent-sdk package, which contains the CLI, is not installed")
     binary = Path(spec.submodule_search_locations[0], "_bundled", "claude")
-    (tmp_path / "room").mkdir()
+    (tmp_path / "work").mkdir()
 
     async def run(proxy: CredentialProxy, kind: CredentialKind) -> tuple[int, list[dict[str, Any]]]:
         variable = "ANTHROPIC_API_KEY" if kind is CredentialKind.API_KEY else "CLAUDE_CODE_OAUTH_TOKEN"
@@ -82,7 +82,7 @@ def cli(tmp_path: Path) -> Cli:
         process = await asyncio.create_subprocess_exec(
             binary,
             *("-p", "--verbose", "--output-format", "stream-json", "--allowedTools", "Bash"),
-            cwd=tmp_path / "room",
+            cwd=tmp_path / "work",
             env=environment,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -101,35 +101,41 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    """What the agent asks with."""
-    timeout = aiohttp.ClientTimeout(total=BOUND_SECONDS)
+    """An HTTP client, as the agent has one."""
+    timeout = aiohttp.ClientTimeout(total=MAX_SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
         yield session
 
 
 def _proxy(upstream: str, kind: CredentialKind = CredentialKind.API_KEY, **options: Any) -> CredentialProxy:
-    return CredentialProxy(Secret(REAL), kind, upstream=upstream, **options)
+    return CredentialProxy(Secret(CREDENTIAL), kind, upstream=upstream, **options)
 
 
 def _token(proxy: CredentialProxy) -> dict[str, str]:
     return {"X-Api-Key": proxy.run_token.reveal()}
 
 
-async def _raw(proxy: CredentialProxy, head: str) -> tuple[int, bytes]:
-    """Send the head of a request as it is, with the right token, and return status and answer."""
+async def _send_head(proxy: CredentialProxy, request_line: str) -> tuple[int, bytes]:
+    """Send a request line unchanged, with the run token, and return the status and the raw response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.url.rpartition(":")[2]))
     try:
-        lines = (head, "Host: x", f"X-Api-Key: {proxy.run_token.reveal()}", "Connection: close", "Content-Length: 0")
+        lines = (
+            request_line,
+            "Host: x",
+            f"X-Api-Key: {proxy.run_token.reveal()}",
+            "Connection: close",
+            "Content-Length: 0",
+        )
         writer.write("\r\n".join((*lines, "", "")).encode())
-        answer = await asyncio.wait_for(reader.read(), BOUND_SECONDS)
+        response = await asyncio.wait_for(reader.read(), MAX_SECONDS)
     finally:
         writer.close()
         await writer.wait_closed()
-    return int(answer.split()[1]), answer
+    return int(response.split()[1]), response
 
 
-async def _fault(response: aiohttp.ClientResponse) -> tuple[int, str, str]:
-    """Return status, kind and message of an error in the API's shape."""
+async def _error_of(response: aiohttp.ClientResponse) -> tuple[int, str, str]:
+    """Return status, type and message of an error in the format of the model API."""
     body = await response.json()
     assert body["type"] == "error"
     return response.status, body["error"]["type"], body["error"]["message"]
@@ -139,53 +145,55 @@ async def _fault(response: aiohttp.ClientResponse) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("kind", CredentialKind)
-async def test_the_model_gets_the_credential_and_the_agent_never(cli: Cli, kind: CredentialKind) -> None:
-    """The real CLI works behind the proxy; the model API sees the real credential, the agent's tools cannot."""
+async def test_only_the_model_api_gets_the_credential(cli: Cli, kind: CredentialKind) -> None:
+    """The real CLI works with the proxy. The model API gets the credential; the tools of the agent cannot read it."""
 
     def script(conversation: Conversation) -> Reply:
         if conversation.turn == 0:
-            return UseTool("Bash", {"command": "env; tr '\\0' '\\n' < /proc/$PPID/environ", "description": "Look"})
-        return Say(f"I saw: {conversation.last_tool_result}")
+            return UseTool(
+                "Bash", {"command": "env; tr '\\0' '\\n' < /proc/$PPID/environ", "description": "Print the environment"}
+            )
+        return Say(f"Output: {conversation.last_tool_result}")
 
     async with ScriptedModel(script) as model, _proxy(model.url, kind) as proxy:
         code, lines = await cli(proxy, kind)
     assert code == 0
     assert proxy.run_token.reveal() in lines[-1]["result"]
-    assert REAL not in json.dumps(lines)
+    assert CREDENTIAL not in json.dumps(lines)
     assert len(model.requests) >= 2
     for request in model.requests:
-        shown = (request.headers.get("X-Api-Key"), request.headers.get("Authorization"))
-        assert shown == ((REAL, None) if kind is CredentialKind.API_KEY else (None, f"Bearer {REAL}"))
+        credentials = (request.headers.get("X-Api-Key"), request.headers.get("Authorization"))
+        assert credentials == ((CREDENTIAL, None) if kind is CredentialKind.API_KEY else (None, f"Bearer {CREDENTIAL}"))
         assert (OAUTH_BETA in request.headers["anthropic-beta"]) == (kind is CredentialKind.OAUTH)
 
 
 @pytest.mark.parametrize(
     ("kind", "status"), [(CredentialKind.API_KEY, 401), (CredentialKind.OAUTH, 401), (CredentialKind.OAUTH, 403)]
 )
-async def test_a_rejected_credential_ends_the_agent_at_once(cli: Cli, kind: CredentialKind, status: int) -> None:
-    """When the model API refuses the credential, the CLI ends in seconds and the proxy tells what the API said."""
-    refusal = Fail(status, "authentication_error", f"{REAL} is not valid")
-    async with ScriptedModel(sequence(refusal)) as model, _proxy(model.url, kind) as proxy:
-        began = time.monotonic()
+async def test_rejected_credential_makes_the_cli_exit(cli: Cli, kind: CredentialKind, status: int) -> None:
+    """When the model API rejects the credential, the CLI exits without retries, and the proxy has the message."""
+    rejection = Fail(status, "authentication_error", f"{CREDENTIAL} is not valid")
+    async with ScriptedModel(sequence(rejection)) as model, _proxy(model.url, kind) as proxy:
+        start = time.monotonic()
         code, lines = await cli(proxy, kind)
-        took_seconds = time.monotonic() - began
+        duration = time.monotonic() - start
     assert (code, lines[-1]["is_error"]) == (1, True)
-    assert took_seconds < BOUND_SECONDS
+    assert duration < MAX_SECONDS
     assert proxy.rejected == "*** is not valid"
-    assert REAL not in json.dumps(lines)
+    assert CREDENTIAL not in json.dumps(lines)
 
 
-# --- who may ask for what --------------------------------------------------------------------------------------------
+# --- allowed requests ------------------------------------------------------------------------------------------------
 
 
-async def test_only_the_token_of_the_task_opens_the_proxy(session: aiohttp.ClientSession) -> None:
-    """Without the run token there is a 401 and nothing goes upstream; both ways of presenting it are taken."""
+async def test_proxy_requires_the_run_token(session: aiohttp.ClientSession) -> None:
+    """Without it, the response is 401 and nothing is forwarded. It may be an API key or a bearer token."""
     async with ScriptedModel(sequence(Say("Hi"))) as model, _proxy(model.url) as proxy:
         token = proxy.run_token.reveal()
         for headers in (
             {},
             {"X-Api-Key": ""},
-            {"X-Api-Key": REAL},
+            {"X-Api-Key": CREDENTIAL},
             {"X-Api-Key": token + "x"},
             {"X-Api-Key": token[:-1]},
             {"X-Api-Key": "ü\udcff"},
@@ -197,7 +205,7 @@ async def test_only_the_token_of_the_task_opens_the_proxy(session: aiohttp.Clien
                 name: value.encode("utf-8", "surrogateescape").decode("latin-1") for name, value in headers.items()
             }
             async with session.post(f"{proxy.url}/v1/messages", json={"messages": []}, headers=encoded) as response:
-                status, kind, _ = await _fault(response)
+                status, kind, _ = await _error_of(response)
             assert (status, kind, len(model.requests)) == (401, "authentication_error", 0)
             assert response.headers["X-Should-Retry"] == "false"
         for headers in ({"X-Api-Key": token}, {"Authorization": f"bearer {token}"}):
@@ -249,38 +257,38 @@ FORBIDDEN = (
 )
 
 
-def test_what_the_agent_may_ask_for() -> None:
-    """Messages, token counts and models, spelled plainly, and nothing else that the credential opens."""
-    asked = (*ALLOWED, *FORBIDDEN)
-    assert list(ALLOWED) == [line for line in asked if is_allowed(*line.split(" ", 1))]
+def test_is_allowed() -> None:
+    """Messages, token counts and models are allowed, in their canonical spelling, and nothing else."""
+    requests = (*ALLOWED, *FORBIDDEN)
+    assert list(ALLOWED) == [line for line in requests if is_allowed(*line.split(" ", 1))]
     assert not is_allowed("POST", "/v1/messages\n")
     assert not is_allowed("POST", "/v1/messages?é")
 
 
-async def test_nothing_else_goes_upstream(upstream: Upstream) -> None:
-    """On the wire too, what is not allowed is refused with an error, and the model API never hears of it."""
-    heard: list[str] = []
+async def test_only_allowed_requests_are_forwarded(upstream: Upstream) -> None:
+    """Other requests, sent as raw bytes, are client errors and do not reach the model API."""
+    received: list[str] = []
 
     async def api(request: web.Request) -> web.Response:
-        heard.append(f"{request.method} {request.raw_path}")
+        received.append(f"{request.method} {request.raw_path}")
         return web.json_response({})
 
     async with _proxy(await upstream(api)) as proxy:
         for line in FORBIDDEN:
-            status, answer = await _raw(proxy, f"{line} HTTP/1.1")
+            status, response = await _send_head(proxy, f"{line} HTTP/1.1")
             assert (line, status // 100) == (line, 4)
-            assert REAL.encode() not in answer
-        assert heard == []
+            assert CREDENTIAL.encode() not in response
+        assert received == []
         for line in ALLOWED:
-            assert (line, (await _raw(proxy, f"{line} HTTP/1.1"))[0]) == (line, 200)
-    assert heard == list(ALLOWED)
+            assert (line, (await _send_head(proxy, f"{line} HTTP/1.1"))[0]) == (line, 200)
+    assert received == list(ALLOWED)
 
 
-# --- what passes -----------------------------------------------------------------------------------------------------
+# --- forwarding ------------------------------------------------------------------------------------------------------
 
 
-def test_only_known_headers_go_upstream() -> None:
-    """Credentials, cookies and headers that could steer a gateway stay behind; those of the API and its client pass."""
+def test_only_known_headers_are_forwarded() -> None:
+    """Headers of the API and its client are forwarded; credentials, cookies and headers for gateways are not."""
     passed = {
         "anthropic-version": "1",
         "anthropic-beta": "a",
@@ -304,30 +312,32 @@ def test_only_known_headers_go_upstream() -> None:
     }
     headers = CIMultiDict({**passed, **dropped})
     common = {**passed, "Accept-Encoding": "identity"}
-    assert upstream_headers(headers, Secret(REAL), CredentialKind.API_KEY) == CIMultiDict({**common, "X-Api-Key": REAL})
-    assert upstream_headers(headers, Secret(REAL), CredentialKind.OAUTH) == CIMultiDict(
-        [*common.items(), ("Authorization", f"Bearer {REAL}"), ("anthropic-beta", OAUTH_BETA)]
+    assert upstream_headers(headers, Secret(CREDENTIAL), CredentialKind.API_KEY) == CIMultiDict(
+        {**common, "X-Api-Key": CREDENTIAL}
+    )
+    assert upstream_headers(headers, Secret(CREDENTIAL), CredentialKind.OAUTH) == CIMultiDict(
+        [*common.items(), ("Authorization", f"Bearer {CREDENTIAL}"), ("anthropic-beta", OAUTH_BETA)]
     )
 
 
-async def test_a_stream_comes_through_piece_by_piece(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """Each piece reaches the agent before the next one exists, and each piece of the agent's body the API likewise."""
-    reached, read = asyncio.Event(), asyncio.Event()
+async def test_bodies_are_streamed(upstream: Upstream, session: aiohttp.ClientSession) -> None:
+    """Each part of a request or response body is forwarded before the next part is sent."""
+    part_received, part_read = asyncio.Event(), asyncio.Event()
 
     async def api(request: web.Request) -> web.StreamResponse:
         assert await request.content.readexactly(3) == b"one"
-        reached.set()
+        part_received.set()
         assert await request.content.read() == b"two"
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         await response.write(b"data: 1\n\n")
-        await read.wait()
+        await part_read.wait()
         await response.write(b"data: 2\n\n")
         return response
 
     async def body() -> AsyncIterator[bytes]:
         yield b"one"
-        await reached.wait()
+        await part_received.wait()
         yield b"two"
 
     async with (
@@ -336,74 +346,74 @@ async def test_a_stream_comes_through_piece_by_piece(upstream: Upstream, session
     ):
         assert response.content_type == "text/event-stream"
         assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
-        read.set()
+        part_read.set()
         assert await response.content.read() == b"data: 2\n\n"
 
 
-async def test_bodies_and_answers_pass_unchanged(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """Compressed bodies pass as they are, both ways, with the headers that a client acts on; cookies do not."""
-    sent, answered = gzip.compress(b"question" * 1000), gzip.compress(b"answer" * 1000)
-    kept = {
+async def test_bodies_are_forwarded_unchanged(upstream: Upstream, session: aiohttp.ClientSession) -> None:
+    """Compressed bodies and the headers that a client needs are forwarded; cookies are not."""
+    request_body, response_body = gzip.compress(b"request" * 1000), gzip.compress(b"response" * 1000)
+    forwarded = {
         "Content-Encoding": "gzip",
         "Content-Type": "application/json",
         "Request-Id": "req_1",
         "Retry-After": "7",
         "Anthropic-Ratelimit-Requests-Remaining": "9",
     }
-    heard: list[tuple[bytes, str, str]] = []
+    received: list[tuple[bytes, str, str]] = []
 
     async def api(request: web.Request) -> web.Response:
-        heard.append((await request.read(), request.headers["Content-Encoding"], request.headers["Content-Length"]))
-        return web.Response(body=answered, headers={**kept, "Set-Cookie": "a=b", "Keep-Alive": "timeout=5"})
+        received.append((await request.read(), request.headers["Content-Encoding"], request.headers["Content-Length"]))
+        return web.Response(body=response_body, headers={**forwarded, "Set-Cookie": "a=b", "Keep-Alive": "timeout=5"})
 
     async with (
         _proxy(await upstream(api)) as proxy,
         session.post(
-            f"{proxy.url}/v1/messages", data=sent, headers={**_token(proxy), "Content-Encoding": "gzip"}
+            f"{proxy.url}/v1/messages", data=request_body, headers={**_token(proxy), "Content-Encoding": "gzip"}
         ) as response,
     ):
-        assert await response.read() == answered
-    assert heard == [(sent, "gzip", str(len(sent)))]
-    assert {name: response.headers.get(name) for name in kept} == kept
-    assert response.headers["Content-Length"] == str(len(answered))
+        assert await response.read() == response_body
+    assert received == [(request_body, "gzip", str(len(request_body)))]
+    assert {name: response.headers.get(name) for name in forwarded} == forwarded
+    assert response.headers["Content-Length"] == str(len(response_body))
     assert {"Set-Cookie", "Keep-Alive"}.isdisjoint(response.headers)
 
 
-async def test_hundreds_of_answers_run_at_once(upstream: Upstream) -> None:
-    """The requests of many subagents do not wait for each other."""
+async def test_requests_are_concurrent(upstream: Upstream) -> None:
+    """200 requests, as subagents send them, do not wait for each other."""
     count = 200
-    together = asyncio.Barrier(count)
+    all_started = asyncio.Barrier(count)
 
     async def api(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        await together.wait()
+        await all_started.wait()
         await response.write(b"done")
         return response
 
     async with (
         _proxy(await upstream(api)) as proxy,
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as many,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as unlimited,
     ):
 
-        async def ask() -> bytes:
-            async with many.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response:
+        async def post() -> bytes:
+            async with unlimited.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response:
                 return await response.read()
 
-        async with asyncio.timeout(BOUND_SECONDS):
-            answers = await asyncio.gather(*(ask() for _ in range(count)))
-    assert answers == [b"done"] * count
+        async with asyncio.timeout(MAX_SECONDS):
+            responses = await asyncio.gather(*(post() for _ in range(count)))
+    assert responses == [b"done"] * count
 
 
-@pytest.mark.parametrize("told", [True, False])
-async def test_a_body_beyond_the_limit_is_refused(
-    upstream: Upstream, session: aiohttp.ClientSession, told: bool
+@pytest.mark.parametrize("with_length", [True, False])
+async def test_body_beyond_the_limit_is_413(
+    upstream: Upstream, session: aiohttp.ClientSession, with_length: bool
 ) -> None:
-    """More than the API would take is a 413, before it costs an upload if the size was told."""
-    begun: list[str] = []
+    """With a Content-Length, the request is not forwarded at all."""
+    started: list[str] = []
 
     async def api(request: web.Request) -> web.Response:
-        begun.append(request.path)
+        started.append(request.path)
         return web.Response(body=str(len(await request.read())).encode())
 
     async def body(size: int) -> AsyncIterator[bytes]:
@@ -411,29 +421,29 @@ async def test_a_body_beyond_the_limit_is_refused(
             yield bytes(min(65536, size - start))
 
     async def post(proxy: CredentialProxy, size: int) -> int:
-        headers = {**_token(proxy), "Content-Length": str(size)} if told else _token(proxy)
+        headers = {**_token(proxy), "Content-Length": str(size)} if with_length else _token(proxy)
         async with session.post(f"{proxy.url}/v1/messages", data=body(size), headers=headers) as response:
-            assert response.status == 200 or (await _fault(response))[1] == "request_too_large"
+            assert response.status == 200 or (await _error_of(response))[1] == "request_too_large"
             return response.status
 
     async with _proxy(await upstream(api)) as proxy:
         assert await post(proxy, MAX_BODY_BYTES) == 200
         assert await post(proxy, MAX_BODY_BYTES + 1) == 413
-    assert len(begun) == (1 if told else 2)
+    assert len(started) == (1 if with_length else 2)
 
 
-# --- what goes wrong upstream ----------------------------------------------------------------------------------------
+# --- upstream errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", [None, "gzip"])
-async def test_errors_pass_without_the_credential(
+async def test_errors_are_forwarded_without_the_credential(
     upstream: Upstream, session: aiohttp.ClientSession, encoding: str | None
 ) -> None:
-    """An error keeps status and headers; a credential in it is masked, and what cannot be masked is replaced."""
-    page = json.dumps({"type": "error", "error": {"type": "x", "message": f"no {REAL}"}}).encode()
+    """Status and headers are forwarded. The credential is redacted, and a compressed body is replaced."""
+    page = json.dumps({"type": "error", "error": {"type": "x", "message": f"no {CREDENTIAL}"}}).encode()
 
     async def api(request: web.Request) -> web.Response:
-        headers = {"Retry-After": "3", "X-Echo": f"Bearer {REAL}"}
+        headers = {"Retry-After": "3", "X-Echo": f"Bearer {CREDENTIAL}"}
         if encoding:
             return web.Response(status=529, body=gzip.compress(page), headers={**headers, "Content-Encoding": encoding})
         return web.Response(status=529, body=page, headers=headers, content_type="application/json")
@@ -442,7 +452,7 @@ async def test_errors_pass_without_the_credential(
         _proxy(await upstream(api)) as proxy,
         session.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response,
     ):
-        status, _, message = await _fault(response)
+        status, _, message = await _error_of(response)
     assert (status, message) == (529, "The model API answered with status 529." if encoding else "no ***")
     assert (response.headers["Retry-After"], response.headers["X-Echo"]) == ("3", "Bearer ***")
     assert proxy.rejected is None
@@ -459,10 +469,10 @@ async def test_errors_pass_without_the_credential(
         (b'{"error": {"message": "no made-up\\u002dreal-credential"}}', "no ***"),
     ],
 )
-async def test_a_rejection_is_one_bounded_sentence(
+async def test_message_of_a_rejection_is_short_and_redacted(
     upstream: Upstream, session: aiohttp.ClientSession, body: bytes, expected: str
 ) -> None:
-    """Whatever the API or a gateway sends with a 403, `rejected` is a short text without the credential."""
+    """With any body of a 403, `rejected` is a short text without the credential."""
 
     async def api(request: web.Request) -> web.Response:
         return web.Response(status=403, body=body)
@@ -476,35 +486,35 @@ async def test_a_rejection_is_one_bounded_sentence(
         assert proxy.rejected == expected
 
 
-async def test_a_redirect_is_not_followed(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """A redirect upstream is an error that says what to change; nobody follows it with the credential."""
-    heard: list[str] = []
+async def test_redirect_is_not_followed(upstream: Upstream, session: aiohttp.ClientSession) -> None:
+    """A redirect of the model API is an error, and its message is about the base URL."""
+    received: list[str] = []
 
     async def api(request: web.Request) -> web.Response:
-        heard.append(request.path)
+        received.append(request.path)
         return web.Response(status=307, headers={"Location": "/elsewhere"})
 
     async with (
         _proxy(await upstream(api)) as proxy,
         session.post(f"{proxy.url}/v1/messages", headers=_token(proxy), allow_redirects=False) as response,
     ):
-        status, _, message = await _fault(response)
-    assert (status, response.headers.get("Location"), heard) == (502, None, ["/v1/messages"])
+        status, _, message = await _error_of(response)
+    assert (status, response.headers.get("Location"), received) == (502, None, ["/v1/messages"])
     assert "base URL" in message
 
 
-async def test_an_api_that_is_down_is_a_502(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
-    """When nothing answers upstream, the agent gets an error that it tries again after."""
+async def test_unreachable_model_api_is_502(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
+    """The CLI may retry after this error."""
     async with (
         _proxy(f"http://127.0.0.1:{unused_tcp_port}") as proxy,
         session.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response,
     ):
-        assert (await _fault(response))[:2] == (502, "api_error")
+        assert (await _error_of(response))[:2] == (502, "api_error")
         assert "X-Should-Retry" not in response.headers
 
 
-async def test_an_api_that_stays_silent_is_a_502(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """Silence upstream has a bound."""
+async def test_silent_model_api_is_502(upstream: Upstream, session: aiohttp.ClientSession) -> None:
+    """A request fails when the model API sends nothing for `idle_seconds`."""
 
     async def api(request: web.Request) -> web.Response:
         await asyncio.Event().wait()
@@ -514,21 +524,21 @@ async def test_an_api_that_stays_silent_is_a_502(upstream: Upstream, session: ai
         _proxy(await upstream(api), idle_seconds=0.05) as proxy,
         session.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response,
     ):
-        status, _, message = await _fault(response)
+        status, _, message = await _error_of(response)
     assert (status, message) == (502, "The model API did not answer in time (SocketTimeoutError).")
 
 
-@pytest.mark.parametrize("ending", ["reset", "silence"])
-async def test_a_stream_that_breaks_upstream_breaks_here(
-    upstream: Upstream, session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture, ending: str
+@pytest.mark.parametrize("failure", ["reset", "silence"])
+async def test_incomplete_response_is_aborted(
+    upstream: Upstream, session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture, failure: str
 ) -> None:
-    """A stream that was cut off never looks like a whole one, and leaves nothing in the log."""
+    """The agent sees that a response is incomplete, and the log has no warning and no credential."""
 
     async def api(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"half of ")
-        if ending == "reset":
+        if failure == "reset":
             assert request.transport is not None
             request.transport.abort()
         await asyncio.Event().wait()
@@ -543,45 +553,45 @@ async def test_a_stream_that_breaks_upstream_breaks_here(
         with pytest.raises(aiohttp.ClientError):
             await response.content.read()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert REAL not in caplog.text
+    assert CREDENTIAL not in caplog.text
 
 
-async def test_leaving_ends_the_request_upstream(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """When the agent goes away, its request ends upstream as well, before and within the answer."""
-    begun, ended = asyncio.Queue[str](), asyncio.Queue[str]()
+async def test_disconnecting_aborts_the_upstream_request(upstream: Upstream, session: aiohttp.ClientSession) -> None:
+    """When the agent disconnects, before or during a response, the request to the model API is aborted."""
+    started, aborted = asyncio.Queue[str](), asyncio.Queue[str]()
 
     async def api(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
-        if request.query_string == "within":
+        if request.query_string == "during":
             await response.prepare(request)
-        await begun.put(request.query_string)
+        await started.put(request.query_string)
         try:
             await asyncio.Event().wait()
         finally:
-            ended.put_nowait(request.query_string)
+            aborted.put_nowait(request.query_string)
         return response
 
-    async with _proxy(await upstream(api)) as proxy, asyncio.timeout(BOUND_SECONDS):
-        for when in ("before", "within"):
+    async with _proxy(await upstream(api)) as proxy, asyncio.timeout(MAX_SECONDS):
+        for when in ("before", "during"):
             task = asyncio.ensure_future(
                 session.post(f"{proxy.url}/v1/messages?{when}", headers=_token(proxy)).__aenter__()
             )
-            assert await begun.get() == when
+            assert await started.get() == when
             if when == "before":
                 task.cancel()
             else:
                 (await task).close()
-            assert await ended.get() == when
+            assert await aborted.get() == when
 
 
-async def test_an_unknown_certificate_gets_no_credential(
+async def test_untrusted_certificate_is_rejected(
     aiohttp_server: AiohttpServer, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    """TLS upstream is verified: a server that nobody vouches for never sees a request."""
-    heard: list[str] = []
+    """A server with a certificate that is not trusted gets no request."""
+    received: list[str] = []
 
     async def api(request: web.Request) -> web.Response:
-        heard.append(request.path)
+        received.append(request.path)
         return web.json_response({})
 
     app = web.Application()
@@ -591,12 +601,12 @@ async def test_an_unknown_certificate_gets_no_credential(
         _proxy(f"https://127.0.0.1:{server.port}") as proxy,
         session.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response,
     ):
-        status, _, message = await _fault(response)
-    assert (status, heard) == (502, [])
+        status, _, message = await _error_of(response)
+    assert (status, received) == (502, [])
     assert "Certificate" in message
 
 
-def _self_signed(folder: Path) -> ssl.SSLContext:
+def _self_signed(directory: Path) -> ssl.SSLContext:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = dt.datetime.now(dt.UTC)
@@ -608,18 +618,18 @@ def _self_signed(folder: Path) -> ssl.SSLContext:
     )
     pem = serialization.Encoding.PEM
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "server.pem").write_bytes(private + certificate.public_bytes(pem))
+    (directory / "server.pem").write_bytes(private + certificate.public_bytes(pem))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(folder / "server.pem")
+    context.load_cert_chain(directory / "server.pem")
     return context
 
 
-async def test_the_way_out_may_lead_through_a_proxy(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """With an egress proxy the request goes there, and names the model API."""
-    heard: list[str] = []
+async def test_requests_use_the_egress_proxy(upstream: Upstream, session: aiohttp.ClientSession) -> None:
+    """The egress proxy gets the request, with the URL of the model API."""
+    received: list[str] = []
 
     async def egress(request: web.Request) -> web.Response:
-        heard.append(request.raw_path)
+        received.append(request.raw_path)
         return web.json_response({})
 
     url = await upstream(egress)
@@ -628,50 +638,50 @@ async def test_the_way_out_may_lead_through_a_proxy(upstream: Upstream, session:
         session.post(f"{proxy.url}/v1/messages?beta=true", headers=_token(proxy)) as response,
     ):
         assert response.status == 200
-    assert heard == ["http://model.invalid/base/v1/messages?beta=true"]
+    assert received == ["http://model.invalid/base/v1/messages?beta=true"]
 
 
-# --- its life --------------------------------------------------------------------------------------------------------
+# --- the proxy itself ------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_listens_after_the_context(upstream: Upstream, session: aiohttp.ClientSession) -> None:
-    """Leaving the context ends what is under way, at once, and closes the door."""
-    begun = asyncio.Event()
+async def test_leaving_the_context_closes_everything(upstream: Upstream, session: aiohttp.ClientSession) -> None:
+    """Current requests are aborted, and new connections are refused."""
+    started = asyncio.Event()
 
     async def api(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        begun.set()
+        started.set()
         await asyncio.Event().wait()
         return response
 
-    async with asyncio.timeout(BOUND_SECONDS):
+    async with asyncio.timeout(MAX_SECONDS):
         async with _proxy(await upstream(api)) as proxy:
             response = await session.post(f"{proxy.url}/v1/messages", headers=_token(proxy))
-            await begun.wait()
+            await started.wait()
         with pytest.raises(aiohttp.ClientError):
             await response.read()
         with pytest.raises(aiohttp.ClientConnectorError):
             await session.post(f"{proxy.url}/v1/messages")
 
 
-async def test_each_task_has_a_token_of_its_own() -> None:
-    """Two proxies never share a token, unless it was given."""
+async def test_each_proxy_has_its_own_token() -> None:
+    """A random token is generated unless one is given."""
     first, second = _proxy("http://x.invalid"), _proxy("http://x.invalid")
     assert first.run_token != second.run_token
     assert len(first.run_token.reveal()) >= 32
     assert _proxy("http://x.invalid", run_token=Secret("given")).run_token == Secret("given")
 
 
-@pytest.mark.parametrize("credential", ["", "a b", "made-up\nkey", "made-up\r\nX-Evil: 1", "schlüssel"])
-def test_a_credential_that_fits_no_header_is_refused(credential: str) -> None:
-    """A credential that cannot stand in a header is refused at once, in a sentence that does not show it."""
-    with pytest.raises(CredentialUnusable) as refusal:
+@pytest.mark.parametrize("credential", ["", "a b", "made-up\nkey", "made-up\r\nX-Injected: 1", "schlüssel"])
+def test_credential_that_cannot_be_a_header_value_is_rejected(credential: str) -> None:
+    """The error does not contain the credential."""
+    with pytest.raises(CredentialUnusable) as rejection:
         CredentialProxy(Secret(credential), CredentialKind.API_KEY)
-    assert not credential or credential not in str(refusal.value)
+    assert not credential or credential not in str(rejection.value)
 
 
-def test_the_credential_does_not_show() -> None:
-    """Neither the proxy nor what it holds shows the credential."""
+def test_representations_do_not_contain_the_credential() -> None:
+    """Neither the `repr` of the proxy nor those of its attributes contain it."""
     proxy = _proxy("http://x.invalid")
-    assert REAL not in f"{proxy!r} {proxy} {vars(proxy)}"
+    assert CREDENTIAL not in f"{proxy!r} {proxy} {vars(proxy)}"

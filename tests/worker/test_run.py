@@ -1,4 +1,4 @@
-"""One task from payload to outcome, run in this process; the CLI is real, or an executable that fails as the real one might."""
+"""Whole tasks, run in the process of the test with the real CLI or with a script that behaves like it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import attrs
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.service import MADE_UP_KEY, WAIT_SECONDS, until_record
+from helpers.service import MADE_UP_KEY
 from helpers.worker import PRELUDE, RESULT, TASK, FakeCli, WorkerSetup, serve_model, worker_setup
 
-from ccrun import lifecycle, task
+from ccrun import lifecycle
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.blobs import Blob
 from ccrun.callbacks import deliver, guard
@@ -32,11 +32,11 @@ from ccrun.testing.model import Fail, Say, UseTool, sequence
 
 __all__ = ["serve_model", "worker_setup"]
 
-# --- the real CLI ------------------------------------------------------------------------------------------------------
+# --- the real CLI ----------------------------------------------------------------------------------------------------
 
 
-async def test_a_task_that_the_cli_completes_is_completed(worker_setup: WorkerSetup, serve_model: Any) -> None:
-    """The outcome carries the CLI's own figures, the log ends with its result, and nothing of the task is left on disk."""
+async def test_task_is_completed(worker_setup: WorkerSetup, serve_model: Any) -> None:
+    """The record has the statistics of the CLI, the log has its output, and the workspace is deleted."""
     model = await serve_model(sequence(UseTool("Bash", {"command": "pwd"}), Say("All done.")))
     await worker_setup.submit(allowed_tools=("Bash",))
     record = await worker_setup.run(upstream=model.url)
@@ -54,8 +54,8 @@ async def test_a_task_that_the_cli_completes_is_completed(worker_setup: WorkerSe
     assert {MADE_UP_KEY} == {request.headers.get("x-api-key") for request in model.requests}
 
 
-async def test_max_turns_is_a_failure_of_its_own(worker_setup: WorkerSetup, serve_model: Any) -> None:
-    """A task that runs out of turns fails with the reason `max_turns` and the CLI's own words."""
+async def test_task_fails_at_the_maximum_number_of_turns(worker_setup: WorkerSetup, serve_model: Any) -> None:
+    """The reason is `max_turns`, and the error is the message of the CLI."""
     model = await serve_model(sequence(UseTool("Bash", {"command": "true"})))
     await worker_setup.submit(allowed_tools=("Bash",), max_turns=1)
     record = await worker_setup.run(upstream=model.url)
@@ -63,39 +63,37 @@ async def test_max_turns_is_a_failure_of_its_own(worker_setup: WorkerSetup, serv
     assert "Reached maximum number of turns (1)" == record.error
 
 
-async def test_a_rejected_credential_ends_the_task_at_once(worker_setup: WorkerSetup, serve_model: Any) -> None:
-    """The CLI's own retries take minutes; with ccrun the task ends within 15 s, and the error says what is wrong."""
+async def test_rejected_credential_fails_the_task_without_retries(worker_setup: WorkerSetup, serve_model: Any) -> None:
+    """Retries of the CLI would take minutes. The error has the message of the model API."""
     model = await serve_model(lambda _: Fail(401, "authentication_error", "invalid x-api-key"))
     await worker_setup.submit()
-    began = time.monotonic()
+    start = time.monotonic()
     record = await worker_setup.run(upstream=model.url)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - start < 15
     assert (Status.FAILED, Reason.CREDENTIAL_REJECTED) == (record.status, record.reason)
     assert record.error is not None
     assert "invalid x-api-key" in record.error
 
 
-async def test_what_the_request_gives_the_cli_is_seen_by_it_and_not_by_the_workspace(
-    worker_setup: WorkerSetup, serve_model: Any
-) -> None:
-    """Commands, subagents and MCP servers reach the CLI, and the folder that the agent works in stays empty."""
+async def test_configuration_of_the_cli_is_not_in_the_workspace(worker_setup: WorkerSetup, serve_model: Any) -> None:
+    """The CLI has the commands, subagents and MCP servers of the request, and the working directory is empty."""
     model = await serve_model(sequence(UseTool("Bash", {"command": "ls -A | wc -l"}), Say("Done.")))
     await worker_setup.submit(
         allowed_tools=("Bash",),
         slash_commands={"greet": ConfigFile(frontmatter={"description": "Greets"}, content="Say hello.")},
-        subagents={"critic": ConfigFile(frontmatter={"description": "Criticises"}, content="Be strict.")},
-        mcp_config={"mcpServers": {"nobody": {"command": "false"}}},
+        subagents={"critic": ConfigFile(frontmatter={"description": "Criticizes"}, content="Be strict.")},
+        mcp_config={"mcpServers": {"absent": {"command": "false"}}},
     )
     await worker_setup.run(upstream=model.url)
     lines = await worker_setup.log()
     assert "greet" in lines[0]["slash_commands"]
     assert "critic" in lines[0]["agents"]
-    assert ["nobody"] == [server["name"] for server in lines[0]["mcp_servers"]]
-    [printed] = [block["content"] for line in lines if line["type"] == "user" for block in line["message"]["content"]]
-    assert "0" == printed.strip()
+    assert ["absent"] == [server["name"] for server in lines[0]["mcp_servers"]]
+    [output] = [block["content"] for line in lines if line["type"] == "user" for block in line["message"]["content"]]
+    assert "0" == output.strip()
 
 
-# --- how a run is judged -------------------------------------------------------------------------------------------------
+# --- the outcome -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ async def test_what_the_request_gives_the_cli_is_seen_by_it_and_not_by_the_works
         ("result()", Status.COMPLETED, Reason.COMPLETED, 0, None),
         ("sys.exit(3)", Status.FAILED, Reason.AGENT_ERROR, 3, "Claude process exited with code 3"),
         ("result(); sys.exit(1)", Status.FAILED, Reason.AGENT_ERROR, 1, "Claude process exited with code 1"),
-        ("result(is_error=True, result='No!')", Status.FAILED, Reason.AGENT_ERROR, 1, "No!"),
+        ("result(is_error=True, result='Failed.')", Status.FAILED, Reason.AGENT_ERROR, 1, "Failed."),
         ("pass", Status.FAILED, Reason.AGENT_ERROR, 1, "The Claude CLI exited without a result."),
         (
             "result(); os.kill(os.getpid(), signal.SIGSEGV)",
@@ -115,7 +113,7 @@ async def test_what_the_request_gives_the_cli_is_seen_by_it_and_not_by_the_works
         ),
     ],
 )
-async def test_the_outcome_says_how_the_cli_ended(
+async def test_outcome_of_the_cli(
     worker_setup: WorkerSetup,
     fake_cli: FakeCli,
     script: str,
@@ -124,188 +122,69 @@ async def test_the_outcome_says_how_the_cli_ended(
     exit_code: int,
     error: str | None,
 ) -> None:
-    """Only exit 0 with a result that is no error is success; a signal never is."""
+    """A task is completed only if the CLI exits with code 0 after a successful result."""
     await worker_setup.submit()
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + script))
     assert (status, reason, exit_code, error) == (record.status, record.reason, record.exit_code, record.error)
 
 
-async def test_a_missing_cli_fails_the_task_with_what_to_do(worker_setup: WorkerSetup) -> None:
-    """A worker without the CLI says how to get it."""
+async def test_missing_cli_fails_the_task(worker_setup: WorkerSetup) -> None:
+    """The error names the setting to change."""
     await worker_setup.submit()
     record = await worker_setup.run(cli=lambda: find_cli("no-such-program", os.environ["PATH"]))
     assert (Status.FAILED, Reason.PREPARE_FAILED) == (record.status, record.reason)
     assert "CLAUDE_CLI does not name a program that can be run." == record.error
 
 
-async def test_plain_text_and_stderr_are_kept_as_json_lines(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """Every line of the log is JSON, whatever the CLI prints, so that a reader can parse each."""
+async def test_text_and_stderr_are_logged_as_json(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """Each line of the log is a JSON object, so that readers can parse it."""
     await worker_setup.submit()
-    await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "print('plain'); print('oh', file=sys.stderr); result()"))
-    lines = await worker_setup.log()
-    assert [{"type": "text", "content": "plain"}, RESULT, {"type": "stderr", "content": "oh\n"}] == lines
-
-
-# --- what ends a task from outside -----------------------------------------------------------------------------------------
-
-#: Says one thing, leaves a grandchild in a session of its own, ignores SIGTERM, never ends.
-STUBBORN = """
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen(["sleep", "600"], start_new_session=True)
-say(type="system", pid=os.getpid(), child=child.pid)
-time.sleep(600)
-"""
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-async def until_log(worker_setup: WorkerSetup) -> None:
-    """Wait until the agent has said something."""
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not (await worker_setup.deps.store.listing(TASK, first=1)).chunks:
-            await asyncio.sleep(0.01)
-
-
-async def test_a_task_over_its_time_ends_with_124_and_leaves_no_process(
-    worker_setup: WorkerSetup, fake_cli: FakeCli
-) -> None:
-    """The watchdog ends the whole family of the CLI, and the log is kept up to that point."""
-    await worker_setup.submit(timeout_minutes=0.01)
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + STUBBORN))
-    assert (Status.FAILED, Reason.TIMEOUT, 124) == (record.status, record.reason, record.exit_code)
-    assert "The task did not finish within 0.01 minutes." == record.error
-    [line] = await worker_setup.log()
-    assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
-
-
-async def test_a_cancel_on_the_record_ends_the_task(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A cancel needs no signal: the worker sees it on the record, and the task ends as cancelled with 130."""
-    await worker_setup.submit()
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
-    await until_record(worker_setup.deps.store, TASK, lambda record: record.status is Status.RUNNING)
-    await worker_setup.dispatcher.cancel(TASK)
-    record = await running
-    assert (Status.CANCELLED, Reason.CANCELLED, 130) == (record.status, record.reason, record.exit_code)
-
-
-async def test_a_worker_that_is_told_to_end_records_that(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """SIGTERM without a cancel is the platform's: a failure with the reason `killed`, in time and with the log as it was."""
-    await worker_setup.submit()
-    timeouts = attrs.evolve(worker_setup.deps.timeouts, term_grace=600.0, shutdown_term_grace=0.2)
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(PRELUDE + STUBBORN), timeouts=timeouts))
-    await until_log(worker_setup)
-    began = time.monotonic()
-    worker_setup.shutdown.set()
-    record = await running
-    assert time.monotonic() - began < 10
-    assert (Status.FAILED, Reason.KILLED, 143) == (record.status, record.reason, record.exit_code)
-    assert "The worker was shut down before the task finished." == record.error
-    assert 1 == len(await worker_setup.log())
-
-
-async def test_a_cancel_that_was_answered_stands(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A task that was told to be cancelled ends as cancelled, even when the CLI had just succeeded."""
-    await worker_setup.submit()
-    deps = attrs.evolve(worker_setup.deps.timeouts, cancel_poll=60.0)
-    script = PRELUDE + "say(type='system')\nwhile not os.path.exists(%r): time.sleep(0.01)\nresult()"
-    flag = Path(tempfile.mkdtemp()) / "cancelled"
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(script % str(flag)), timeouts=deps))
-    await until_record(worker_setup.deps.store, TASK, lambda record: record.status is Status.RUNNING)
-    await worker_setup.dispatcher.cancel(TASK)
-    flag.touch()
-    record = await running
-    assert Status.CANCELLED == record.status
-    assert "result" == (await worker_setup.log())[-1]["type"]
-
-
-async def test_a_task_that_others_have_ended_ends_its_agent(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A worker that was taken for dead stops the agent and leaves the record as it is."""
-    await worker_setup.submit()
-    running = asyncio.create_task(worker_setup.run(cli=lambda: fake_cli(PRELUDE + STUBBORN)))
-    await until_log(worker_setup)
-    lost = task.Outcome(status=Status.FAILED, reason=Reason.WORKER_LOST, exit_code=1, error="Lost.")
-    ended = await worker_setup.deps.store.update(
-        TASK, lambda record: lifecycle.finish(record, lost, at=dt.datetime.now(dt.UTC))
+    await worker_setup.run(
+        cli=lambda: fake_cli(PRELUDE + "print('plain'); print('warning', file=sys.stderr); result()")
     )
-    assert ended == await running
-    [line] = await worker_setup.log()
-    assert [False, False] == [is_alive(line["pid"]), is_alive(line["child"])]
+    lines = await worker_setup.log()
+    assert [{"type": "text", "content": "plain"}, RESULT, {"type": "stderr", "content": "warning\n"}] == lines
 
 
-async def test_a_cli_that_says_nothing_is_stalled(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A CLI without a first line is ended long before the task's time is up."""
-    await worker_setup.submit()
-    timeouts = attrs.evolve(worker_setup.deps.timeouts, first_line=0.3)
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "time.sleep(600)"), timeouts=timeouts)
-    assert (Status.FAILED, Reason.STALLED) == (record.status, record.reason)
-    assert "The Claude CLI printed nothing within 0.3 s." == record.error
+# --- the payload -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_cli_that_goes_on_with_a_refused_credential_is_ended(
-    worker_setup: WorkerSetup, fake_cli: FakeCli
-) -> None:
-    """Should the CLI try again in spite of all, the task ends at once with a reason that says so."""
-    await worker_setup.submit()
-    retry = "say(type='system', subtype='api_retry', error_status=401)\ntime.sleep(600)"
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + retry))
-    assert (Status.FAILED, Reason.CREDENTIAL_REJECTED) == (record.status, record.reason)
-
-
-async def test_a_cli_that_does_not_exit_after_its_result_has_completed(
-    worker_setup: WorkerSetup, fake_cli: FakeCli
-) -> None:
-    """The result counts, not the process that forgot to end."""
-    await worker_setup.submit()
-    timeouts = attrs.evolve(worker_setup.deps.timeouts, after_result=0.2)
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()\ntime.sleep(600)"), timeouts=timeouts)
-    assert (Status.COMPLETED, 0) == (record.status, record.exit_code)
-
-
-# --- one worker a task, one payload a worker -------------------------------------------------------------------------------
-
-
-async def test_a_second_worker_finds_the_task_taken(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """Whoever comes second does nothing, so that no agent runs twice."""
+async def test_second_worker_does_nothing(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """The agent of a task runs once."""
     await worker_setup.submit()
     first = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"))
     second = await worker_setup.run(cli=lambda: pytest.fail("the CLI was started twice"))
     assert first == second
 
 
-async def test_the_payload_is_gone_when_the_agent_begins(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """The sealed request lives no longer than it must."""
+async def test_payload_is_deleted_before_the_agent_starts(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """The sealed request is stored no longer than necessary."""
     await worker_setup.submit()
-    folder = Path(worker_setup.deps.store.logs_path(TASK).removeprefix("file://"))
-    script = f"result(result=str(os.path.exists({str(folder / 'encrypted-payload.bin')!r})))"
+    directory = Path(worker_setup.deps.store.logs_path(TASK).removeprefix("file://"))
+    script = f"result(result=str(os.path.exists({str(directory / 'encrypted-payload.bin')!r})))"
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + script))
     assert record.summary is not None
     assert "False" == record.summary.result
 
 
-async def test_a_payload_of_another_task_is_not_opened(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """What was sealed for one task fails under another's name, with one clear sentence."""
+async def test_payload_of_another_task_is_rejected(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """A payload that was sealed for one task cannot be opened for another."""
     other = TaskId(f"{TASK}-2")
     await worker_setup.submit(task_id=other)
     await worker_setup.submit()
-    folder = Path(worker_setup.deps.store.logs_path(TASK).removeprefix("file://")).parent
-    (folder / other / "encrypted-payload.bin").replace(folder / TASK / "encrypted-payload.bin")
+    directory = Path(worker_setup.deps.store.logs_path(TASK).removeprefix("file://")).parent
+    (directory / other / "encrypted-payload.bin").replace(directory / TASK / "encrypted-payload.bin")
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"))
     assert (Status.FAILED, Reason.PREPARE_FAILED) == (record.status, record.reason)
     assert "The sealed payload was changed, or belongs to another task." == record.error
 
 
-# --- secrets ---------------------------------------------------------------------------------------------------------------
+# --- secrets ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_agent_gets_nothing_of_the_workers_environment(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """Only the allow-list and the request's own secrets; of the credential, not a trace."""
-    await worker_setup.submit(environment_secrets={"TEST_TOKEN": Secret("hush")})
+async def test_agent_does_not_inherit_the_environment(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """It has the allowed variables and the secrets of the request, but not the credential."""
+    await worker_setup.submit(environment_secrets={"TEST_TOKEN": Secret("made-up-token")})
     await worker_setup.run(
         cli=lambda: fake_cli(PRELUDE + "say(type='env', names=sorted(os.environ), values=str(os.environ))")
     )
@@ -330,8 +209,8 @@ async def test_the_agent_gets_nothing_of_the_workers_environment(worker_setup: W
     assert MADE_UP_KEY not in line["values"]
 
 
-async def test_secrets_are_masked_in_log_and_record(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
-    """A secret that the agent prints reaches neither readers nor receivers; the metadata goes back as it came."""
+async def test_secrets_are_redacted_in_log_and_record(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """A secret that the agent prints is replaced by `***`. The metadata of the request is unchanged."""
     await worker_setup.submit(environment_secrets={"A": Secret('pass"word-1')}, metadata={"note": 'pass"word-1'})
     script = "say(type='x', text=os.environ['A']); result(result='It is ' + os.environ['A'])"
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + script))
@@ -341,11 +220,11 @@ async def test_secrets_are_masked_in_log_and_record(worker_setup: WorkerSetup, f
     assert {"note": 'pass"word-1'} == record.metadata
 
 
-# --- storage ---------------------------------------------------------------------------------------------------------------
+# --- storage ---------------------------------------------------------------------------------------------------------
 
 
-class LogRefused(DirectoryBlobs):
-    """A storage that takes no log chunk."""
+class RejectingBlobs(DirectoryBlobs):
+    """Rejects all log chunks."""
 
     async def create(self, name: str, content: Any) -> int:
         if name.endswith(".jsonl"):
@@ -353,52 +232,54 @@ class LogRefused(DirectoryBlobs):
         return await super().create(name, content)
 
 
-async def test_a_log_that_cannot_be_written_fails_the_task(
+async def test_log_that_cannot_be_written_fails_the_task(
     worker_setup: WorkerSetup, fake_cli: FakeCli, tmp_path: Path
 ) -> None:
-    """A task whose log was lost is no success, and says why; the agent does not run on unseen."""
+    """The agent is stopped, and the error of the task has that of the storage."""
     await worker_setup.submit()
     record = await worker_setup.run(
-        store=Store(LogRefused(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "say(type='x')\ntime.sleep(600)")
+        store=Store(RejectingBlobs(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "say(type='x')\ntime.sleep(600)")
     )
     assert (Status.FAILED, Reason.KILLED) == (record.status, record.reason)
-    expected = "The storage failed, so the task was stopped: "
-    assert expected + "The storage directory cannot be written: No space left on device." == record.error
+    assert (
+        "The storage failed, so the task was stopped: 1 line of the log could not be stored. "
+        "The storage directory cannot be written: No space left on device."
+    ) == record.error
 
 
-class SlowRecord(DirectoryBlobs):
-    """A storage whose records cannot be changed until it is mended."""
+class FailingBlobs(DirectoryBlobs):
+    """Rejects one write of a final record."""
 
-    is_broken = False
+    fails_next = False
 
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
-        if self.is_broken and b'"status":"running"' not in content:
-            SlowRecord.is_broken = False
-            raise StorageError("The storage does not answer.")
+        if self.fails_next and b'"status":"running"' not in content:
+            FailingBlobs.fails_next = False
+            raise StorageError("The storage does not respond.")
         return await super().replace(name, content, generation=generation)
 
     async def read(self, name: str) -> Blob:
         return await super().read(name)
 
 
-async def test_the_outcome_is_recorded_after_a_fault_of_the_storage(
+async def test_outcome_is_recorded_after_a_storage_error(
     worker_setup: WorkerSetup, fake_cli: FakeCli, tmp_path: Path
 ) -> None:
-    """One write that fails does not lose the outcome."""
+    """The write is retried."""
     await worker_setup.submit()
-    SlowRecord.is_broken = True
+    FailingBlobs.fails_next = True
     record = await worker_setup.run(
-        store=Store(SlowRecord(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "result()")
+        store=Store(FailingBlobs(tmp_path / "data")), cli=lambda: fake_cli(PRELUDE + "result()")
     )
     assert Status.COMPLETED == record.status
 
 
-# --- the callback ----------------------------------------------------------------------------------------------------------
+# --- the callback ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[tuple[str, list[bytes], list[int]]]:
-    """A receiver of callbacks: its URL, the bodies it got, and the statuses that it answers with, 200 when none is left."""
+    """A receiver of callbacks: its URL, the bodies it received, and the statuses of its next responses, then 200."""
     bodies: list[bytes] = []
     statuses: list[int] = []
 
@@ -412,8 +293,8 @@ async def receiver() -> AsyncIterator[tuple[str, list[bytes], list[int]]]:
         yield str(server.make_url("/hook?token=of-the-receiver")), bodies, statuses
 
 
-def with_courier(worker_setup: WorkerSetup) -> OwedCallbacks:
-    """Return a courier that does not wait long."""
+def owed_callbacks(worker_setup: WorkerSetup) -> OwedCallbacks:
+    """Return the callbacks of the store, with short delays between attempts."""
     return OwedCallbacks(
         store=worker_setup.deps.store,
         wrapper=worker_setup.deps.wrapper,
@@ -423,14 +304,14 @@ def with_courier(worker_setup: WorkerSetup) -> OwedCallbacks:
     )
 
 
-async def test_the_callback_comes_once_and_is_recorded(
+async def test_callback_is_delivered_and_recorded(
     worker_setup: WorkerSetup, fake_cli: FakeCli, receiver: tuple[str, list[bytes], list[int]]
 ) -> None:
-    """The receiver gets the outcome when the record has it, and the record tells that it was delivered."""
+    """The second attempt sends the same body as the first, and the record has the delivery."""
     url, bodies, statuses = receiver
     statuses += [500]
     await worker_setup.submit(callback_url=Secret(url), metadata={"id": 1})
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=with_courier(worker_setup))
+    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=owed_callbacks(worker_setup))
     assert record.webhook is not None
     assert (CallbackState.DELIVERED, 2) == (record.webhook.state, record.webhook.attempts)
     assert bodies[0] == bodies[1]
@@ -439,28 +320,45 @@ async def test_the_callback_comes_once_and_is_recorded(
     assert "of-the-receiver" not in str(record.callback_url)
 
 
-async def test_a_callback_that_fails_is_owed(
+async def test_workspace_is_removed_before_the_callback(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """A worker that is killed while it delivers the callback leaves no files of the agent."""
+    workspace = Path(tempfile.gettempdir()) / f"ws-{TASK}"
+    found: list[bool] = []
+
+    async def receive(_: web.Request) -> web.Response:
+        found.append(workspace.exists())
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/", receive)
+    async with TestServer(app) as server:
+        await worker_setup.submit(callback_url=Secret(str(server.make_url("/"))))
+        script = PRELUDE + "say(type='x', cwd=os.getcwd())\nresult()"
+        await worker_setup.run(cli=lambda: fake_cli(script), callbacks=owed_callbacks(worker_setup))
+    assert [False] == found
+    assert str(workspace / "repository") == (await worker_setup.log())[0]["cwd"]
+
+
+async def test_callback_that_fails_is_owed(
     worker_setup: WorkerSetup, fake_cli: FakeCli, receiver: tuple[str, list[bytes], list[int]]
 ) -> None:
-    """What cannot be delivered now stays a debt on the record, for a sweep."""
+    """The task is still marked as active, so that a sweep delivers the callback."""
     url, _, statuses = receiver
     statuses += [500] * 10
     await worker_setup.submit(callback_url=Secret(url))
-    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=with_courier(worker_setup))
+    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=owed_callbacks(worker_setup))
     assert record.webhook is not None
     assert (Status.COMPLETED, CallbackState.OWED) == (record.status, record.webhook.state)
     assert "The receiver answered 500." == record.webhook.last_error
     assert [TASK] == [mark.task_id for mark in await worker_setup.deps.store.active()]
 
 
-async def test_at_shutdown_an_undelivered_callback_is_handed_to_the_sweep(
-    worker_setup: WorkerSetup, fake_cli: FakeCli
-) -> None:
-    """A receiver that hangs does not hold a worker that must end; the debt is due at once."""
-    hanging = asyncio.Event()
+async def test_undelivered_callback_is_due_after_a_shutdown(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """A receiver that hangs does not delay the shutdown, and a sweep may deliver the callback immediately."""
+    request_received = asyncio.Event()
 
     async def hang(_: web.Request) -> web.Response:
-        hanging.set()
+        request_received.set()
         await asyncio.sleep(600)
         return web.Response()
 
@@ -471,10 +369,10 @@ async def test_at_shutdown_an_undelivered_callback_is_handed_to_the_sweep(
         timeouts = attrs.evolve(worker_setup.deps.timeouts, shutdown_callback=0.1)
         running = asyncio.create_task(
             worker_setup.run(
-                cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=with_courier(worker_setup), timeouts=timeouts
+                cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=owed_callbacks(worker_setup), timeouts=timeouts
             )
         )
-        await hanging.wait()
+        await request_received.wait()
         worker_setup.shutdown.set()
         record = await running
     assert record.webhook is not None

@@ -25,18 +25,18 @@ from ccrun.worker import uploads
 from ccrun.worker.uploads import MAX_FILES, MAX_UPLOAD_ERRORS, PARALLEL_UPLOADS, Uploads, upload_files
 
 TASK: Final = TaskId("a-task")
-SECRET: Final = b"what the agent may not read"
+SECRET: Final = b"content outside the workspace"
 needs_root: Final = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do this")
-needs_limits: Final = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+needs_non_root: Final = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 
 
-class Scene:
-    """A workspace, a place that keeps objects, and a folder beside the workspace with a secret in it."""
+class UploadSetup:
+    """A workspace, a storage, and a directory outside the workspace with a secret file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "repository"
-        self.outside = folder / "outside"
-        self.data = folder / "data"
+    def __init__(self, directory: Path) -> None:
+        self.root = directory / "repository"
+        self.outside = directory / "outside"
+        self.data = directory / "data"
         self.store = Store(DirectoryBlobs(self.data))
         self.root.mkdir()
         self.outside.mkdir()
@@ -49,12 +49,12 @@ class Scene:
             (self.root / path).write_bytes(os.fsencode(path))
 
     async def upload(self, *patterns: str, prefix: str = "", **options: frozenset[str]) -> Uploads:
-        """Upload what these patterns mean."""
+        """Upload the files that match these patterns, by default all."""
         action = UploadAction(glob_patterns=patterns or ("**",), gcs_prefix=prefix)
         return await upload_files(self.store, TASK, self.root, action, **options)
 
-    def kept(self) -> dict[str, bytes]:
-        """Return all objects, by their names."""
+    def objects(self) -> dict[str, bytes]:
+        """Return the contents of all objects, by name."""
         return {
             str(path.relative_to(self.data)): path.read_bytes()
             for path in self.data.rglob("*")
@@ -63,361 +63,361 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    """Return an empty workspace."""
-    return Scene(tmp_path)
+def setup(tmp_path: Path) -> UploadSetup:
+    """An empty workspace."""
+    return UploadSetup(tmp_path)
 
 
-def paths(found: Uploads) -> list[str]:
-    """Return which files were uploaded."""
-    return [file.original_path for file in found.files]
+def paths(result: Uploads) -> list[str]:
+    """Return the paths of the uploaded files."""
+    return [file.original_path for file in result.files]
 
 
 def open_descriptors() -> int:
-    """Return how many this process has."""
+    """Return the number of open file descriptors of this process."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-# --- what is uploaded ------------------------------------------------------------------------------------------------
+# --- files that are uploaded -----------------------------------------------------------------------------------------
 
 
-async def test_files_go_below_the_uploads_of_the_task(scene: Scene) -> None:
-    """Each file is told with its path, its address and its size, and is there byte for byte."""
-    scene.write(".playwright/test-results/video-1.webm", "test-output.log", "coverage/a/b.html", "src/main.py")
-    found = await scene.upload(".playwright/**/*.webm", "*.log", "coverage/**", prefix="test-artifacts")
+async def test_matching_files_are_uploaded(setup: UploadSetup) -> None:
+    """They are stored below the uploads of the task and reported with path, URL and size."""
+    setup.write(".playwright/test-results/video-1.webm", "test-output.log", "coverage/a/b.html", "src/main.py")
+    result = await setup.upload(".playwright/**/*.webm", "*.log", "coverage/**", prefix="test-artifacts")
     names = [".playwright/test-results/video-1.webm", "coverage/a/b.html", "test-output.log"]
     base = f"sessions/{TASK}/uploads/test-artifacts"
-    assert {f"{base}/{name}": name.encode() for name in names} == scene.kept()
+    assert {f"{base}/{name}": name.encode() for name in names} == setup.objects()
     assert (
         Uploads(
             files=tuple(
-                UploadedFile(original_path=name, gcs_path=(scene.data / base / name).as_uri(), size_bytes=len(name))
+                UploadedFile(original_path=name, gcs_path=(setup.data / base / name).as_uri(), size_bytes=len(name))
                 for name in names
             )
         )
-        == found
+        == result
     )
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "a", "a/", "./a//b/."])
-async def test_prefix_is_a_folder_among_the_uploads(scene: Scene, prefix: str) -> None:
-    """A prefix may have several parts, and slashes and dots that mean nothing."""
-    scene.write("x")
-    await scene.upload(prefix=prefix)
+async def test_prefix_is_a_directory_of_the_uploads(setup: UploadSetup, prefix: str) -> None:
+    """A prefix may have several parts; redundant slashes and dots are removed."""
+    setup.write("x")
+    await setup.upload(prefix=prefix)
     clean = {"": "", ".": "", "a": "a/", "a/": "a/", "./a//b/.": "a/b/"}[prefix]
-    assert [f"sessions/{TASK}/uploads/{clean}x"] == list(scene.kept())
+    assert [f"sessions/{TASK}/uploads/{clean}x"] == list(setup.objects())
 
 
 @pytest.mark.parametrize("prefix", ["..", "a/../../..", "a\\b", "a\nb", "x" * MAX_NAME_BYTES])
-async def test_prefix_does_not_lead_elsewhere(scene: Scene, prefix: str) -> None:
-    """A prefix that would, had it come so far, keeps everything from being uploaded, and is told."""
-    scene.write("x")
-    assert Uploads(errors=("gcsPrefix cannot be a part of an object's name.",)) == await scene.upload(prefix=prefix)
-    assert {} == scene.kept()
+async def test_invalid_prefix_is_an_error(setup: UploadSetup, prefix: str) -> None:
+    """Nothing is uploaded. Requests with such a prefix are rejected earlier; this is a second check."""
+    setup.write("x")
+    assert Uploads(errors=("gcsPrefix cannot be a part of an object's name.",)) == await setup.upload(prefix=prefix)
+    assert {} == setup.objects()
 
 
-async def test_file_that_several_patterns_mean_goes_once(scene: Scene) -> None:
-    """Patterns that overlap make no file twice."""
-    scene.write("a/b.log")
-    found = await scene.upload("a", "a/", "**/*.log", "a/b.{log,log}")
-    assert (["a/b.log"], ()) == (paths(found), found.errors)
+async def test_file_that_matches_several_patterns_is_uploaded_once(setup: UploadSetup) -> None:
+    """Patterns may overlap."""
+    setup.write("a/b.log")
+    result = await setup.upload("a", "a/", "**/*.log", "a/b.{log,log}")
+    assert (["a/b.log"], ()) == (paths(result), result.errors)
 
 
-async def test_taken_away_is_not_uploaded(scene: Scene) -> None:
-    """What a pattern with an exclamation mark means stays."""
-    scene.write("a.js", "node_modules/b.js", "c/node_modules/d.js", "c/e.js")
-    assert ["a.js", "c/e.js"] == paths(await scene.upload("**", "!**/node_modules"))
+async def test_excluded_files_are_not_uploaded(setup: UploadSetup) -> None:
+    """A pattern with an exclamation mark excludes files."""
+    setup.write("a.js", "node_modules/b.js", "c/node_modules/d.js", "c/e.js")
+    assert ["a.js", "c/e.js"] == paths(await setup.upload("**", "!**/node_modules"))
 
 
-async def test_files_come_in_the_order_of_their_paths(scene: Scene) -> None:
-    """The list is sorted as plain strings are, also around the slash."""
+async def test_files_are_sorted_by_path(setup: UploadSetup) -> None:
+    """The order is that of strings, also for slashes."""
     names = ["a-b", "a.b", "a/b", "a0", "b/a/c", "b/a-c", "ä"]
-    scene.write(*names)
-    assert sorted(names) == paths(await scene.upload())
+    setup.write(*names)
+    assert sorted(names) == paths(await setup.upload())
 
 
-async def test_no_match_is_told(scene: Scene) -> None:
-    """That nothing was found is no error, but said."""
-    scene.write("a.txt")
-    assert Uploads(errors=("No file matches globPatterns.",)) == await scene.upload("*.log")
+async def test_no_match_is_reported(setup: UploadSetup) -> None:
+    """The result has no files and one error."""
+    setup.write("a.txt")
+    assert Uploads(errors=("No file matches globPatterns.",)) == await setup.upload("*.log")
 
 
-async def test_pattern_that_cannot_be_used_is_told(scene: Scene) -> None:
-    """A bomb of braces, had it come so far, is one sentence."""
-    assert ("globPatterns may stand for at most 1000 patterns.",) == (await scene.upload("{a,b}" * 20)).errors
+async def test_pattern_that_expands_too_far_is_reported(setup: UploadSetup) -> None:
+    """Requests with such a pattern are rejected earlier; this is a second check."""
+    assert ("globPatterns may stand for at most 1000 patterns.",) == (await setup.upload("{a,b}" * 20)).errors
 
 
-async def test_missing_workspace_is_told(scene: Scene) -> None:
-    """A workspace that the agent has removed, or put a link in the place of, is one sentence."""
-    scene.root.rmdir()
-    assert ("The workspace changed before it could be read.",) == (await scene.upload()).errors
-    scene.root.symlink_to(scene.outside)
-    assert ("The workspace changed before it could be read.",) == (await scene.upload()).errors
-    assert {} == scene.kept()
+async def test_missing_workspace_is_reported(setup: UploadSetup) -> None:
+    """The agent may have removed the workspace or replaced it with a link."""
+    setup.root.rmdir()
+    assert ("The workspace changed before it could be read.",) == (await setup.upload()).errors
+    setup.root.symlink_to(setup.outside)
+    assert ("The workspace changed before it could be read.",) == (await setup.upload()).errors
+    assert {} == setup.objects()
 
 
-async def test_what_the_worker_has_put_there_stays(scene: Scene) -> None:
-    """Files of the worker's own, such as the one with the secrets, are meant by no pattern; a folder's namesakes are."""
-    scene.write(".env", "a/.env")
-    assert ["a/.env"] == paths(await scene.upload("**", never=frozenset({".env"})))
-    found = await scene.upload(".env", never=frozenset({".env"}))
-    assert Uploads(errors=(".env: is never uploaded.",)) == found
+async def test_files_of_the_worker_are_never_uploaded(setup: UploadSetup) -> None:
+    """The `.env` of the worker, which has secrets, matches no pattern. Files of that name in other directories do."""
+    setup.write(".env", "a/.env")
+    assert ["a/.env"] == paths(await setup.upload("**", never=frozenset({".env"})))
+    result = await setup.upload(".env", never=frozenset({".env"}))
+    assert Uploads(errors=(".env: is never uploaded.",)) == result
 
 
-async def test_upload_that_is_there_already_stays(scene: Scene) -> None:
-    """Nothing is written over; the others still go."""
-    scene.write("a", "b")
-    await scene.upload("a")
-    scene.write("a")
-    (scene.root / "a").write_bytes(b"new")
-    found = await scene.upload()
-    assert (["b"], ("a: there is an upload of that name already.",)) == (paths(found), found.errors)
-    assert b"a" == scene.kept()[f"sessions/{TASK}/uploads/a"]
+async def test_existing_upload_is_not_overwritten(setup: UploadSetup) -> None:
+    """The error names the file, and the other files are uploaded."""
+    setup.write("a", "b")
+    await setup.upload("a")
+    setup.write("a")
+    (setup.root / "a").write_bytes(b"new")
+    result = await setup.upload()
+    assert (["b"], ("a: there is an upload of that name already.",)) == (paths(result), result.errors)
+    assert b"a" == setup.objects()[f"sessions/{TASK}/uploads/a"]
 
 
-# --- what is not -----------------------------------------------------------------------------------------------------
+# --- files that are not uploaded -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("git", [".git", ".GIT", "a/.git", "a/.Git"])
-@pytest.mark.parametrize("is_file", [False, True], ids=["folder", "file"])
-async def test_git_is_never_uploaded(scene: Scene, git: str, is_file: bool) -> None:
-    """Neither a repository nor the file that points to one goes, in whatever spelling and wherever; plain names are told so."""
-    scene.write(git if is_file else f"{git}/config", "ok", ".github/x")
-    assert [".github/x", "ok"] == paths(await scene.upload())
-    found = await scene.upload(git)
-    assert Uploads(errors=(f"{git}: is never uploaded.",)) == found
+@pytest.mark.parametrize("is_file", [False, True], ids=["directory", "file"])
+async def test_git_is_never_uploaded(setup: UploadSetup, git: str, is_file: bool) -> None:
+    """No `.git` directory or file is uploaded, in any case and at any depth. One that a pattern names is reported."""
+    setup.write(git if is_file else f"{git}/config", "ok", ".github/x")
+    assert [".github/x", "ok"] == paths(await setup.upload())
+    result = await setup.upload(git)
+    assert Uploads(errors=(f"{git}: is never uploaded.",)) == result
 
 
-async def test_links_are_not_followed(scene: Scene) -> None:
-    """A symbolic link to a file or folder, outside or inside, is no file; it is told only where a plain pattern names it."""
-    scene.write("real/file")
-    links = {"file": scene.outside / "secret", "folder": scene.outside, "inside": scene.root / "real"}
+async def test_links_are_not_followed(setup: UploadSetup) -> None:
+    """Symbolic links are skipped, also those within the workspace. One that a pattern names is reported."""
+    setup.write("real/file")
+    links = {"file": setup.outside / "secret", "files": setup.outside, "inside": setup.root / "real"}
     for name, target in links.items():
-        (scene.root / name).symlink_to(target)
-    found = await scene.upload("**", "*/secret", "f*/*")
-    assert (["real/file"], ()) == (paths(found), found.errors)
-    found = await scene.upload("file", "folder/secret", "inside/")
-    assert Uploads(errors=tuple(f"{name}: is a link: links are not followed." for name in links)) == found
-    assert SECRET not in scene.kept().values()
+        (setup.root / name).symlink_to(target)
+    result = await setup.upload("**", "*/secret", "f*/*")
+    assert (["real/file"], ()) == (paths(result), result.errors)
+    result = await setup.upload("file", "files/secret", "inside/")
+    assert Uploads(errors=tuple(f"{name}: is a link: links are not followed." for name in links)) == result
+    assert SECRET not in setup.objects().values()
 
 
-def make_fifo(path: Path) -> None:
-    """Make a pipe that nobody ever writes to."""
+def create_fifo(path: Path) -> None:
+    """Create a FIFO without a writer."""
     os.mkfifo(path)
 
 
-def make_socket(path: Path) -> None:
-    """Make a socket that nobody listens at; by a short name, for it may not be long."""
-    with socket.socket(socket.AF_UNIX) as made:
-        folder = os.open(path.parent, os.O_RDONLY)
-        made.bind(f"/proc/self/fd/{folder}/{path.name}")
-        os.close(folder)
+def create_socket(path: Path) -> None:
+    """Create a socket without a listener. It is bound by a short path, since the length is limited."""
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        directory = os.open(path.parent, os.O_RDONLY)
+        unix_socket.bind(f"/proc/self/fd/{directory}/{path.name}")
+        os.close(directory)
 
 
-def make_device(path: Path) -> None:
-    """Make a device that gives zeros without end."""
+def create_device(path: Path) -> None:
+    """Create a device like /dev/zero."""
     os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))
 
 
-@pytest.mark.parametrize("make", [make_fifo, make_socket, pytest.param(make_device, marks=needs_root)])
-async def test_what_is_no_file_is_not_opened(scene: Scene, make: Callable[[Path], None]) -> None:
-    """Pipes, sockets and devices hold nobody up; only where a plain pattern names one is it told."""
-    scene.write("file")
-    make(scene.root / "special")
-    found = await asyncio.wait_for(scene.upload(), 10)
-    assert (["file"], ()) == (paths(found), found.errors)
-    assert ("special: is no file.",) == (await scene.upload("special")).errors
+@pytest.mark.parametrize("create", [create_fifo, create_socket, pytest.param(create_device, marks=needs_root)])
+async def test_special_files_are_not_opened(setup: UploadSetup, create: Callable[[Path], None]) -> None:
+    """FIFOs, sockets and devices do not block the upload. One that a pattern names is reported."""
+    setup.write("file")
+    create(setup.root / "special")
+    result = await asyncio.wait_for(setup.upload(), 10)
+    assert (["file"], ()) == (paths(result), result.errors)
+    assert ("special: is no file.",) == (await setup.upload("special")).errors
 
 
-async def test_hard_link_to_the_outside_is_left(scene: Scene) -> None:
-    """A file that has a further name outside the workspace, or in `.git`, may be anybody's: it stays, and is told."""
-    scene.write("ok", ".git/config")
-    (scene.root / "a").hardlink_to(scene.outside / "secret")
-    (scene.root / "b").hardlink_to(scene.root / ".git" / "config")
-    found = await scene.upload()
-    fault = "has a further name (hard link) outside the workspace, or in .git."
-    assert (["ok"], (f"a: {fault}", f"b: {fault}")) == (paths(found), found.errors)
+async def test_hard_link_to_a_file_outside_is_not_uploaded(setup: UploadSetup) -> None:
+    """A file with another name outside the workspace or in `.git` may have any content, so it is reported instead."""
+    setup.write("ok", ".git/config")
+    (setup.root / "a").hardlink_to(setup.outside / "secret")
+    (setup.root / "b").hardlink_to(setup.root / ".git" / "config")
+    result = await setup.upload()
+    error = "has a further name (hard link) outside the workspace, or in .git."
+    assert (["ok"], (f"a: {error}", f"b: {error}")) == (paths(result), result.errors)
 
 
-async def test_hard_links_within_the_workspace_are_files(scene: Scene) -> None:
-    """A file all of whose names are in the workspace goes under each that is meant, wherever the others are."""
-    scene.write("a")
-    (scene.root / "deep" / "er").mkdir(parents=True)
+async def test_hard_links_within_the_workspace_are_uploaded(setup: UploadSetup) -> None:
+    """A file with all its names in the workspace is uploaded under each name that matches."""
+    setup.write("a")
+    (setup.root / "deep" / "er").mkdir(parents=True)
     for name in ("b", "deep/er/c"):
-        (scene.root / name).hardlink_to(scene.root / "a")
-    found = await scene.upload("a", "b")
-    assert (["a", "b"], ()) == (paths(found), found.errors)
+        (setup.root / name).hardlink_to(setup.root / "a")
+    result = await setup.upload("a", "b")
+    assert (["a", "b"], ()) == (paths(result), result.errors)
 
 
-@needs_limits
-async def test_unreadable_file_keeps_no_other(scene: Scene) -> None:
-    """A file or a folder that may not be read is told, and the others go."""
-    scene.write("closed/file", "file", "ok")
-    (scene.root / "file").chmod(0)
-    (scene.root / "closed").chmod(0)
+@needs_non_root
+async def test_unreadable_file_is_reported(setup: UploadSetup) -> None:
+    """The errors name the file and the directory, and the other files are uploaded."""
+    setup.write("closed/file", "file", "ok")
+    (setup.root / "file").chmod(0)
+    (setup.root / "closed").chmod(0)
     try:
-        found = await scene.upload()
+        result = await setup.upload()
     finally:
-        (scene.root / "closed").chmod(0o700)
-    assert ["ok"] == paths(found)
+        (setup.root / "closed").chmod(0o700)
+    assert ["ok"] == paths(result)
     assert {"closed: cannot be read: Permission denied.", "file: cannot be read: Permission denied."} == set(
-        found.errors
+        result.errors
     )
 
 
 @pytest.mark.parametrize("name", [b"line\nbreak", b"back\\slash", b"\xff\xfe", b"del\x7f", b"\xe2\x80\xae\n"])
-async def test_name_that_no_object_has_is_told(scene: Scene, name: bytes) -> None:
-    """A file whose name cannot be an object's stays, in a sentence of one line that can be stored; the others go."""
-    scene.write("ok")
-    Path(os.fsdecode(os.fsencode(scene.root) + b"/" + name)).write_bytes(b"")
-    found = await scene.upload()
-    assert ["ok"] == paths(found)
-    (fault,) = found.errors
-    assert fault.endswith(
+async def test_name_that_is_invalid_for_objects_is_reported(setup: UploadSetup, name: bytes) -> None:
+    """The error is printable and valid UTF-8, and the other files are uploaded."""
+    setup.write("ok")
+    Path(os.fsdecode(os.fsencode(setup.root) + b"/" + name)).write_bytes(b"")
+    result = await setup.upload()
+    assert ["ok"] == paths(result)
+    (error,) = result.errors
+    assert error.endswith(
         ": cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8."
     )
-    assert fault.isprintable()
-    fault.encode()
+    assert error.isprintable()
+    error.encode()
 
 
-async def test_path_that_is_too_long_is_told(scene: Scene) -> None:
-    """A file or folder whose object's name would be too long stays; those in the same folder go."""
+async def test_path_that_is_too_long_is_reported(setup: UploadSetup) -> None:
+    """A file or directory with an object name that is too long is skipped; others in the same directory are not."""
     inner = "/".join(["x" * 200] * 4)
-    scene.write(f"{inner}/{'y' * 200}", f"{inner}/ok", f"{inner}/{'z' * 190}/file")
-    found = await scene.upload(prefix="p" * 30)
-    assert [f"{inner}/ok"] == paths(found)
+    setup.write(f"{inner}/{'y' * 200}", f"{inner}/ok", f"{inner}/{'z' * 190}/file")
+    result = await setup.upload(prefix="p" * 30)
+    assert [f"{inner}/ok"] == paths(result)
     assert [
         "lies too deep: no object's name is longer than 1024 bytes.",
         "cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8.",
-    ] == [fault.partition("…: ")[2] for fault in found.errors]
+    ] == [error.partition("…: ")[2] for error in result.errors]
 
 
-async def test_very_deep_tree_is_no_trap(scene: Scene) -> None:
-    """Thousands of folders in each other are left where no name fits any more; everything else goes, with few descriptors."""
-    scene.write("ok")
-    folder = os.open(scene.root, os.O_RDONLY)
+async def test_very_deep_tree_is_skipped(setup: UploadSetup) -> None:
+    """Of 3000 nested directories, those with names that are too long are skipped. The search needs few descriptors."""
+    setup.write("ok")
+    directory = os.open(setup.root, os.O_RDONLY)
     for _ in range(3000):
-        os.mkdir("d", dir_fd=folder)
-        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
-        os.close(folder)
-        folder = inner
-    os.close(folder)
+        os.mkdir("d", dir_fd=directory)
+        inner = os.open("d", os.O_RDONLY, dir_fd=directory)
+        os.close(directory)
+        directory = inner
+    os.close(directory)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() + 20, limit[1]))
     try:
-        found = await scene.upload()
+        result = await setup.upload()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-        # It is too deep for pytest to clear away.
-        await asyncio.to_thread(remove_tree, scene.root)
-    assert ["ok"] == paths(found)
-    assert 1 == len(found.errors)
-    assert found.errors[0].endswith("lies too deep: no object's name is longer than 1024 bytes.")
+        # It is too deep for pytest to remove.
+        await asyncio.to_thread(remove_tree, setup.root)
+    assert ["ok"] == paths(result)
+    assert 1 == len(result.errors)
+    assert result.errors[0].endswith("lies too deep: no object's name is longer than 1024 bytes.")
 
 
-async def test_files_have_a_limit(scene: Scene) -> None:
-    """Of ten thousand files the first go, by their paths, and how many did not is told."""
+async def test_number_of_files_is_limited(setup: UploadSetup) -> None:
+    """The first `MAX_FILES` of 10,000 files are uploaded, and the error has the number of the others."""
     for number in range(10_000):
-        (scene.root / f"{number:05}").touch()
-    scene.store = Store(KeptInMind(scene.data))
-    found = await scene.upload()
-    assert [f"{number:05}" for number in range(MAX_FILES)] == paths(found)
-    assert (f"{10_000 - MAX_FILES} more files match: at most {MAX_FILES} are uploaded.",) == found.errors
+        (setup.root / f"{number:05}").touch()
+    setup.store = Store(DiscardingBlobs(setup.data))
+    result = await setup.upload()
+    assert [f"{number:05}" for number in range(MAX_FILES)] == paths(result)
+    assert (f"{10_000 - MAX_FILES} more files match: at most {MAX_FILES} are uploaded.",) == result.errors
 
 
-async def test_faults_have_a_limit(scene: Scene) -> None:
-    """Of many faults some are told, and how many more there are."""
+async def test_number_of_errors_is_limited(setup: UploadSetup) -> None:
+    """The last error has the number of those that were omitted."""
     for number in range(MAX_UPLOAD_ERRORS + 7):
-        (scene.root / f"{number:02}\n").touch()
-    errors = (await scene.upload()).errors
+        (setup.root / f"{number:02}\n").touch()
+    errors = (await setup.upload()).errors
     assert (MAX_UPLOAD_ERRORS + 1, "And 7 more.") == (len(errors), errors[-1])
 
 
-async def test_search_has_a_limit(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace with too much in it is told; what was found until then goes."""
-    scene.write("a/1", "b/1", "c/1")
+async def test_search_is_limited(setup: UploadSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the search stops at its limit, this is reported, and the files until then are uploaded."""
+    setup.write("a/1", "b/1", "c/1")
     monkeypatch.setattr(uploads, "MAX_ENTRIES", 4)
-    found = await scene.upload()
-    assert ["a/1"] == paths(found)
-    assert ("The workspace has too many files: the search was stopped before its end.",) == found.errors
+    result = await setup.upload()
+    assert ["a/1"] == paths(result)
+    assert ("The workspace has too many files: the search was stopped before its end.",) == result.errors
 
 
-async def test_search_can_be_cancelled(scene: Scene) -> None:
-    """Who goes away during the search is back soon, though the patterns make it long."""
+async def test_search_can_be_cancelled(setup: UploadSetup) -> None:
+    """A search that would take long stops soon after its cancellation."""
     for number in range(300):
-        (scene.root / f"d{number}" / "a" / "a").mkdir(parents=True)
+        (setup.root / f"d{number}" / "a" / "a").mkdir(parents=True)
     patterns = [f"**/a*/**/*{number}*/**/b" for number in range(250)]
     before = threading.active_count()
-    searching = asyncio.create_task(scene.upload(*patterns))
+    upload_task = asyncio.create_task(setup.upload(*patterns))
     async with asyncio.timeout(10):
-        while threading.active_count() == before and not searching.done():
+        while threading.active_count() == before and not upload_task.done():
             await asyncio.sleep(0)
-    began = time.monotonic()
-    searching.cancel()
+    start = time.monotonic()
+    upload_task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await searching
-    assert 1.0 > time.monotonic() - began
+        await upload_task
+    assert 1.0 > time.monotonic() - start
 
 
-# --- what changes meanwhile ------------------------------------------------------------------------------------------
+# --- concurrent changes ----------------------------------------------------------------------------------------------
 
 
-class Blobs(DirectoryBlobs):
-    """A place that lets something happen when the first file arrives, before any other file is opened."""
+class HookedBlobs(DirectoryBlobs):
+    """Calls a function at the first upload, before the other files are opened."""
 
-    def __init__(self, root: Path, happens: Callable[[], None]) -> None:
+    def __init__(self, root: Path, on_first: Callable[[], None]) -> None:
         super().__init__(root)
-        self._happens = happens
-        self._begun = False
-        self._over = asyncio.Event()
+        self._on_first = on_first
+        self._is_started = False
+        self._is_hook_done = asyncio.Event()
 
     async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
-        if not self._begun:
-            self._begun = True
-            await asyncio.to_thread(self._happens)
-            self._over.set()
-        await self._over.wait()
+        if not self._is_started:
+            self._is_started = True
+            await asyncio.to_thread(self._on_first)
+            self._is_hook_done.set()
+        await self._is_hook_done.wait()
         return await super().create_from(name, file, size=size)
 
 
-class KeptInMind(DirectoryBlobs):
-    """A place for so many files that a disk would take long."""
+class DiscardingBlobs(DirectoryBlobs):
+    """Discards all files, since writing thousands would take long."""
 
     async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
         return 1
 
 
-def is_replaced_by_link(path: Path, outside: Path) -> None:
-    """Put a link to the secret in the place of the file."""
+def replace_with_link(path: Path, outside: Path) -> None:
+    """Replace the file with a symbolic link to the secret."""
     path.unlink()
     path.symlink_to(outside / "secret")
 
 
-def is_in_a_replaced_folder(path: Path, outside: Path) -> None:
-    """Put a link to the outside in the place of the file's folder."""
+def replace_directory_with_link(path: Path, outside: Path) -> None:
+    """Replace the directory of the file with a symbolic link to the directory outside."""
     path.parent.rename(path.parent.with_name("moved"))
     path.parent.symlink_to(outside)
 
 
-def is_replaced_by_hard_link(path: Path, outside: Path) -> None:
-    """Put another name of the secret in the place of the file."""
+def replace_with_hard_link(path: Path, outside: Path) -> None:
+    """Replace the file with a hard link to the secret."""
     path.unlink()
     path.hardlink_to(outside / "secret")
 
 
-def is_replaced_by_folder(path: Path, outside: Path) -> None:
-    """Put a folder in the place of the file."""
+def replace_with_directory(path: Path, outside: Path) -> None:
+    """Replace the file with a directory."""
     path.unlink()
     path.mkdir()
 
 
-def is_replaced_by_fifo(path: Path, outside: Path) -> None:
-    """Put a pipe in the place of the file."""
+def replace_with_fifo(path: Path, outside: Path) -> None:
+    """Replace the file with a FIFO."""
     path.unlink()
     os.mkfifo(path)
 
 
-def is_removed(path: Path, outside: Path) -> None:
+def remove_file(path: Path, outside: Path) -> None:
     """Remove the file."""
     path.unlink()
 
@@ -426,57 +426,57 @@ CHANGED: Final = "z/secret: changed before it could be read."
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("change", "error"),
     [
-        (is_replaced_by_link, CHANGED),
-        (is_in_a_replaced_folder, CHANGED),
-        (is_replaced_by_hard_link, "z/secret: has a further name (hard link) outside the workspace, or in .git."),
-        (is_replaced_by_folder, CHANGED),
-        (is_replaced_by_fifo, CHANGED),
-        (is_removed, CHANGED),
+        (replace_with_link, CHANGED),
+        (replace_directory_with_link, CHANGED),
+        (replace_with_hard_link, "z/secret: has a further name (hard link) outside the workspace, or in .git."),
+        (replace_with_directory, CHANGED),
+        (replace_with_fifo, CHANGED),
+        (remove_file, CHANGED),
     ],
 )
-async def test_swap_after_the_search_does_not_escape(
-    scene: Scene, change: Callable[[Path, Path], None], fault: str
+async def test_file_replaced_after_the_search_is_not_uploaded(
+    setup: UploadSetup, change: Callable[[Path, Path], None], error: str
 ) -> None:
-    """What takes the place of a file between search and upload is not read: the file is told, the others go."""
-    # So many that the last one is opened only when one of them has arrived.
+    """The replacement is not read, an error names the file, and the other files are uploaded."""
+    # So many that the last file is opened only after one of them was uploaded.
     others = [f"{number}" for number in range(PARALLEL_UPLOADS)]
-    scene.write(*others, "z/secret")
-    scene.store = Store(Blobs(scene.data, lambda: change(scene.root / "z" / "secret", scene.outside)))
-    found = await asyncio.wait_for(scene.upload(), 10)
-    assert (others, (fault,)) == (paths(found), found.errors)
-    assert SECRET not in scene.kept().values()
+    setup.write(*others, "z/secret")
+    setup.store = Store(HookedBlobs(setup.data, lambda: change(setup.root / "z" / "secret", setup.outside)))
+    result = await asyncio.wait_for(setup.upload(), 10)
+    assert (others, (error,)) == (paths(result), result.errors)
+    assert SECRET not in setup.objects().values()
 
 
-async def test_steady_swapping_does_not_escape(scene: Scene) -> None:
-    """Whenever files and folders are swapped for links, only what is in the workspace goes, and no descriptor stays open."""
-    scene.write("folder/secret", "file")
-    links = {"folder": scene.outside, "file": scene.outside / "secret"}
-    over = threading.Event()
+async def test_concurrent_replacement_never_uploads_files_outside(setup: UploadSetup) -> None:
+    """While a thread replaces files and directories with links, only files of the workspace are uploaded."""
+    setup.write("directory/secret", "file")
+    links = {"directory": setup.outside, "file": setup.outside / "secret"}
+    stopped = threading.Event()
 
     def swap() -> None:
-        while not over.is_set():
+        while not stopped.is_set():
             for name, target in links.items():
-                (scene.root / name).rename(scene.root / f".{name}")
-                (scene.root / name).symlink_to(target)
-                (scene.root / name).unlink()
-                (scene.root / f".{name}").rename(scene.root / name)
+                (setup.root / name).rename(setup.root / f".{name}")
+                (setup.root / name).symlink_to(target)
+                (setup.root / name).unlink()
+                (setup.root / f".{name}").rename(setup.root / name)
 
-    swapping = asyncio.create_task(asyncio.to_thread(swap))
+    swapper = asyncio.create_task(asyncio.to_thread(swap))
     before = open_descriptors()
     try:
         for number in range(300):
-            await scene.upload("folder", "file", prefix=str(number))
+            await setup.upload("directory", "file", prefix=str(number))
     finally:
-        over.set()
-        await swapping
+        stopped.set()
+        await swapper
     assert before == open_descriptors()
-    assert {b"folder/secret", b"file"} >= set(scene.kept().values())
+    assert {b"directory/secret", b"file"} >= set(setup.objects().values())
 
 
-class Changing(DirectoryBlobs):
-    """A place where files change while they are read."""
+class ChangingBlobs(DirectoryBlobs):
+    """Changes a file while it is uploaded."""
 
     def __init__(self, root: Path, change: Callable[[], object]) -> None:
         super().__init__(root)
@@ -489,55 +489,55 @@ class Changing(DirectoryBlobs):
 
 
 @pytest.mark.parametrize("size", [3, 2_000_000])
-async def test_file_that_changes_its_size_is_left(scene: Scene, size: int) -> None:
-    """A file that shrinks or grows during its upload is told and is not there by half; the others go."""
-    scene.write("changing", "ok")
-    path = scene.root / "changing"
+async def test_file_that_changes_its_size_is_not_uploaded(setup: UploadSetup, size: int) -> None:
+    """A file that shrinks or grows during its upload is reported, and no part of it is stored."""
+    setup.write("changing", "ok")
+    path = setup.root / "changing"
     path.write_bytes(bytes(1_000_000))
-    scene.store = Store(Changing(scene.data, lambda: os.truncate(path, size)))
-    found = await scene.upload()
-    assert (["ok"], ("changing: The file changed while it was read.",)) == (paths(found), found.errors)
-    assert [f"sessions/{TASK}/uploads/ok"] == list(scene.kept())
+    setup.store = Store(ChangingBlobs(setup.data, lambda: os.truncate(path, size)))
+    result = await setup.upload()
+    assert (["ok"], ("changing: The file changed while it was read.",)) == (paths(result), result.errors)
+    assert [f"sessions/{TASK}/uploads/ok"] == list(setup.objects())
 
 
-# --- when the storage fails ------------------------------------------------------------------------------------------
+# --- storage errors --------------------------------------------------------------------------------------------------
 
 
-class Refusing(DirectoryBlobs):
-    """A place that does not take some files."""
+class RejectingBlobs(DirectoryBlobs):
+    """Rejects some files."""
 
-    def __init__(self, root: Path, refused: str) -> None:
+    def __init__(self, root: Path, rejected: str) -> None:
         super().__init__(root)
-        self.tries = 0
-        self._refused = refused
+        self.attempts = 0
+        self._rejected = rejected
 
     async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
-        self.tries += 1
-        if self._refused in name.removeprefix(f"sessions/{TASK}/uploads/"):
-            raise StorageError("The storage is out of order.")
+        self.attempts += 1
+        if self._rejected in name.removeprefix(f"sessions/{TASK}/uploads/"):
+            raise StorageError("The storage is unavailable.")
         return await super().create_from(name, file, size=size)
 
 
-async def test_storage_that_refuses_a_file_gets_the_others(scene: Scene) -> None:
-    """A fault of the storage with some files is told for each, and the others go."""
-    scene.write("a", "b", "bad-1", "c", "d", "e", "f", "g-bad")
-    scene.store = Store(Refusing(scene.data, "bad"))
-    found = await scene.upload()
-    assert ["a", "b", "c", "d", "e", "f"] == paths(found)
-    assert {"bad-1: The storage is out of order.", "g-bad: The storage is out of order."} == set(found.errors)
+async def test_storage_error_of_one_file_does_not_affect_others(setup: UploadSetup) -> None:
+    """Each rejected file is reported, and the others are uploaded."""
+    setup.write("a", "b", "bad-1", "c", "d", "e", "f", "g-bad")
+    setup.store = Store(RejectingBlobs(setup.data, "bad"))
+    result = await setup.upload()
+    assert ["a", "b", "c", "d", "e", "f"] == paths(result)
+    assert {"bad-1: The storage is unavailable.", "g-bad: The storage is unavailable."} == set(result.errors)
 
 
-async def test_storage_that_takes_nothing_is_not_asked_for_ever(scene: Scene) -> None:
-    """After some files in a row the others are not tried: each would wait for its patience."""
-    scene.write(*map(str, range(100)))
-    blobs = Refusing(scene.data, "")
-    scene.store = Store(blobs)
-    found = await scene.upload()
-    assert 8 > blobs.tries
-    assert f"The storage rejects all files: {100 - blobs.tries} more were skipped." == found.errors[-1]
+async def test_uploads_stop_after_consecutive_storage_errors(setup: UploadSetup) -> None:
+    """The other files are skipped, since each would be retried for a long time."""
+    setup.write(*map(str, range(100)))
+    blobs = RejectingBlobs(setup.data, "")
+    setup.store = Store(blobs)
+    result = await setup.upload()
+    assert 8 > blobs.attempts
+    assert f"The storage rejects all files: {100 - blobs.attempts} more were skipped." == result.errors[-1]
 
 
-# --- cost ------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 UPLOAD_LARGE: Final = """
 import asyncio, resource, sys
@@ -555,23 +555,23 @@ async def main():
     store, task = Store(DirectoryBlobs(data)), TaskId("a-task")
     await upload_files(store, task, root, UploadAction(glob_patterns=("small",)))
     before = peak()
-    found = await upload_files(store, task, root, UploadAction(glob_patterns=("large",)))
-    print(found.files[0].size_bytes, peak() - before)
+    result = await upload_files(store, task, root, UploadAction(glob_patterns=("large",)))
+    print(result.files[0].size_bytes, peak() - before)
 
 asyncio.run(main())
 """
 
 
-def test_large_file_takes_little_memory(scene: Scene) -> None:
-    """Two gigabytes are uploaded in a few megabytes of memory."""
+def test_large_file_needs_little_memory(setup: UploadSetup) -> None:
+    """The upload of 2 GiB needs less than 64 MiB."""
     size = 2 * 1024**3
-    scene.write("small")
-    with (scene.root / "large").open("wb") as file:
+    setup.write("small")
+    with (setup.root / "large").open("wb") as file:
         file.truncate(size)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", UPLOAD_LARGE, str(scene.root), str(scene.data)], stdout=subprocess.PIPE, check=True
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", UPLOAD_LARGE, str(setup.root), str(setup.data)], stdout=subprocess.PIPE, check=True
     )
-    stored, megabytes = map(int, done.stdout.split())
-    (scene.data / "sessions" / TASK / "uploads" / "large").unlink()
+    stored, megabytes = map(int, process.stdout.split())
+    (setup.data / "sessions" / TASK / "uploads" / "large").unlink()
     assert size == stored
     assert 64 > megabytes

@@ -26,74 +26,74 @@ from ccrun.worker.workspace import (
 )
 
 TASK = TaskId("t-1")
-#: A user who owns nothing.
-NOBODY = 65534
-#: More than Python may recurse.
+#: The ID of an unprivileged user.
+UNPRIVILEGED_UID = 65534
+#: More than the recursion limit of Python.
 DEPTH = 1200
 
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Have a folder for temporary files that nobody else uses."""
+    """Use a directory for temporary files that no other test uses."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def workspace(temporary: Path) -> Workspace:
-    """Rooms whose end a test need not wait for."""
-    workspace = Workspace(root=temporary / "rooms")
-    for room in (workspace.repository, workspace.config, workspace.inputs):
-        room.mkdir(parents=True)
+    """The directories of a workspace, without `open_workspace`."""
+    workspace = Workspace(root=temporary / "workspace")
+    for directory in (workspace.repository, workspace.config, workspace.inputs):
+        directory.mkdir(parents=True)
     return workspace
 
 
-# --- the rooms -------------------------------------------------------------------------------------------------------
+# --- creation and deletion -------------------------------------------------------------------------------------------
 
 
-async def test_rooms_are_their_owners_alone(temporary: Path) -> None:
-    """The workspace is `ws-{taskId}`, and nobody else can look into it, whatever the umask."""
+async def test_workspace_is_private(temporary: Path) -> None:
+    """Its name is `ws-{taskId}`, and with any umask only its owner has access."""
     before = os.umask(0)
     try:
         async with open_workspace(TASK) as workspace:
             inside = [workspace.repository, workspace.home, workspace.config, workspace.inputs, workspace.temporary]
-            modes = {stat.S_IMODE(folder.stat().st_mode) for folder in (workspace.root, *inside)}
+            modes = {stat.S_IMODE(directory.stat().st_mode) for directory in (workspace.root, *inside)}
     finally:
         os.umask(before)
     assert (temporary / "ws-t-1", {0o700}) == (workspace.root, modes)
 
 
-async def test_what_ccrun_writes_stands_beside_the_repository() -> None:
-    """The folder that the agent works in is empty, and no other room lies in it."""
+async def test_other_directories_are_outside_the_repository() -> None:
+    """The working directory of the agent is empty and contains no other directory of the workspace."""
     async with open_workspace(TASK) as workspace:
         assert list(workspace.repository.iterdir()) == []
         others = (workspace.home, workspace.config, workspace.inputs, workspace.temporary)
-        assert [] == [room for room in others if room.is_relative_to(workspace.repository)]
+        assert [] == [directory for directory in others if directory.is_relative_to(workspace.repository)]
 
 
-async def test_rooms_are_removed_with_all_in_them(temporary: Path) -> None:
-    """Nothing of a task stays on the disk, also when it failed; what links in it lead to stays."""
+async def test_workspace_is_deleted_after_an_error(temporary: Path) -> None:
+    """All files of the task are deleted; targets of links are not."""
     (temporary / "outside").mkdir()
-    (temporary / "outside" / "file").write_text("kept")
+    (temporary / "outside" / "file").write_text("content")
 
     async def work() -> None:
         async with open_workspace(TASK) as workspace:
-            (workspace.repository / "folder" / "inner").mkdir(parents=True)
-            (workspace.repository / "folder" / "file").write_text("")
+            (workspace.repository / "directory" / "inner").mkdir(parents=True)
+            (workspace.repository / "directory" / "file").write_text("")
             (workspace.repository / "link").symlink_to(temporary / "outside")
             (workspace.home / "file").symlink_to(temporary / "outside" / "file")
-            (workspace.home / "dangling").symlink_to("nowhere")
+            (workspace.home / "dangling").symlink_to("missing")
             os.mkfifo(workspace.home / "pipe")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         await work()
     assert [temporary / "outside"] == list(temporary.iterdir())
-    assert (temporary / "outside" / "file").read_text() == "kept"
+    assert (temporary / "outside" / "file").read_text() == "content"
 
 
-async def test_rooms_are_removed_when_the_task_is_cancelled(temporary: Path) -> None:
-    """A task that is ended in the middle leaves nothing."""
+async def test_workspace_is_deleted_after_a_cancellation(temporary: Path) -> None:
+    """The task is cancelled while the workspace is open."""
     entered = asyncio.Event()
 
     async def work() -> None:
@@ -101,28 +101,28 @@ async def test_rooms_are_removed_when_the_task_is_cancelled(temporary: Path) -> 
             entered.set()
             await asyncio.Event().wait()
 
-    working = asyncio.create_task(work())
+    worker = asyncio.create_task(work())
     await entered.wait()
-    working.cancel()
+    worker.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await working
+        await worker
     assert list(temporary.iterdir()) == []
 
 
-async def test_folders_of_any_depth_are_removed(temporary: Path) -> None:
-    """Folders nested as deeply as an agent likes, which it makes with a short loop, are removed as well."""
+async def test_deep_directories_are_deleted(temporary: Path) -> None:
+    """An agent can nest directories more deeply than Python can recurse."""
     async with open_workspace(TASK) as workspace:
-        folder = os.open(workspace.repository, os.O_RDONLY)
+        directory = os.open(workspace.repository, os.O_RDONLY)
         for _ in range(DEPTH):
-            os.mkdir("deep", dir_fd=folder)
-            inner = os.open("deep", os.O_RDONLY, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        os.close(folder)
+            os.mkdir("deep", dir_fd=directory)
+            inner = os.open("deep", os.O_RDONLY, dir_fd=directory)
+            os.close(directory)
+            directory = inner
+        os.close(directory)
     assert list(temporary.iterdir()) == []
 
 
-LOCKED = """
+LOCK_DIRECTORIES = """
 import asyncio, concurrent.futures.thread, os, sys, tempfile
 from pathlib import Path
 from ccrun.worker.workspace import open_workspace
@@ -146,49 +146,49 @@ asyncio.run(main())
 """
 
 
-def test_locked_folders_are_removed() -> None:
-    """Permissions that the agent took away from its own files keep nothing on the disk; not as root, whom they never stop."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as own:
+def test_locked_directories_are_deleted() -> None:
+    """The agent may have removed its permissions. The test drops those of root, to which they do not apply."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
         if os.geteuid() == 0:
-            os.chown(own, NOBODY, NOBODY)
-        subprocess.run([sys.executable, "-c", LOCKED, own, str(NOBODY)], check=True, timeout=30)
-        assert list(Path(own).iterdir()) == []
+            os.chown(temporary, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+        subprocess.run(
+            [sys.executable, "-c", LOCK_DIRECTORIES, temporary, str(UNPRIVILEGED_UID)], check=True, timeout=30
+        )
+        assert list(Path(temporary).iterdir()) == []
 
 
-async def test_leftover_is_not_moved_into(temporary: Path) -> None:
-    """A folder that is already there, of a worker that was killed or a trap of somebody else's, is neither used nor removed."""
+async def test_existing_directory_is_not_used(temporary: Path) -> None:
+    """A directory of a killed worker or of another user is neither used nor deleted."""
     (temporary / "ws-t-1").mkdir()
-    (temporary / "ws-t-1" / "trap").write_text("")
+    (temporary / "ws-t-1" / "file").write_text("")
     async with open_workspace(TASK) as workspace:
         assert workspace.root.name.startswith("ws-t-1.")
-    assert [temporary / "ws-t-1" / "trap"] == list((temporary / "ws-t-1").iterdir())
+    assert [temporary / "ws-t-1" / "file"] == list((temporary / "ws-t-1").iterdir())
 
 
-async def test_link_in_the_place_of_a_workspace_is_not_followed(temporary: Path) -> None:
-    """A link that somebody put where the workspace should be leads nowhere."""
-    (temporary / "elsewhere").mkdir()
-    (temporary / "ws-t-1").symlink_to(temporary / "elsewhere")
+async def test_existing_link_is_not_followed(temporary: Path) -> None:
+    """A link with the name of the workspace is not used."""
+    (temporary / "target").mkdir()
+    (temporary / "ws-t-1").symlink_to(temporary / "target")
     async with open_workspace(TASK) as workspace:
         assert workspace.root.name.startswith("ws-t-1.")
-        assert list((temporary / "elsewhere").iterdir()) == []
+        assert list((temporary / "target").iterdir()) == []
 
 
-async def test_workspace_that_cannot_be_made_is_told_without_its_path(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where no workspace can be, the error names no local path."""
+async def test_error_when_the_workspace_cannot_be_created(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error does not contain the path."""
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "missing"))
     with pytest.raises(WorkspaceError, match=r"^The workspace cannot be created: No such file or directory\.$"):
         async with open_workspace(TASK):
             pass
 
 
-# --- where the agent starts ------------------------------------------------------------------------------------------
+# --- the start directory ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("relative", "expected"), [(".", ""), ("a/b", "a/b"), ("a/../a/b/", "a/b"), ("inside", "a")])
-def test_agent_starts_inside_of_the_repository(workspace: Workspace, relative: str, expected: str) -> None:
-    """A relative path names a folder of the repository, through links that stay inside too."""
+def test_start_directory_in_the_repository(workspace: Workspace, relative: str, expected: str) -> None:
+    """The path may contain `..` and links within the repository."""
     (workspace.repository / "a" / "b").mkdir(parents=True)
     (workspace.repository / "inside").symlink_to("a")
     assert workspace.repository / expected == workspace.start_directory(relative)
@@ -198,29 +198,29 @@ def test_agent_starts_inside_of_the_repository(workspace: Workspace, relative: s
     "relative",
     ["..", "../config", "a/../../config", "/", "/tmp", "missing", "file", "link", "loop", "x" * 300, "nul\0"],
 )
-def test_agent_starts_nowhere_else(workspace: Workspace, relative: str) -> None:
-    """What leads out of the repository, or is no folder, is refused with its name, however odd that is."""
+def test_start_directory_elsewhere_is_an_error(workspace: Workspace, relative: str) -> None:
+    """A path outside the repository or of another file is rejected, and the error contains it."""
     (workspace.repository / "file").write_text("")
     (workspace.repository / "link").symlink_to(workspace.config)
     (workspace.repository / "loop").symlink_to("loop")
-    with pytest.raises(WorkspaceError) as caught:
+    with pytest.raises(WorkspaceError) as raised:
         workspace.start_directory(relative)
-    assert f"cwdRelative is not a directory of the workspace: {relative}" == caught.value.message
+    assert f"cwdRelative is not a directory of the workspace: {relative}" == raised.value.message
 
 
-# --- what is put into them -------------------------------------------------------------------------------------------
+# --- input files -----------------------------------------------------------------------------------------------------
 
 
-async def test_commands_are_found_by_the_cli(workspace: Workspace) -> None:
-    """A slash command is a file of its name in the CLI's configuration folder."""
+async def test_slash_commands_are_files_for_the_cli(workspace: Workspace) -> None:
+    """A slash command is a file in the configuration directory of the CLI."""
     await write_inputs(
         workspace, slash_commands={"deploy": ConfigFile(content="Deploy it.\n")}, command_files={}, option_files={}
     )
     assert (workspace.config / "commands" / "deploy.md").read_bytes() == b"Deploy it.\n"
 
 
-async def test_inputs_are_files_of_their_own(workspace: Workspace) -> None:
-    """What an option names stands in a file beside the repository, byte for byte."""
+async def test_option_files_are_written(workspace: Workspace) -> None:
+    """The files have the exact contents and are outside the repository."""
     files = await write_inputs(
         workspace,
         slash_commands={},
@@ -245,38 +245,38 @@ json_values = st.recursive(
 
 
 @given(
-    front=st.dictionaries(st.sampled_from(["description", "allowed-tools", "model"]), json_values, min_size=1),
+    fields=st.dictionaries(st.sampled_from(["description", "allowed-tools", "model"]), json_values, min_size=1),
     content=st.text("ab\n-#: é", max_size=20).map(str.strip),
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_front_matter_says_what_was_asked_for(temporary: Path, front: dict[str, object], content: str) -> None:
-    """Whatever values a front matter has, they are read back as they are, and none gets out of it."""
+async def test_front_matter_is_preserved(temporary: Path, fields: dict[str, object], content: str) -> None:
+    """Any values are parsed back unchanged, and the content is separate."""
     workspace = Workspace(root=Path(tempfile.mkdtemp(dir=temporary)))
     workspace.config.mkdir()
     await write_inputs(
         workspace,
-        slash_commands={"c": ConfigFile(frontmatter=front, content=content)},
+        slash_commands={"c": ConfigFile(frontmatter=fields, content=content)},
         command_files={},
         option_files={},
     )
     post = frontmatter.loads((workspace.config / "commands" / "c.md").read_text(encoding="utf-8"))
-    assert (front, content) == (post.metadata, post.content)
+    assert (fields, content) == (post.metadata, post.content)
 
 
-async def test_configuration_that_cannot_be_written_is_told(workspace: Workspace) -> None:
-    """A name that the disk does not take is an error without a local path."""
+async def test_error_when_the_configuration_cannot_be_written(workspace: Workspace) -> None:
+    """A name is too long for the file system. The error does not contain the path."""
     with pytest.raises(WorkspaceError, match=r"^The CLI's configuration cannot be written: File name too long\.$"):
         await write_inputs(
             workspace, slash_commands={"x" * 300: ConfigFile(content="")}, command_files={}, option_files={}
         )
 
 
-# --- rooms for another user -----------------------------------------------------------------------------------------------
+# --- a separate user -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
-async def test_what_is_handed_over_is_the_agents(tmp_path: Path) -> None:
-    """All of it, links as links; what they lead to stays whose it was."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the owner of files")
+async def test_agent_owns_the_workspace(tmp_path: Path) -> None:
+    """Links are changed, their targets are not."""
     user = await asyncio.to_thread(find_user, "61239", SYSTEM_PATH)
     outside = tmp_path / "outside"
     outside.write_text("x")
@@ -289,12 +289,12 @@ async def test_what_is_handed_over_is_the_agents(tmp_path: Path) -> None:
     assert ({61239}, 0) == (owners, outside.stat().st_uid)
 
 
-async def test_a_private_room_is_new_each_time_and_goes(tmp_path: Path) -> None:
-    """For its owner's eyes alone, under a name that whoever clears up after a worker knows."""
-    async with private_directory(TASK) as one, private_directory(TASK) as other:
-        assert one != other
-        assert 0o700 == stat.S_IMODE(one.stat().st_mode)
-        assert one.name.startswith(f"ws-{TASK}.")
-        (one / "file").write_text("x")
-    assert not one.exists()
-    assert not other.exists()
+async def test_private_directories_are_unique_and_deleted(tmp_path: Path) -> None:
+    """Only the owner has access, and the name shows the task, so that leftovers can be deleted."""
+    async with private_directory(TASK) as first, private_directory(TASK) as second:
+        assert first != second
+        assert 0o700 == stat.S_IMODE(first.stat().st_mode)
+        assert first.name.startswith(f"ws-{TASK}.")
+        (first / "file").write_text("x")
+    assert not first.exists()
+    assert not second.exists()

@@ -155,8 +155,11 @@ class GcsBlobs:
             raise BlobChanged
         return new_generation
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, generation: int | None = None) -> None:
         check_name(name)
+        if generation is not None:
+            await self._delete(name, generation)
+            return
         for _ in range(DELETE_ATTEMPTS):
             version = await self._version(name)
             if version is None or await self._delete(name, version.generation):
@@ -192,6 +195,9 @@ class GcsBlobs:
 
     async def check(self) -> None:
         await self.entries(CHECKED_PREFIX, limit=1)
+
+    async def remove_interrupted_writes(self) -> None:
+        """Do nothing: Cloud Storage creates an object when it is complete, and deletes unfinished uploads after a week."""
 
     async def _write(self, name: str, content: bytes, *, replaces: int) -> int | None:
         """Write an object and return its new generation; None if it does not have the expected generation.

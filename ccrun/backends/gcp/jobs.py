@@ -164,6 +164,9 @@ class CloudRunJobs:
     async def clear(self, task_id: TaskId) -> None:
         """Do nothing: Cloud Run removes a container with its files and processes."""
 
+    async def leftovers(self) -> list[TaskId]:
+        return []
+
     async def _connect(self) -> None:
         """Wait for a connection. A launch that cannot be sent has certainly had no effect."""
         try:

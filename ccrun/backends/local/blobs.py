@@ -24,6 +24,8 @@ OBJECT_LOCK_SECONDS: Final = 10.0
 OBJECT_LOCK_POLL_SECONDS: Final = 0.005
 #: Objects share this many lock files. Two objects with the same lock file only wait for each other.
 LOCK_FILES: Final = 64
+#: Seconds after its last change at which a temporary file belongs to no write. A write that has stopped for longer fails.
+SCRATCH_SECONDS: Final = 60.0
 #: How much of a file is copied at a time.
 COPY_BYTES: Final = 1024 * 1024
 #: Parts with this content become holes. Otherwise a sparse file, which may look huge, would fill the disk when copied.
@@ -61,8 +63,8 @@ class DirectoryBlobs:
     async def replace(self, name: str, content: bytes, *, generation: int) -> int:
         return await asyncio.to_thread(self._replace, check_name(name), content, generation)
 
-    async def delete(self, name: str) -> None:
-        await asyncio.to_thread(self._delete, check_name(name))
+    async def delete(self, name: str, *, generation: int | None = None) -> None:
+        await asyncio.to_thread(self._delete, check_name(name), generation)
 
     async def entries(self, prefix: str, *, after: str = "", before: str | None = None, limit: int) -> list[BlobInfo]:
         return await asyncio.to_thread(self._entries, prefix, after, before, limit)
@@ -73,6 +75,9 @@ class DirectoryBlobs:
 
     async def check(self) -> None:
         await asyncio.to_thread(self._check)
+
+    async def remove_interrupted_writes(self) -> None:
+        await asyncio.to_thread(self._remove_old_scratch_files)
 
     # The methods below block and run in a thread.
 
@@ -115,10 +120,12 @@ class DirectoryBlobs:
                 _sync_directory(target.parent)
                 return new_generation
 
-    def _delete(self, name: str) -> None:
+    def _delete(self, name: str, generation: int | None) -> None:
+        target = self._root / name
         # Without the lock, a concurrent `_replace` could recreate the object.
         with _storage_errors("written"), self._locked(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (self._root / name).unlink()
+            if generation in (None, target.stat().st_mtime_ns):
+                target.unlink()
 
     def _entries(self, prefix: str, after: str, before: str | None, limit: int) -> list[BlobInfo]:
         directory = prefix.rpartition("/")[0]
@@ -161,6 +168,15 @@ class DirectoryBlobs:
     def _check(self) -> None:
         with _storage_errors("written"), self._scratch_file(b"", time.time_ns()):
             pass
+
+    def _remove_old_scratch_files(self) -> None:
+        oldest = time.time() - SCRATCH_SECONDS
+        with _storage_errors("read"), contextlib.suppress(FileNotFoundError):
+            for path in self._scratch.iterdir():
+                # Another process may remove the file first.
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < oldest:
+                        path.unlink()
 
     @contextlib.contextmanager
     def _scratch_file(

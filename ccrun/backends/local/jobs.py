@@ -18,7 +18,7 @@ from ccrun.backends.local import pidfile
 from ccrun.errors import Busy, CcrunError
 from ccrun.jobs import ExecutionState
 from ccrun.names import payload_name
-from ccrun.process import detached, tree
+from ccrun.process import cgroup, detached, tree
 from ccrun.task import TaskId
 from ccrun.task_directories import remove_leftovers
 
@@ -47,7 +47,7 @@ class SubprocessJobs:
         *,
         command: Sequence[str],
         environment: Mapping[str, str],
-        pid_file: Callable[[TaskId], Path],
+        pid_files: Path,
         marker: Callable[[TaskId], str],
         max_running: int,
         max_queued: int = MAX_QUEUED,
@@ -58,7 +58,7 @@ class SubprocessJobs:
         Args:
             command: The command that starts a worker.
             environment: The environment of each worker. The task ID and the payload's name are added to it.
-            pid_file: Returns the file that the worker of a task keeps locked.
+            pid_files: The directory of the PID files, each of which the worker of a task keeps locked.
             marker: Returns the string that marks the processes of a task.
             max_running: How many workers can run at the same time.
             max_queued: How many tasks can wait for a free worker slot.
@@ -69,13 +69,15 @@ class SubprocessJobs:
         self._max_queued = max_queued
         self._command = tuple(command)
         self._environment = dict(environment)
-        self._pid_file = pid_file
+        self._pid_files = pid_files
         self._marker = marker
         self._queue: deque[TaskId] = deque()
         #: None: the worker's process is being started.
         self._running: dict[TaskId, detached.Detached | None] = {}
         self._finished: OrderedDict[TaskId, None] = OrderedDict()
         self._waiters: set[asyncio.Task[None]] = set()
+        #: Held while a worker's process is being started.
+        self._starting = asyncio.Lock()
         self._on_worker_exit = on_worker_exit
 
     async def __aenter__(self) -> Self:
@@ -108,7 +110,7 @@ class SubprocessJobs:
         with contextlib.suppress(ValueError):
             self._queue.remove(task_id)
         child = self._running.get(task_id)
-        pid = child.pid if child else await asyncio.to_thread(pidfile.holder_pid, self._pid_file(task_id))
+        pid = child.pid if child else await asyncio.to_thread(pidfile.holder_pid, self._pid_files / task_id)
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -118,15 +120,36 @@ class SubprocessJobs:
             return ExecutionState.RUNNING
         if task_id in self._queue:
             return ExecutionState.QUEUED
-        if await asyncio.to_thread(pidfile.holder_pid, self._pid_file(task_id)):
+        if await asyncio.to_thread(pidfile.holder_pid, self._pid_files / task_id):
             return ExecutionState.RUNNING
         return ExecutionState.FINISHED if task_id in self._finished else ExecutionState.UNKNOWN
 
     async def clear(self, task_id: TaskId) -> None:
         self._finished.pop(task_id, None)
+        await asyncio.to_thread(cgroup.kill_group, self._marker(task_id))
         await tree.kill_marked(self._marker(task_id))
         await asyncio.to_thread(remove_leftovers, task_id)
-        await asyncio.to_thread(self._pid_file(task_id).unlink, missing_ok=True)
+        # Last: until then, `leftovers` finds the task again.
+        await asyncio.to_thread((self._pid_files / task_id).unlink, missing_ok=True)
+
+    async def _kill_orphans(self) -> None:
+        """Kill the processes of workers that were killed."""
+        # A worker that is just being started would not be known.
+        async with self._starting:
+            workers = {child.pid for child in self._running.values() if child is not None}
+            await asyncio.to_thread(tree.kill_orphans, workers)
+
+    async def leftovers(self) -> list[TaskId]:
+        return [task_id for task_id in await asyncio.to_thread(self._unheld) if not self._is_known(task_id)]
+
+    def _unheld(self) -> list[TaskId]:
+        """Return the tasks whose PID files no worker holds. Blocks."""
+        with contextlib.suppress(FileNotFoundError):
+            return [TaskId(path.name) for path in self._pid_files.iterdir() if pidfile.holder_pid(path) is None]
+        return []
+
+    def _is_known(self, task_id: TaskId) -> bool:
+        return task_id in self._running or task_id in self._queue
 
     def _start_queued(self) -> None:
         while self._queue and len(self._running) < self._slots:
@@ -138,14 +161,16 @@ class SubprocessJobs:
 
     async def _run(self, task_id: TaskId) -> None:
         try:
-            child = await detached.start_detached(
-                self._command,
-                env={**self._environment, "TASK_ID": task_id, "ENCRYPTED_PAYLOAD_PATH": payload_name(task_id)},
-            )
-            self._running[task_id] = child
+            async with self._starting:
+                child = await detached.start_detached(
+                    self._command,
+                    env={**self._environment, "TASK_ID": task_id, "ENCRYPTED_PAYLOAD_PATH": payload_name(task_id)},
+                )
+                self._running[task_id] = child
             exited = await child.wait()
             if not exited.ok:
                 log.warning("worker_failed", message="Worker failed", taskId=task_id, exitCode=exited.code)
+                await self._kill_orphans()
         except CcrunError as error:
             log.warning(
                 "worker_start_failed", message="Worker could not be started", taskId=task_id, error=error.message

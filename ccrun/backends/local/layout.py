@@ -19,9 +19,9 @@ def callback_secret_file(data_dir: Path) -> Path:
     return data_dir / ".keys" / "callback.secret"
 
 
-def pid_file(data_dir: Path, task_id: TaskId) -> Path:
-    """Return the file that a task's worker keeps locked."""
-    return data_dir / ".workers" / task_id
+def pid_files(data_dir: Path) -> Path:
+    """Return the directory of the PID files. Each is named after the task whose worker keeps it locked."""
+    return data_dir / ".workers"
 
 
 def process_marker(data_dir: Path, task_id: TaskId) -> str:

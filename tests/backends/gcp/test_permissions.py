@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ from helpers.service import WAIT_SECONDS, read_events
 from standins import cloudrun
 from standins.gcs import NO_FAULT, Fault
 
-from ccrun.task import CallbackState, Status, TaskRecord
+from ccrun.api.dispatch import Idempotency
+from ccrun.seal import Sealed
+from ccrun.task import CallbackState, Status, TaskId, TaskRecord
 from ccrun.testing.model import Conversation, Hang, Reply, Say, UseTool
 
 DOCUMENT: Final = Path(__file__).parents[3] / "docs" / "permissions.md"
@@ -164,6 +167,7 @@ async def scene() -> AsyncIterator[Scene]:
 async def test_each_side_makes_the_documented_calls(scene: Scene) -> None:
     """When ccrun does everything it can do, each side makes exactly the calls in its table, with the listed permissions."""
     await successful_task(scene)
+    await interrupted_request(scene)
     await uploads(scene)
     await deliveries(scene)
     await cancels(scene)
@@ -184,6 +188,17 @@ async def successful_task(scene: Scene) -> None:
         assert 200 == response.status
     async with service.http.post(f"{service.url}/run", json=service.body(taskId="plain")) as response:
         assert 409 == response.status
+
+
+async def interrupted_request(scene: Scene) -> None:
+    """Retry a request whose process was killed after it had stored the payload."""
+    service, store = scene.recorded.service, scene.recorded.deployment.store
+    body = json.dumps(service.body(taskId="interrupted")).encode()
+    await store.mark_active(TaskId("interrupted"), request_digest=Idempotency(key="key-1", caller="").digest(body))
+    await store.add_payload(TaskId("interrupted"), Sealed(b"of the killed process"))
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "key-1"}
+    async with service.http.post(f"{service.url}/run", data=body, headers=headers) as response:
+        assert ["done"] == [event.name async for event in read_events(response)][-1:]
 
 
 async def uploads(scene: Scene) -> None:

@@ -186,15 +186,19 @@ async def test_running_task_does_not_fail_when_the_launch_response_is_lost(cloud
     assert Reason.COMPLETED == (await cloud.until_final("task-a")).reason
 
 
-async def test_replayed_request_of_a_failed_launch_starts_nothing(cloud: Cloud) -> None:
-    """The same Idempotency-Key returns the same failed task. A new attempt needs a new key."""
+async def test_retry_of_a_failed_launch_launches_the_task(cloud: Cloud) -> None:
+    """A retry with the same Idempotency-Key launches the task with its callback; later ones return it."""
     cloud.deployment.cloud_run.fail("RunJob", cloudrun.Fault(code=StatusCode.NOT_FOUND))
     key = {"Idempotency-Key": "key-1"}
     assert 502 == (await cloud.post_task(headers=key)).status
+    retry = await cloud.post_task(headers=key)
+    assert (202, "pending", None) == (retry.status, retry.body["status"], retry.headers.get("Idempotent-Replay"))
+    assert 2 == cloud.deployment.cloud_run.calls["RunJob"]
+    # It will owe its callback.
+    assert (await cloud.until_running(retry.body["taskId"])).webhook is not None
     replay = await cloud.post_task(headers=key)
-    assert (202, "failed", "true") == (replay.status, replay.body["status"], replay.headers["Idempotent-Replay"])
-    assert 1 == cloud.deployment.cloud_run.calls["RunJob"]
-    assert 202 == (await cloud.post_task(headers={"Idempotency-Key": "key-2"})).status
+    assert (202, "true") == (replay.status, replay.headers["Idempotent-Replay"])
+    assert 2 == cloud.deployment.cloud_run.calls["RunJob"]
 
 
 # --- faults of storage and key service during creation ---------------------------------------------------------------

@@ -9,12 +9,13 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from helpers.blobs import list_names
 
-from ccrun.backends.local.blobs import COPY_BYTES, LOCK_FILES, DirectoryBlobs
+from ccrun.backends.local.blobs import COPY_BYTES, LOCK_FILES, SCRATCH_SECONDS, DirectoryBlobs
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError
 
 
@@ -238,3 +239,20 @@ async def test_killed_writer_leaves_no_partial_object(tmp_path: Path) -> None:
     entries = await blobs.entries("objects/", limit=1000)
     assert len(entries) in (reported, reported + 1)
     assert {300_000} == {len((await blobs.read(entry.name)).content) for entry in entries}
+
+
+async def test_interrupted_writes_are_removed(tmp_path: Path) -> None:
+    """A temporary file that was not changed for a minute is removed; that of a running write and objects stay."""
+    blobs = DirectoryBlobs(tmp_path)
+    await blobs.remove_interrupted_writes()
+    await blobs.create("name", b"content")
+    old, new = tmp_path / ".scratch" / "old", tmp_path / ".scratch" / "new"
+    for file, age in (
+        (old, SCRATCH_SECONDS + 1),
+        (new, SCRATCH_SECONDS - 30),
+        (tmp_path / "name", SCRATCH_SECONDS + 1),
+    ):
+        file.touch()
+        os.utime(file, (time.time() - age, time.time() - age))
+    await blobs.remove_interrupted_writes()
+    assert [False, True, True] == [file.exists() for file in (old, new, tmp_path / "name")]

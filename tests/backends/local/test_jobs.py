@@ -97,7 +97,7 @@ async def test_exit_of_a_worker_is_reported(tmp_path: Path) -> None:
     async with SubprocessJobs(
         command=(sys.executable, "-c", ""),
         environment=dict(os.environ),
-        pid_file=lambda task_id: tmp_path / task_id,
+        pid_files=tmp_path,
         marker=lambda task_id: f"{tmp_path}/{task_id}",
         max_running=1,
         on_worker_exit=exited.set,
@@ -131,3 +131,29 @@ async def test_clear_removes_processes_and_files_of_one_task(make_jobs: MakeJobs
         assert [False, False, True] == [directory.exists() for directory in (first, second, other_task)]
     finally:
         other_task.rmdir()
+
+
+async def test_leftovers_are_the_tasks_of_lost_workers(make_jobs: MakeJobs, tmp_path: Path) -> None:
+    """A PID file that no worker holds names a task with leftovers until `clear` is done. A running worker has none."""
+    async with make_jobs() as jobs:
+        assert [] == await jobs.leftovers()
+        await jobs.launch(A)
+        await until_written(tmp_path / A)
+        (tmp_path / "pids").mkdir(exist_ok=True)
+        for task_id in (A, B):
+            (tmp_path / "pids" / task_id).write_text("1")
+        assert [B] == await jobs.leftovers()
+        await jobs.clear(B)
+        assert [] == await jobs.leftovers()
+        await jobs.cancel(A, None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a directory to another user")
+async def test_clear_removes_the_directory_of_another_user(make_jobs: MakeJobs) -> None:
+    """The workspace of a lost worker belongs to the user of its agent."""
+    workspace = Path(tempfile.gettempdir()) / f"ws-{A}"
+    workspace.mkdir()
+    os.chown(workspace, 61234, 61234)
+    async with make_jobs() as jobs:
+        await jobs.clear(A)
+    assert not workspace.exists()

@@ -14,7 +14,7 @@ import pytest
 
 from ccrun.worker.git import known_hosts
 
-#: As the hosts publish them, on the pages that the file names.
+#: The fingerprints that the hosts publish. The file has the URLs of the pages.
 PUBLISHED: Final = {
     "github.com": {
         "ssh-ed25519": "SHA256:+DiY3wvvV6TuJJhbpZisF/zLDA0zPMSvHdkr4UvCOqU",
@@ -41,7 +41,7 @@ ALIASES: Final = {
 
 
 def entries() -> dict[str, dict[str, str]]:
-    """Return the fingerprints of the file by name and kind of key."""
+    """Return the fingerprints in the file, by host name and key type."""
     found: dict[str, dict[str, str]] = {}
     for line in known_hosts.FILE.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -53,22 +53,22 @@ def entries() -> dict[str, dict[str, str]]:
     return found
 
 
-def test_keys_are_those_that_the_hosts_publish() -> None:
-    """Each host has the three keys whose fingerprints it publishes, under each of its names, and no other."""
+def test_keys_are_those_published_by_the_hosts() -> None:
+    """Under each of its names, each host has the three published keys and no others."""
     assert PUBLISHED | {alias: PUBLISHED[name] for alias, name in ALIASES.items()} == entries()
 
 
-def test_names_are_those_of_the_file() -> None:
-    """Every host that is said to be well known has its keys in the file, and the other way round."""
+def test_well_known_hosts_are_those_of_the_file() -> None:
+    """`WELL_KNOWN` has the same names as the file."""
     assert known_hosts.WELL_KNOWN == {re.sub(r"^\[(.*)\]:\d+$", r"\1", name) for name in entries()}
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *ALIASES])
-def test_openssh_finds_them(name: str) -> None:
-    """OpenSSH reads the file and finds each name with all of its keys."""
+def test_openssh_finds_the_keys(name: str) -> None:
+    """OpenSSH finds all keys of each name in the file."""
     keygen = shutil.which("ssh-keygen")
     if keygen is None:
-        pytest.skip("ssh-keygen is not installed: whether OpenSSH reads the file cannot be seen")
+        pytest.skip("ssh-keygen is not installed, so this cannot be tested with OpenSSH")
     found = subprocess.run(
         [keygen, "-l", "-F", name, "-f", known_hosts.FILE], capture_output=True, text=True, check=True
     )
@@ -77,10 +77,10 @@ def test_openssh_finds_them(name: str) -> None:
 
 
 def test_file_is_part_of_the_package(tmp_path: Path) -> None:
-    """Whoever installs ccrun from a wheel has the file."""
+    """The wheel contains the file."""
     root = Path(__file__).parents[3]
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=root, check=True, capture_output=True, timeout=60)
     [wheel] = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as packed:
-        assert known_hosts.FILE.read_bytes() == packed.read("ccrun/worker/git/known_hosts")
+    with zipfile.ZipFile(wheel) as archive:
+        assert known_hosts.FILE.read_bytes() == archive.read("ccrun/worker/git/known_hosts")

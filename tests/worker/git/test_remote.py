@@ -1,4 +1,4 @@
-"""What a refusal means. Access is tested with real servers, in `test_clone`."""
+"""The messages for errors of git, and the configuration of SSH. `test_clone` tests access with real servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ccrun.worker.git.remote import Access, _ssh_config, network_error, refusal
 
 
 @pytest.mark.parametrize(
-    ("stderr", "sentence"),
+    ("stderr", "message"),
     [
         (b"ssh: Could not resolve hostname h: Name or service not known", "The host of gitRepo was not found: h."),
         (b"fatal: unable to access 'https://h/': Could not resolve host: h", "The host of gitRepo was not found: h."),
@@ -43,40 +43,40 @@ from ccrun.worker.git.remote import Access, _ssh_config, network_error, refusal
         (b"", "The repository could not be cloned: git ended with exit code 128"),
     ],
 )
-def test_a_refusal_is_one_clear_sentence(stderr: bytes, sentence: str) -> None:
-    """Which says what to check, and repeats no URL."""
+def test_message_of_an_error(stderr: bytes, message: str) -> None:
+    """It states what to check, and has no URL."""
     remote = parse_git_url("ssh://git@h/x")
     access = Access(remote=remote, ssh_key=Secret("made-up"))
-    ran = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=stderr)
-    assert sentence == refusal(remote, ran, access, "cloned").message
+    result = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=stderr)
+    assert message == refusal(remote, result, access, "cloned").message
 
 
-def test_the_field_that_is_missing_is_named() -> None:
-    """The token for https, the key for SSH."""
-    ran = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=b"fatal: Authentication failed for 'x'")
+def test_message_names_the_missing_field() -> None:
+    """For HTTPS, this is the token."""
+    result = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=b"fatal: Authentication failed for 'x'")
     remote = parse_git_url("https://h/x")
     access = Access(remote=remote)
-    assert "h refused the login: the request brings no gitToken." == refusal(remote, ran, access, "cloned").message
+    assert "h refused the login: the request brings no gitToken." == refusal(remote, result, access, "cloned").message
 
 
-@pytest.mark.parametrize(("seconds", "bound"), [(300.0, "5 minutes"), (0.5, "0.5 s")])
-def test_an_exchange_that_takes_too_long_is_told(seconds: float, bound: str) -> None:
-    """With the time that it had."""
+@pytest.mark.parametrize(("seconds", "formatted"), [(300.0, "5 minutes"), (0.5, "0.5 s")])
+def test_message_of_a_timeout(seconds: float, formatted: str) -> None:
+    """It has the timeout and the host."""
     remote = parse_git_url("https://h/x")
-    expected = f"The repository was not pushed within {bound}: h is too slow or does not respond."
+    expected = f"The repository was not pushed within {formatted}: h is too slow or does not respond."
     assert expected == network_error(remote, "pushed", seconds).message
 
 
 @pytest.mark.parametrize(("host", "checking"), [("github.com", "yes"), ("git.example.com", "accept-new")])
-def test_only_unknown_hosts_may_show_a_new_key(host: str, checking: str) -> None:
-    """A well-known host has the keys that ccrun brings, of every type, and no others."""
+def test_new_keys_are_accepted_of_unknown_hosts_only(host: str, checking: str) -> None:
+    """A well-known host must have a key from the `known_hosts` file of ccrun."""
     config = _ssh_config(host, Path("/r/seen"), None)
     assert f"StrictHostKeyChecking {checking}\n" in config
     assert "IdentityAgent none\n" in config
     assert "ForwardAgent no\n" in config
 
 
-def test_a_key_shows_itself_nowhere() -> None:
-    """Not in what a debugger or a log would print of the access."""
+def test_repr_does_not_have_the_key() -> None:
+    """A debugger or a log may print the `repr` of the access."""
     access = Access(remote=parse_git_url("git@h:x"), ssh_key=Secret("made-up"))
     assert "made-up" not in repr(access)

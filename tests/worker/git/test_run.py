@@ -11,12 +11,12 @@ from ccrun.worker.git import run
 from ccrun.worker.git.run import MAX_QUOTED_CHARS, GitError, first_error, last_error
 
 
-def test_the_environment_is_ours_alone(tmp_path: Path) -> None:
-    """Nothing of the worker's but how to reach the network; nobody is asked for anything; no protocol unless named."""
+def test_environment_is_minimal(tmp_path: Path) -> None:
+    """Of the worker's variables, it has only those of proxies. Prompts and, by default, all protocols are disabled."""
     inherited = {
-        "PATH": "/evil",
+        "PATH": "/other",
         "HTTPS_PROXY": "http://proxy",
-        "GIT_SSH_COMMAND": "evil",
+        "GIT_SSH_COMMAND": "other",
         "ANTHROPIC_API_KEY": "k",
         "HOME": "/root",
     }
@@ -33,34 +33,34 @@ def test_the_environment_is_ours_alone(tmp_path: Path) -> None:
     )
 
 
-async def test_what_git_prints_is_given_back(tmp_path: Path) -> None:
-    """And what goes into it."""
+async def test_output_is_returned(tmp_path: Path) -> None:
+    """The command reads the given standard input."""
     assert b"ce013625030ba8dba906f756967f9e9ca394464a\n" == await git_at(tmp_path)(
         "hash-object", "--stdin", stdin=b"hello\n"
     )
 
 
-async def test_a_git_that_fails_is_told_in_its_last_words(tmp_path: Path) -> None:
-    """With the command, and without its arguments, which may hold anything."""
+async def test_error_of_a_failed_command(tmp_path: Path) -> None:
+    """It has the subcommand and the message, but not the arguments, which may be confidential."""
     with pytest.raises(GitError, match=r"^git rev-parse failed: not a git repository"):
         await git_at(tmp_path)("rev-parse", "HEAD")
 
 
-async def test_a_git_over_its_time_is_ended(tmp_path: Path) -> None:
-    """In bounded time, whatever it waits for."""
+async def test_command_is_stopped_after_its_timeout(tmp_path: Path) -> None:
+    """The error has the subcommand and the timeout."""
     waiting = git_at(tmp_path).at(tmp_path, "alias.wait=!sleep 600")
     with pytest.raises(GitError, match=r"^git wait did not finish within 0\.2 s\.$"):
         await waiting("wait", seconds=0.2)
 
 
-async def test_a_git_that_prints_too_much_is_ended(tmp_path: Path) -> None:
-    """Memory stays bounded."""
+async def test_command_with_too_much_output_is_stopped(tmp_path: Path) -> None:
+    """The memory for the output is limited."""
     with pytest.raises(GitError, match=r"^git yes printed too much\.$"):
         await git_at(tmp_path).at(tmp_path, "alias.yes=!yes")("yes", max_bytes=1000)
 
 
-async def test_another_place_keeps_what_there_was(tmp_path: Path) -> None:
-    """Settings and variables are added, and the first one stays as it was."""
+async def test_at_adds_settings_and_variables(tmp_path: Path) -> None:
+    """The original object is unchanged."""
     first = git_at(tmp_path)
     second = first.at(tmp_path / "x", "a.b=c", EXTRA="1").at(tmp_path / "y", "d.e=f")
     assert ((), ("a.b=c", "d.e=f")) == (first.settings, second.settings)
@@ -80,18 +80,18 @@ async def test_another_place_keeps_what_there_was(tmp_path: Path) -> None:
         (b"fatal: \xff\n", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}"),
     ],
 )
-def test_complaints_become_a_sentence(stderr: bytes, first: str, last: str) -> None:
-    """Faults before other words, and without what git puts in front."""
+def test_first_and_last_error(stderr: bytes, first: str, last: str) -> None:
+    """Errors are preferred to other lines, and their prefixes are removed."""
     assert (first, last) == (first_error(stderr), last_error(stderr))
 
 
-def test_a_long_complaint_is_cut() -> None:
-    """It goes into an error for a person."""
+def test_long_error_is_truncated() -> None:
+    """It becomes part of the error of a task."""
     assert MAX_QUOTED_CHARS == len(last_error(b"fatal: " + b"x" * 10_000))
 
 
-def test_a_machine_without_git_is_told(tmp_path: Path) -> None:
-    """Where git is, is looked up before anything of a task runs."""
+def test_missing_git_is_an_error(tmp_path: Path) -> None:
+    """`find_git` finds the program in the given PATH only."""
     assert PROGRAM == run.find_git(run.SYSTEM_PATH)
     with pytest.raises(CcrunError, match="git was not found"):
         run.find_git(str(tmp_path))
