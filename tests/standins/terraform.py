@@ -1,8 +1,8 @@
 """A stand-in for Google's Terraform provider. It can plan, but creates nothing.
 
-The stand-in serves the schema of the real provider with version 5 of Terraform's plugin protocol, so that Terraform checks the names
-and types of arguments, and which ones are required or read-only. Checks in the code of Google's provider are missing: the format
-of values, and arguments that exclude each other.
+The stand-in serves the schema of the real provider with version 5 of Terraform's plugin protocol. Terraform checks the names and
+types of arguments, and which ones are required or read-only. It does not check what the code of Google's provider would: the
+format of values, and arguments that exclude each other.
 https://developer.hashicorp.com/terraform/plugin/terraform-plugin-protocol
 """
 
