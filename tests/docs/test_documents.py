@@ -1,4 +1,4 @@
-"""The documents tell the truth: their links lead somewhere, and their commands are run, or rehearsed, or taken by a parser."""
+"""The documents are correct: their links have targets, and their commands are run, run with `--dry-run`, or parsed."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from helpers.service import CALLBACK_SECRET, MADE_UP_KEY, WAIT_SECONDS, StartSer
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCUMENTS: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-#: What is neither run nor rehearsed, and why.
+#: Commands that are not tested, and why.
 ALLOWED: Final = {
-    r"(\./)?scripts/(check|demo|test)\.sh( .*)?": "the suite itself, and what it tests elsewhere",
+    r"(\./)?scripts/(check|demo|test)\.sh( .*)?": "the test suite itself, or tested by other modules",
     r"pre-commit install": "pre-commit is not installed here",
-    r"\.venv/bin/ccrun serve": "every test that has a service runs it",
-    r"\.venv/bin/python tests/bench/.*": "benchmarks are run by hand",
-    r"cp \.env\.example \.env|chmod 600 \.env|set -a; \. \./\.env; set \+a": "files of the reader's own",
+    r"\.venv/bin/ccrun serve": "run by every test of a service",
+    r"\.venv/bin/python tests/bench/.*": "benchmarks are run manually",
+    r"cp \.env\.example \.env|chmod 600 \.env|set -a; \. \./\.env; set \+a": "files of the reader",
     r"[A-Z_]+=[^ ]*": "a setting",
-    r"AUTH_TOKEN=\$\(gcloud auth print-identity-token\)": "see the commands of gcloud",
-    r"SERVICE_URL=\$\(gcloud .*\)": "see the commands of gcloud",
-    r"git (pull|clone .*|diff .*|apply .*)": "git's own",
-    r"openssl rand -hex 32 \| tr .* \| gcloud secrets versions add .*": "its last part is tried by hand",
-    r"terraform .*": "needs a provider, which is not had offline",
-    r"cat >.*|\{\"title\".*|END": "a file that a command of gcloud takes",
+    r"AUTH_TOKEN=\$\(gcloud auth print-identity-token\)": "its gcloud command is tested separately",
+    r"SERVICE_URL=\$\(gcloud .*\)": "its gcloud command is tested separately",
+    r"git (pull|clone .*|diff .*|apply .*)": "a command of git",
+    r"openssl rand -hex 32 \| tr .* \| gcloud secrets versions add .*": "its last part is tested manually",
+    r"terraform .*": "needs a provider, which is not available offline",
+    r"cat >.*|\{\"title\".*|END": "the input file of a gcloud command",
 }
 
 
 def prose(document: Path) -> str:
-    """Return a document without its blocks of code."""
+    """Return a document without its code blocks."""
     return re.sub(r"(?ms)^```.*?^```", "", document.read_text())
 
 
@@ -49,8 +49,8 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    """Each relative link names a file that is there, and a heading of it."""
+def test_links_have_targets(document: Path) -> None:
+    """Each relative link has an existing file and, with a fragment, an existing heading as its target."""
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
         if re.match(r"[a-z]+:", link):
@@ -63,8 +63,8 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
-def test_the_index_names_every_document(document: Path) -> None:
-    """Whoever looks for something finds it there."""
+def test_index_has_every_document(document: Path) -> None:
+    """The index of the documents has a link to each document."""
     assert f"({document.name})" in (ROOT / "docs" / "README.md").read_text() or document.name == "README.md"
 
 
@@ -77,48 +77,48 @@ class Command:
 
 
 def commands() -> Iterator[Command]:
-    """Yield the commands of all blocks for a shell, those over several lines as one."""
+    """Yield the commands of all shell code blocks. A command on several lines is one command."""
     for document in DOCUMENTS:
         for block in re.findall(r"(?ms)^```bash\n(.*?)^```", document.read_text()):
             text = re.sub(r"\\\n\s*", " ", block)
             pending = ""
             for line in text.splitlines():
                 pending = f"{pending}\n{line}" if pending else line
-                whole = re.sub(r"(?m)(^|\s)# .*$", "", pending).strip()
+                command = re.sub(r"(?m)(^|\s)# .*$", "", pending).strip()
                 try:
-                    shlex.split(whole)
+                    shlex.split(command)
                 except ValueError:
-                    # A quote goes on in the next line.
+                    # A quoted string continues on the next line.
                     continue
                 pending = ""
-                if whole:
-                    yield Command(document.name, whole)
+                if command:
+                    yield Command(document.name, command)
 
 
-def of_kind(pattern: str) -> list[str]:
-    """Return the commands of one kind, each once."""
+def matching(pattern: str) -> list[str]:
+    """Return the distinct commands that match a pattern."""
     return list(dict.fromkeys(each.text for each in commands() if re.fullmatch(pattern, each.text, re.DOTALL)))
 
 
-GCLOUD: Final = of_kind(r"gcloud .*")
-CURL: Final = of_kind(r"curl .*")
-DEPLOYING: Final = of_kind(r"([A-Z_]+=\S+ )?\./scripts/(?!check|demo|test|lock).*")
+GCLOUD: Final = matching(r"gcloud .*")
+CURL: Final = matching(r"curl .*")
+DEPLOYING: Final = matching(r"([A-Z_]+=\S+ )?\./scripts/(?!check|demo|test|lock).*")
 
 
-def test_every_command_is_of_a_kind_that_is_tried() -> None:
-    """Another one needs a rule of its own, with a reason."""
-    tried = {*GCLOUD, *CURL, *DEPLOYING}
-    left = [
+def test_every_command_is_tested_or_allowed() -> None:
+    """A command that no test covers needs an entry with a reason in `ALLOWED`."""
+    tested = {*GCLOUD, *CURL, *DEPLOYING}
+    untested = [
         each
         for each in commands()
-        if each.text not in tried and not any(re.fullmatch(rule, each.text, re.DOTALL) for rule in ALLOWED)
+        if each.text not in tested and not any(re.fullmatch(rule, each.text, re.DOTALL) for rule in ALLOWED)
     ]
-    assert [] == left
+    assert [] == untested
 
 
 @pytest.mark.parametrize("command", DEPLOYING)
-def test_a_script_can_be_rehearsed_on_an_empty_project(command: str, tmp_path: Path) -> None:
-    """As the documents name it, with `--dry-run`: it changes nothing and has no questions."""
+def test_script_runs_with_dry_run(command: str, tmp_path: Path) -> None:
+    """Each script of the documents succeeds with `--dry-run` on an empty project, and changes nothing."""
     clone = make_clone(tmp_path / "clone")
     *settings, script = command.removesuffix(" --dry-run").split("./scripts/")
     variables = dict(setting.strip().split("=", 1) for setting in settings if setting.strip())
@@ -130,13 +130,13 @@ def test_a_script_can_be_rehearsed_on_an_empty_project(command: str, tmp_path: P
 
 
 @pytest.mark.parametrize("command", CURL)
-async def test_a_call_is_answered(command: str, start_service: StartService, tmp_path: Path) -> None:
-    """By a running service, with what the document leaves to the reader filled in."""
+async def test_curl_command_succeeds(command: str, start_service: StartService, tmp_path: Path) -> None:
+    """Each curl command succeeds with a running service when its placeholders are replaced."""
     async with start_service(ANTHROPIC_API_KEY=MADE_UP_KEY) as service:
         submitted = await service.submit(taskId="deploy-1")
         await service.until_final(submitted["taskId"])
         text = command.replace("http://127.0.0.1:8080", service.url)
-        # The receivers of the documents are nobody's.
+        # The receivers of the documents do not exist.
         text = re.sub(r"https://(your-app\.)?example\.com/[\w/-]+", "http://127.0.0.1:9/", text)
         text = re.sub(r"\$\(gcloud [^)]*\)", "made-up-identity-token", text)
         variables = {
@@ -167,24 +167,24 @@ root = os.environ["GCLOUD_ROOT"]
 sys.path[:0] = [f"{root}/lib", f"{root}/lib/third_party"]
 from googlecloudsdk import gcloud_main
 parser = gcloud_main.CreateCLI([])._CLI__parser
-faults = {}
+errors = {}
 for argv in json.load(sys.stdin):
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(output):
             parser.parse_args(argv)
     except SystemExit:
-        faults[" ".join(argv)] = said.getvalue()[-300:]
-json.dump(faults, sys.stdout)
+        errors[" ".join(argv)] = output.getvalue()[-300:]
+json.dump(errors, sys.stdout)
 """
 
 
-def test_gcloud_takes_every_command(tmp_path: Path) -> None:
-    """Each command and flag is real, by the parser of the real one, offline."""
+def test_gcloud_parses_every_command(tmp_path: Path) -> None:
+    """The parser of gcloud accepts each command with its flags, without a network."""
     root = Path("/usr/lib/google-cloud-sdk")
     python = root / "platform" / "bundledpythonunix" / "bin" / "python3"
     if not python.exists():
-        pytest.skip("gcloud is not installed here, or not by its package")
+        pytest.skip("gcloud is not installed from its package")
     calls = []
     for command in (
         *GCLOUD,
@@ -193,9 +193,9 @@ def test_gcloud_takes_every_command(tmp_path: Path) -> None:
         filled = re.sub(r"\$\{?[A-Z_]+\}?", "made-up-name", command)
         calls.append([word for word in shlex.split(filled)[1:] if not word.startswith(">")])
     environment = {"GCLOUD_ROOT": str(root), "CLOUDSDK_CONFIG": str(tmp_path), "HOME": str(tmp_path)}
-    # What a command reads, and the command before it writes.
+    # The input of a command, which the command before it creates.
     (tmp_path / "not-logs.json").write_text('{"title": "t", "expression": "true"}')
-    ended = subprocess.run(
+    finished = subprocess.run(
         [python, "-c", PARSE],
         cwd=tmp_path,
         input=json.dumps(calls),
@@ -205,5 +205,5 @@ def test_gcloud_takes_every_command(tmp_path: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert 0 == ended.returncode, ended.stderr
-    assert {} == json.loads(ended.stdout)
+    assert 0 == finished.returncode, finished.stderr
+    assert {} == json.loads(finished.stdout)

@@ -1,4 +1,4 @@
-"""The examples of the documents are taken by a running service, and its tasks go well; the receivers take its callbacks."""
+"""The examples of the documents: tasks that a running service completes, and receivers that accept its callbacks."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ FILES: Final = sorted(EXAMPLES.glob("*.json"))
 
 @needs_ssh
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-async def test_an_example_is_a_task_that_goes_well(
-    file: Path, start_service: StartService, git_setup: GitSetup
-) -> None:
-    """Each file is taken as it is, but for what it names as a variable, and for where its callback goes."""
+async def test_task_of_an_example_completes(file: Path, start_service: StartService, git_setup: GitSetup) -> None:
+    """A service completes each example; only its variables and its callback URL are replaced."""
     await git_setup.repos.create("demo", {"README.md": "# Demo\n"})
     async with GitSsh(git_setup.repos) as ssh, GitHttp(git_setup.repos) as http, start_service() as service:
         variables = {
@@ -48,20 +46,20 @@ async def test_an_example_is_a_task_that_goes_well(
         body = {
             field: variables.get(value, value) if isinstance(value, str) else value for field, value in body.items()
         }
-        answer = await service.submit(**{**body, "callbackUrl": "http://127.0.0.1:9/"})
-        record = await service.until_final(answer["taskId"])
+        submitted = await service.submit(**{**body, "callbackUrl": "http://127.0.0.1:9/"})
+        record = await service.until_final(submitted["taskId"])
     assert (Status.COMPLETED, None) == (record.status, record.error)
     assert not [error for error in record.action_errors if error.action != "uploadFiles"]
 
 
 async def until_listening(process: asyncio.subprocess.Process) -> str:
-    """Wait until a receiver says where it listens."""
+    """Wait until a receiver prints its port; return its URL."""
     assert process.stdout is not None
     async with asyncio.timeout(WAIT_SECONDS):
         async for line in process.stdout:
             if line.startswith(b"listening on "):
                 return f"http://127.0.0.1:{int(line.split()[2])}/"
-    raise AssertionError("the receiver has ended")
+    raise AssertionError("the receiver has exited")
 
 
 PYTHON: Final = """
@@ -77,11 +75,11 @@ server.serve_forever()
 
 @pytest.fixture(params=["js", "py", "go"])
 async def receiver(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
-    """The receiver of the documents in each language, at work."""
-    folder = EXAMPLES / "receivers"
+    """Start the receiver of the documents in each language."""
+    directory = EXAMPLES / "receivers"
     program = {"js": "node", "py": sys.executable, "go": "go"}[request.param]
     if shutil.which(program) is None:
-        pytest.skip(f"there is no {program} here")
+        pytest.skip(f"{program} is not installed")
     environment = {
         **os.environ,
         "CLOUDRUN_CALLBACK_SECRET": CALLBACK_SECRET,
@@ -91,13 +89,13 @@ async def receiver(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
     }
     match request.param:
         case "js":
-            argv = ["node", str(folder / "receiver.js")]
+            argv = ["node", str(directory / "receiver.js")]
         case "py":
-            argv = [sys.executable, "-B", "-c", PYTHON, str(folder)]
+            argv = [sys.executable, "-B", "-c", PYTHON, str(directory)]
         case _:
-            # Built first: what `go run` starts outlives it.
+            # Built first, because killing `go run` does not kill the program that it started.
             argv = [str(tmp_path / "receiver")]
-            build = ("go", "build", "-o", *argv, str(folder / "receiver.go"))
+            build = ("go", "build", "-o", *argv, str(directory / "receiver.go"))
             building = await asyncio.create_subprocess_exec(*build, env=environment)
             async with asyncio.timeout(WAIT_SECONDS):
                 assert 0 == await building.wait()
@@ -110,12 +108,12 @@ async def receiver(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
         await process.wait()
 
 
-async def test_a_receiver_takes_a_callback_of_ccruns(receiver: str, start_service: StartService) -> None:
-    """One with text of all kinds in it, signed by the service."""
+async def test_receiver_accepts_a_callback(receiver: str, start_service: StartService) -> None:
+    """The receiver verifies a callback of the service with special characters and numbers."""
     async with start_service() as service:
-        answer = await service.submit(callbackUrl=receiver, metadata={"text": "äöü ☃ \u2028", "number": 1e-7})
+        submitted = await service.submit(callbackUrl=receiver, metadata={"text": "äöü ☃ \u2028", "number": 1e-7})
         record = await service.until(
-            answer["taskId"],
+            submitted["taskId"],
             lambda record: bool(
                 record.webhook and record.webhook.state in (CallbackState.DELIVERED, CallbackState.OWED)
             ),
@@ -125,8 +123,8 @@ async def test_a_receiver_takes_a_callback_of_ccruns(receiver: str, start_servic
 
 
 @pytest.mark.parametrize("fault", ["body", "old", "signature", "missing"])
-async def test_a_receiver_refuses_what_is_not_genuine(receiver: str, fault: str) -> None:
-    """A changed body, an old timestamp, another signature, none at all."""
+async def test_receiver_rejects_a_forged_callback(receiver: str, fault: str) -> None:
+    """A changed body, an old timestamp, a wrong signature or missing headers give 401."""
     body = b'{"taskId":"t-1","status":"completed","error":null}'
     timestamp = str(int(time.time()) - (400 if fault == "old" else 0))
     signature = hmac.new(CALLBACK_SECRET.encode(), f"{timestamp}.".encode() + body, hashlib.sha256).hexdigest()

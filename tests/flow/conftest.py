@@ -1,4 +1,4 @@
-"""What is shown here holds on both backends."""
+"""Tests that run on both backends."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(params=["local", "gcp"])
 def backend_name(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn, unless the test chooses."""
+    """Return each backend, unless the test selects one."""
     return str(request.param)

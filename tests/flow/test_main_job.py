@@ -1,4 +1,4 @@
-"""The main job from end to end: the API, real worker processes, the real CLI, the scripted model."""
+"""Tasks without a repository, end to end: the API, real worker processes, the real CLI and the scripted model."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ FakeCli = Callable[[str], Path]
 
 @attrs.frozen(kw_only=True)
 class Receiver:
-    """A receiver of callbacks: what it got, and the statuses that it answers with, 200 when none is left."""
+    """A receiver of callbacks, and the callbacks that it got."""
 
     url: str
-    got: asyncio.Queue[tuple[bytes, dict[str, str]]]
+    callbacks: asyncio.Queue[tuple[bytes, dict[str, str]]]
     statuses: list[int]
 
     async def next(self) -> tuple[bytes, dict[str, str]]:
-        """Return body and headers of the next callback."""
+        """Return the body and the headers of the next callback."""
         async with asyncio.timeout(WAIT_SECONDS):
-            return await self.got.get()
+            return await self.callbacks.get()
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver on loopback."""
-    got: asyncio.Queue[tuple[bytes, dict[str, str]]] = asyncio.Queue()
+    """Start a receiver on loopback."""
+    callbacks: asyncio.Queue[tuple[bytes, dict[str, str]]] = asyncio.Queue()
     statuses: list[int] = []
 
     async def receive(request: web.Request) -> web.Response:
-        got.put_nowait((await request.read(), dict(request.headers)))
+        callbacks.put_nowait((await request.read(), dict(request.headers)))
         return web.Response(status=statuses.pop(0) if statuses else 200)
 
     app = web.Application()
     app.router.add_post("/hook", receive)
     async with TestServer(app) as server:
-        yield Receiver(url=str(server.make_url("/hook")), got=got, statuses=statuses)
+        yield Receiver(url=str(server.make_url("/hook")), callbacks=callbacks, statuses=statuses)
 
 
-async def test_run_streams_the_task_from_its_first_line_to_its_outcome(service: Service) -> None:
-    """`/run` gives the task, each line of the CLI with its cursor, and the outcome last."""
+async def test_run_streams_the_whole_task(service: Service) -> None:
+    """`/run` streams the task, all lines of the CLI, and the outcome as the last event."""
     events = await service.run()
     assert ["task", "caught_up", "done"] == [event.name for event in events if event.name != "message"]
     assert "done" == events[-1].name
@@ -62,14 +62,14 @@ async def test_run_streams_the_task_from_its_first_line_to_its_outcome(service: 
     assert ("system", "result") == (lines[0]["type"], lines[-1]["type"])
 
 
-async def test_the_stream_is_live(start_service: StartService) -> None:
-    """A reader sees a line while the agent is still at work, not when all is over."""
-    said = sequence(UseTool("Bash", {"command": "true"}, text="I begin."), Hang())
-    async with start_service(said) as service:
+async def test_stream_is_live(start_service: StartService) -> None:
+    """A reader gets a line while the agent is running."""
+    script = sequence(UseTool("Bash", {"command": "true"}, text="I start."), Hang())
+    async with start_service(script) as service:
         body = service.body(allowedTools=["Bash"])
         async with asyncio.timeout(WAIT_SECONDS), service.http.post(f"{service.url}/run", json=body) as response:
             async for event in read_events(response):
-                if "I begin." in str(event.data):
+                if "I start." in str(event.data):
                     break
             task_id = response.headers["X-Task-Id"]
             assert "running" == (await service.get(f"/tasks/{task_id}"))["status"]
@@ -77,8 +77,8 @@ async def test_the_stream_is_live(start_service: StartService) -> None:
         await service.until_final(task_id)
 
 
-async def test_the_log_the_events_and_a_resumed_stream_agree(service: Service) -> None:
-    """`/logs`, a replay and a stream that goes on after any event tell the same lines, none missing, none twice."""
+async def test_log_and_streams_have_the_same_lines(service: Service) -> None:
+    """`/logs`, a live stream, a replay and a resumed stream have the same lines, each once."""
     live = [event for event in await service.run() if event.name == "message"]
     [task] = (await service.get("/tasks"))["tasks"]
     replay = [event for event in await service.events(task["taskId"]) if event.name == "message"]
@@ -90,64 +90,68 @@ async def test_the_log_the_events_and_a_resumed_stream_agree(service: Service) -
     assert live[1:] == [event for event in resumed if event.name == "message"]
 
 
-async def test_an_async_task_calls_back_signed_and_once(service: Service, receiver: Receiver) -> None:
-    """The receiver gets the outcome with a signature over its very bytes, and the record tells of the delivery."""
-    answer = await service.submit(callbackUrl=receiver.url, metadata={"order": 7})
+async def test_callback_is_signed_and_delivered_once(service: Service, receiver: Receiver) -> None:
+    """The receiver gets the outcome once, with a valid signature, and the record has the delivery."""
+    submitted = await service.submit(callbackUrl=receiver.url, metadata={"order": 7})
     body, headers = await receiver.next()
     signed = f"{headers['X-Webhook-Timestamp']}.".encode() + body
     expected = "sha256=" + hmac.new(CALLBACK_SECRET.encode(), signed, hashlib.sha256).hexdigest()
     assert expected == headers["X-Webhook-Signature"]
-    told = json.loads(body)
-    assert (answer["taskId"], "completed", {"order": 7}) == (told["taskId"], told["status"], told["metadata"])
+    payload = json.loads(body)
+    assert (submitted["taskId"], "completed", {"order": 7}) == (
+        payload["taskId"],
+        payload["status"],
+        payload["metadata"],
+    )
     record = await service.until(
-        answer["taskId"], lambda record: bool(record.webhook and record.webhook.state is CallbackState.DELIVERED)
+        submitted["taskId"], lambda record: bool(record.webhook and record.webhook.state is CallbackState.DELIVERED)
     )
     assert record.webhook is not None
     assert 1 == record.webhook.attempts
-    assert receiver.got.empty()
+    assert receiver.callbacks.empty()
 
 
-async def test_a_callback_is_delivered_again_on_demand(service: Service, receiver: Receiver) -> None:
-    """The redelivery has the same body and the same `webhook-id`, so that a receiver can tell it from a new one."""
-    answer = await service.submit(callbackUrl=receiver.url)
+async def test_callback_can_be_redelivered(service: Service, receiver: Receiver) -> None:
+    """A redelivery has the same body and the same `webhook-id`, so that a receiver can detect a duplicate."""
+    submitted = await service.submit(callbackUrl=receiver.url)
     first = await receiver.next()
     await service.until(
-        answer["taskId"], lambda record: bool(record.webhook and record.webhook.state is CallbackState.DELIVERED)
+        submitted["taskId"], lambda record: bool(record.webhook and record.webhook.state is CallbackState.DELIVERED)
     )
-    async with service.http.post(f"{service.url}/tasks/{answer['taskId']}/webhook") as response:
+    async with service.http.post(f"{service.url}/tasks/{submitted['taskId']}/webhook") as response:
         assert 202 == response.status
     await service.deployment.sweep()
     second = await receiver.next()
     assert (first[0], first[1]["webhook-id"]) == (second[0], second[1]["webhook-id"])
 
 
-async def test_a_running_task_is_cancelled_and_calls_back(start_service: StartService, receiver: Receiver) -> None:
-    """A cancel ends the agent, the stream, the record and the debt of the callback alike."""
+async def test_running_task_is_cancelled(start_service: StartService, receiver: Receiver) -> None:
+    """After a cancellation, the callback, the stream and the record have the status `cancelled`."""
     async with start_service(lambda _: Hang()) as service:
-        answer = await service.submit(callbackUrl=receiver.url)
-        await service.until(answer["taskId"], lambda record: record.status is Status.RUNNING)
-        async with service.http.post(f"{service.url}/cancel/{answer['taskId']}") as response:
-            assert {"taskId": answer["taskId"], "status": "cancelled"}.items() <= (await response.json()).items()
+        submitted = await service.submit(callbackUrl=receiver.url)
+        await service.until(submitted["taskId"], lambda record: record.status is Status.RUNNING)
+        async with service.http.post(f"{service.url}/cancel/{submitted['taskId']}") as response:
+            assert {"taskId": submitted["taskId"], "status": "cancelled"}.items() <= (await response.json()).items()
         body, _ = await receiver.next()
         assert ("cancelled", 130) == (json.loads(body)["status"], json.loads(body)["exitCode"])
-        events = await service.events(answer["taskId"])
+        events = await service.events(submitted["taskId"])
         assert ["cancelled", "done"] == [event.name for event in events[-2:]]
 
 
-async def test_twenty_tasks_at_once_all_finish(start_service: StartService, backend_name: str) -> None:
-    """On one machine two run at a time and the others wait as pending; none is lost."""
+async def test_concurrent_tasks_all_finish(start_service: StartService, backend_name: str) -> None:
+    """Twenty tasks complete; on the local backend, two run at a time and the others are pending."""
     async with start_service(MAX_CONCURRENT_TASKS="2") as service:
-        answers = await asyncio.gather(*(service.submit() for _ in range(20)))
+        submissions = await asyncio.gather(*(service.submit() for _ in range(20)))
         status = await service.get("/tasks/status")
         assert {"local": 2, "gcp": None}[backend_name] == status["max"]
         assert status["active"] <= (status["max"] or 20)
-        records = await asyncio.gather(*(service.until_final(answer["taskId"]) for answer in answers))
+        records = await asyncio.gather(*(service.until_final(submitted["taskId"]) for submitted in submissions))
         assert [Status.COMPLETED] * 20 == [record.status for record in records]
 
 
-async def test_a_client_that_leaves_does_not_disturb_a_reader_of_its_task(start_service: StartService) -> None:
-    """The stream of one reader goes on when another breaks off in the middle."""
-    script = sequence(UseTool("Bash", {"command": "true"}, text="I begin."), Say("Done."))
+async def test_disconnect_of_a_client_does_not_affect_readers(start_service: StartService) -> None:
+    """When the client that submitted the task disconnects, another reader gets the stream to its end."""
+    script = sequence(UseTool("Bash", {"command": "true"}, text="I start."), Say("Done."))
     async with start_service(script) as service:
         body = service.body(allowedTools=["Bash"])
         async with asyncio.timeout(WAIT_SECONDS), service.http.post(f"{service.url}/run", json=body) as response:
@@ -157,13 +161,13 @@ async def test_a_client_that_leaves_does_not_disturb_a_reader_of_its_task(start_
         assert "done" == (await reading)[-1].name
 
 
-# --- what the agent must not reach -----------------------------------------------------------------------------------------
+# --- isolation of the agent -----------------------------------------------------------------------------------------
 
 
-def look_around(conversation: Conversation) -> Reply:
-    """Have the agent print all that it can reach of processes and files."""
+def print_environment(conversation: Conversation) -> Reply:
+    """Have the agent print the environments, arguments and files that it can read."""
     command = (
-        # The CLI cuts long output in the middle, also inside of a line, and other processes of the machine have much of it.
+        # Filtered, because the CLI cuts long output, also inside a line, and other processes of the machine cause much of it.
         "env; { cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'; cat ~/../*/*; } 2>/dev/null"
         " | grep -aE '_API_KEY=|made-up|private'"
     )
@@ -172,13 +176,13 @@ def look_around(conversation: Conversation) -> Reply:
     return Say("Done.")
 
 
-async def test_no_credential_is_in_the_agents_reach(start_service: StartService) -> None:
-    """Neither the caller's key nor the prompt is in an argument or a file, nor is the key in an environment, of the task.
+async def test_agent_cannot_read_a_credential(start_service: StartService) -> None:
+    """No argument or file of the task has the client's key or the prompt, and no environment has the key.
 
-    The credential of the operator in the environment of the service is kept from other users and, by PR_SET_DUMPABLE, from
-    the same user; root reads everything, so the test runs the question as it is asked: does the log have the key?
+    PR_SET_DUMPABLE protects the credential in the environment of the service. Root can read it in any case, so the test checks
+    only whether the log has the key of the client.
     """
-    async with start_service(look_around) as service:
+    async with start_service(print_environment) as service:
         events = await service.run(allowedTools=["Bash"], prompt="The prompt is private.")
         printed = "".join(
             str(block["content"])
@@ -188,12 +192,12 @@ async def test_no_credential_is_in_the_agents_reach(start_service: StartService)
         )
         assert "ANTHROPIC_BASE_URL=" in printed
         assert MADE_UP_KEY not in printed
-        # Masked is not enough: the mask stands only where the run's own token was printed.
+        # Redaction is not enough: only the token of the run may have been printed and redacted.
         assert {"ANTHROPIC_API_KEY=***"} == {line for line in printed.splitlines() if line.endswith("=***")}
         assert not [line for line in printed.splitlines() if "The prompt is private." in line and "claude" in line]
 
 
-# --- a lot of output -------------------------------------------------------------------------------------------------------
+# --- large output -------------------------------------------------------------------------------------------------------
 
 PEAK = """
 import os, re
@@ -202,12 +206,12 @@ def peak(pid):
 """
 
 
-async def test_a_line_of_64_mib_and_100_000_lines_pass_intact(
+async def test_long_line_and_many_lines_are_stored(
     start_service: StartService, fake_cli: FakeCli, backend_name: str
 ) -> None:
-    """Nothing is cut or lost, and the worker's memory stays bounded: below 200 MiB on one machine.
+    """A line of 64 MiB and 100,000 lines are stored completely, and the memory of the worker is bounded.
 
-    In the cloud the library for uploads holds such a line twice more.
+    The bound is 200 MiB on the local backend. On Google Cloud the upload library holds two more copies of a line.
     """
     cli = fake_cli(
         PEAK
@@ -216,25 +220,25 @@ import hashlib, json, sys
 sys.stdin.read()
 out = sys.stdout.buffer
 digest = hashlib.sha256()
-def say(line):
+def write(line):
     digest.update(line); out.write(line)
-say(b'{"type":"big","text":"' + b"x" * (64 * 1024 * 1024) + b'"}\\n')
+write(b'{"type":"big","text":"' + b"x" * (64 * 1024 * 1024) + b'"}\\n')
 for number in range(100_000):
-    say(b'{"type":"line","number":%d}\\n' % number)
+    write(b'{"type":"line","number":%d}\\n' % number)
 out.flush()
 print(json.dumps({"type":"result","is_error":False,"num_turns":1,"digest":digest.hexdigest(),
     "kib":peak(os.getppid())},separators=(",",":")))
 """
     )
     async with start_service(CLAUDE_CLI=str(cli)) as service:
-        answer = await service.submit()
-        record = await service.until_final(answer["taskId"])
+        submitted = await service.submit()
+        record = await service.until_final(submitted["taskId"])
         assert Status.COMPLETED == record.status
         digest, lines = hashlib.sha256(), 0
-        async with service.http.get(f"{service.url}/tasks/{answer['taskId']}/logs") as response:
+        async with service.http.get(f"{service.url}/tasks/{submitted['taskId']}/logs") as response:
             content = await response.read()
-        *kept, last = content.splitlines(keepends=True)
-        for line in kept:
+        *lines_written, last = content.splitlines(keepends=True)
+        for line in lines_written:
             digest.update(line)
             lines += 1
         result: dict[str, Any] = json.loads(last)
@@ -242,41 +246,41 @@ print(json.dumps({"type":"result","is_error":False,"num_turns":1,"digest":digest
         assert result["kib"] < {"local": 200, "gcp": 300}[backend_name] * 1024
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------------
+# --- failures ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend_name", ["local"])
-async def test_two_services_on_one_folder_share_it(start_service: StartService, tmp_path: Path) -> None:
-    """A task submitted to one is read, streamed and cancelled over the other."""
+async def test_two_services_can_share_a_data_directory(start_service: StartService, tmp_path: Path) -> None:
+    """A task that was submitted to one service can be read and cancelled with the other."""
     async with (
         start_service(lambda _: Hang(), data_dir=tmp_path / "shared") as one,
         start_service(data_dir=tmp_path / "shared") as other,
     ):
-        answer = await one.submit()
-        await other.until(answer["taskId"], lambda record: record.status is Status.RUNNING)
-        async with other.http.post(f"{other.url}/cancel/{answer['taskId']}") as response:
+        submitted = await one.submit()
+        await other.until(submitted["taskId"], lambda record: record.status is Status.RUNNING)
+        async with other.http.post(f"{other.url}/cancel/{submitted['taskId']}") as response:
             assert 200 == response.status
-        assert Reason.CANCELLED == (await one.until_final(answer["taskId"])).reason
+        assert Reason.CANCELLED == (await one.until_final(submitted["taskId"])).reason
 
 
-async def test_a_worker_killed_outright_is_settled_at_once(start_service: StartService, receiver: Receiver) -> None:
-    """The task fails as `worker_lost`, the callback comes, and nothing of the agent goes on."""
+async def test_task_of_a_killed_worker_is_settled(start_service: StartService, receiver: Receiver) -> None:
+    """The task fails as `worker_lost`, its callback is delivered, and its workspace is deleted."""
     async with start_service(lambda _: Hang()) as service:
-        answer = await service.submit(callbackUrl=receiver.url)
+        submitted = await service.submit(callbackUrl=receiver.url)
         async with asyncio.timeout(WAIT_SECONDS):
-            # The agent is at work.
+            # The agent is running when it has sent a request.
             while not service.model.requests:
                 await asyncio.sleep(0.02)
-        await service.deployment.kill_worker(answer["taskId"])
+        await service.deployment.kill_worker(submitted["taskId"])
         async with asyncio.timeout(WAIT_SECONDS):
-            # Whoever asks for the task settles it.
-            while "running" == (await service.get(f"/tasks/{answer['taskId']}"))["status"]:
+            # Reading the task settles it.
+            while "running" == (await service.get(f"/tasks/{submitted['taskId']}"))["status"]:
                 await asyncio.sleep(0.05)
         await service.deployment.sweep()
         body, _ = await receiver.next()
         assert "failed" == json.loads(body)["status"]
-        record = await service.until_final(answer["taskId"])
+        record = await service.until_final(submitted["taskId"])
         assert Reason.WORKER_LOST == record.reason
         async with asyncio.timeout(WAIT_SECONDS):
-            while Path(f"/tmp/ws-{answer['taskId']}").exists():
+            while Path(f"/tmp/ws-{submitted['taskId']}").exists():
                 await asyncio.sleep(0.05)

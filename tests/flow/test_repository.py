@@ -1,4 +1,4 @@
-"""A task with a repository, from end to end: the API, real worker processes, the real CLI, real git servers, a scripted model."""
+"""Tasks with a repository, end to end: the API, real worker processes, the real CLI, real git servers and a scripted model."""
 
 from __future__ import annotations
 
@@ -25,47 +25,45 @@ pytestmark = needs_ssh
 COMMIT = {"git": {"commit": True, "commitMessage": "Update test snapshots", "push": True, "branch": "main"}}
 
 
-def editing(command: str) -> Script:
-    """Have the agent run a command, and say that it is done."""
+def run_command(command: str) -> Script:
+    """Return a script in which the agent runs a command and finishes."""
     return sequence(UseTool("Bash", {"command": command}), Say("Done."))
 
 
 @pytest.fixture
 async def repository(git_setup: GitSetup) -> Repository:
-    """A repository with a little code."""
+    """Create a repository with two files."""
     return await git_setup.repos.create("org/code", {"src/a.txt": "old\n", "README.md": "# Code\n"})
 
 
 @pytest.fixture
 async def ssh(git_setup: GitSetup) -> AsyncIterator[GitSsh]:
-    """Its server."""
+    """Start an SSH server for the repositories."""
     async with GitSsh(git_setup.repos) as server:
         yield server
 
 
-async def stored(service: Service, gcs_path: str) -> bytes:
-    """Return an uploaded file, found as the record names it."""
+async def read_upload(service: Service, gcs_path: str) -> bytes:
+    """Return the content of an upload, whose URL is in the record."""
     name = "sessions/" + gcs_path.partition("/sessions/")[2]
     return (await service.store._blobs.read(name)).content
 
 
-async def test_an_agent_edits_a_repository_and_the_callback_tells_what_became_of_it(
-    start_service: StartService, repository: Repository, ssh: GitSsh
-) -> None:
-    """Clone, preparation, agent, commit, push and uploads; record, callback and server agree."""
-    got: asyncio.Queue[dict[str, object]] = asyncio.Queue()
+async def test_task_edits_a_repository(start_service: StartService, repository: Repository, ssh: GitSsh) -> None:
+    """The worker clones, commits, pushes and uploads; the record, the callback and the server have the same commit."""
+    callbacks: asyncio.Queue[dict[str, object]] = asyncio.Queue()
 
     async def receive(request: web.Request) -> web.Response:
-        got.put_nowait(await request.json())
+        callbacks.put_nowait(await request.json())
         return web.Response()
 
     app = web.Application()
     app.router.add_post("/hook", receive)
-    script = editing(
+    script = run_command(
         "cat prepared.txt >>src/a.txt; mkdir -p .out/deep; echo video >.out/deep/v.webm; rm prepared.txt; cat .env"
     )
     async with TestServer(app) as receiver, start_service(script) as service:
-        answer = await service.submit(
+        submitted = await service.submit(
             callbackUrl=str(receiver.make_url("/hook")),
             gitRepo=ssh.url("org/code"),
             sshKey=key_pair().openssh,
@@ -78,22 +76,24 @@ async def test_an_agent_edits_a_repository_and_the_callback_tells_what_became_of
             },
         )
         async with asyncio.timeout(WAIT_SECONDS):
-            told = await got.get()
-        record = await service.until_final(answer["taskId"])
-        public = await service.get(f"/tasks/{answer['taskId']}")
+            callback = await callbacks.get()
+        record = await service.until_final(submitted["taskId"])
+        public = await service.get(f"/tasks/{submitted['taskId']}")
         sha = await repository.sha("main")
         assert (Status.COMPLETED, ()) == (record.status, record.action_errors)
-        assert {"sha": sha, "message": "Update test snapshots", "pushed": True, "branch": "main"} == told["gitCommit"]
+        assert {"sha": sha, "message": "Update test snapshots", "pushed": True, "branch": "main"} == callback[
+            "gitCommit"
+        ]
         assert {"src/a.txt": b"old\nprepared\n", ".out/deep/v.webm": b"video\n", "README.md": b"# Code\n"} == (
             await repository.files("main")
         )
-        assert (public["gitCommit"], public["uploadedFiles"]) == (told["gitCommit"], told["uploadedFiles"])
+        assert (public["gitCommit"], public["uploadedFiles"]) == (callback["gitCommit"], callback["uploadedFiles"])
         uploaded = {file["originalPath"]: file for file in public["uploadedFiles"]}
         assert {".out/deep/v.webm", "README.md"} == set(uploaded)
-        prefix = f"{answer['logsPath']}uploads/artifacts/"
+        prefix = f"{submitted['logsPath']}uploads/artifacts/"
         assert {prefix + path for path in uploaded} == {file["gcsPath"] for file in uploaded.values()}
-        assert b"video\n" == await stored(service, uploaded[".out/deep/v.webm"]["gcsPath"])
-        async with service.http.get(f"{service.url}/tasks/{answer['taskId']}/logs") as response:
+        assert b"video\n" == await read_upload(service, uploaded[".out/deep/v.webm"]["gcsPath"])
+        async with service.http.get(f"{service.url}/tasks/{submitted['taskId']}/logs") as response:
             log = await response.text()
         assert "made-up-value" not in log
         assert "A_SECRET='***'" in log
@@ -101,10 +101,10 @@ async def test_an_agent_edits_a_repository_and_the_callback_tells_what_became_of
         assert ["clone", "command", "command", "git", "git", "upload"] == steps
 
 
-async def test_a_refused_key_is_one_clear_sentence(
+async def test_rejected_ssh_key_fails_the_task(
     start_service: StartService, repository: Repository, ssh: GitSsh
 ) -> None:
-    """On the record and in the stream."""
+    """The stream has an error that names the field of the key."""
     async with start_service() as service:
         events = await service.run(gitRepo=ssh.url("org/code"), sshKey=key_pair(number=1).openssh)
     error = {event.name: event.data for event in events}["error"]
@@ -112,36 +112,36 @@ async def test_a_refused_key_is_one_clear_sentence(
     assert "prepare_failed" == events[-1].data["status"] or "failed" == events[-1].data["status"]
 
 
-async def test_a_cancelled_task_keeps_its_changes(
+async def test_changes_of_a_cancelled_task_are_rescued(
     start_service: StartService, repository: Repository, ssh: GitSsh
 ) -> None:
-    """The patch is named on the record."""
-    script = sequence(UseTool("Bash", {"command": "echo new >src/a.txt"}, text="I begin."), Hang())
+    """The changes are uploaded as a patch, which is in the record."""
+    script = sequence(UseTool("Bash", {"command": "echo new >src/a.txt"}, text="I start."), Hang())
     async with start_service(script) as service:
-        answer = await service.submit(gitRepo=ssh.url("org/code"), sshKey=key_pair().openssh, allowedTools=["Bash"])
+        submitted = await service.submit(gitRepo=ssh.url("org/code"), sshKey=key_pair().openssh, allowedTools=["Bash"])
         async with asyncio.timeout(WAIT_SECONDS):
-            # The tool has run when its result is sent.
+            # The second request contains the result of the tool.
             while len(service.model.requests) < 2:
                 await asyncio.sleep(0.02)
-        async with service.http.post(f"{service.url}/cancel/{answer['taskId']}") as response:
+        async with service.http.post(f"{service.url}/cancel/{submitted['taskId']}") as response:
             assert 200 == response.status
-        record = await service.until_final(answer["taskId"])
+        record = await service.until_final(submitted["taskId"])
         assert Status.CANCELLED == record.status
-        [kept] = record.uploaded_files or ()
-        assert "rescue.patch" == kept.original_path
-        assert b"+new" in await stored(service, kept.gcs_path)
+        [patch] = record.uploaded_files or ()
+        assert "rescue.patch" == patch.original_path
+        assert b"+new" in await read_upload(service, patch.gcs_path)
 
 
 @pytest.mark.parametrize("backend_name", ["local"])
-async def test_a_token_opens_a_repository_over_http(
+async def test_token_is_used_and_hidden_from_the_agent(
     start_service: StartService, git_setup: GitSetup, repository: Repository
 ) -> None:
-    """From clone to push; it is in no argument, file or environment that the agent can see."""
-    look = (
+    """The worker clones and pushes with the token; no argument, file or environment that the agent can read contains it."""
+    command = (
         "cat .git/config; { env; cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; } "
         f"| grep -c {TOKEN}; echo new >src/a.txt"
     )
-    async with GitHttp(git_setup.repos) as server, start_service(editing(look)) as service:
+    async with GitHttp(git_setup.repos) as server, start_service(run_command(command)) as service:
         events = await service.run(
             gitRepo=server.url("org/code"), gitToken=TOKEN, allowedTools=["Bash"], postExecutionActions=COMMIT
         )
@@ -153,22 +153,20 @@ async def test_a_token_opens_a_repository_over_http(
         if event.name == "message" and event.data["type"] == "user"
         for block in event.data["message"]["content"]
     ]
-    # The command of the test names the token itself; nothing else that the agent sees does.
+    # Only the command of the test itself contains the token.
     *config, count = str(printed).splitlines()
     assert f"url = {server.url('org/code')}" in str(config)
     assert TOKEN not in str(config)
     assert count.isdecimal()
 
 
-async def test_workspaces_leave_nothing_behind(
-    start_service: StartService, repository: Repository, ssh: GitSsh
-) -> None:
-    """Neither the agent's nor the worker's own folders."""
-    async with start_service(editing("echo new >src/a.txt")) as service:
-        answer = await service.submit(
+async def test_workspace_is_deleted(start_service: StartService, repository: Repository, ssh: GitSsh) -> None:
+    """After the task, the directories of the agent and of the worker are deleted."""
+    async with start_service(run_command("echo new >src/a.txt")) as service:
+        submitted = await service.submit(
             gitRepo=ssh.url("org/code"), sshKey=key_pair().openssh, allowedTools=["Bash"], postExecutionActions=COMMIT
         )
-        await service.until_final(answer["taskId"])
+        await service.until_final(submitted["taskId"])
         async with asyncio.timeout(WAIT_SECONDS):
-            while list(Path("/tmp").glob(f"ws-{answer['taskId']}*")):
+            while list(Path("/tmp").glob(f"ws-{submitted['taskId']}*")):
                 await asyncio.sleep(0.02)
