@@ -63,14 +63,18 @@ class OpenBackend:
 
 
 @contextlib.asynccontextmanager
-async def open_backend(config: Config) -> AsyncIterator[OpenBackend]:
+async def open_backend(config: Config, *, retry_seconds: float | None = None) -> AsyncIterator[OpenBackend]:
     """Open the backend that a config selects, and close it on exit.
+
+    Args:
+        config: The config.
+        retry_seconds: For how long calls of Google's services are retried, if not for the time that a client would wait.
 
     Raises:
         ConfigError: The data directory cannot be created, or Google's libraries or credentials are missing.
         KeyServiceError: The callback secret can be neither read nor created.
     """
-    async with _open_local(config) if config.is_local else _open_gcp(config) as backend:
+    async with _open_local(config) if config.is_local else _open_gcp(config, retry_seconds) as backend:
         yield backend
 
 
@@ -111,15 +115,16 @@ async def _open_local(config: Config) -> AsyncIterator[OpenBackend]:
 
 
 @contextlib.asynccontextmanager
-async def _open_gcp(config: Config) -> AsyncIterator[OpenBackend]:
+async def _open_gcp(config: Config, retry_seconds: float | None) -> AsyncIterator[OpenBackend]:
     await load_modules("ccrun.backends.gcp.blobs", "ccrun.backends.gcp.key")
     from ccrun.backends.gcp.blobs import open_blobs
-    from ccrun.backends.gcp.calls import credentials
+    from ccrun.backends.gcp.calls import CallPolicy, credentials
     from ccrun.backends.gcp.key import KmsKey
 
+    policy = CallPolicy() if retry_seconds is None else CallPolicy(attempts=None, total_seconds=retry_seconds)
     async with (
         # `missing_setting` makes the API reject all tasks when one of the two settings is missing.
-        open_blobs(config.gcs_logs_bucket or "", emulator=config.storage_emulator_host) as blobs,
+        open_blobs(config.gcs_logs_bucket or "", emulator=config.storage_emulator_host, policy=policy) as blobs,
         aiohttp.ClientSession() as session,
     ):
         key = KmsKey(
@@ -130,6 +135,7 @@ async def _open_gcp(config: Config) -> AsyncIterator[OpenBackend]:
             session=session,
             credentials=await credentials(session, emulated=config.kms_emulator_host is not None),
             emulator=config.kms_emulator_host,
+            policy=policy,
         )
         yield OpenBackend(
             store=Store(blobs),

@@ -25,7 +25,7 @@ from ccrun.process.user import User
 from ccrun.task import TaskId
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git.run import SYSTEM_PATH
-from ccrun.worker.log_writer import FlushPolicy
+from ccrun.worker.log_writer import STORAGE_RETRY_SECONDS, FlushPolicy
 from ccrun.worker.run import run_task
 
 logger = structlog.get_logger()
@@ -73,7 +73,7 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shutdown.set)
     inherited = {"PATH": os.defpath, **config.environment()}
-    async with open_backend(settings) as backend:
+    async with open_backend(settings, retry_seconds=STORAGE_RETRY_SECONDS) as backend:
         deps = WorkerDependencies(
             store=backend.store,
             wrapper=backend.wrapper,

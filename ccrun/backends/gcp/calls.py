@@ -59,7 +59,8 @@ class CallPolicy:
 
     #: For one attempt, from getting the credentials to the last byte of the response.
     attempt_seconds: float = CALL_ATTEMPT_SECONDS
-    attempts: int = CALL_ATTEMPTS
+    #: None: only `total_seconds` is a limit.
+    attempts: int | None = CALL_ATTEMPTS
     #: No attempt starts after this.
     total_seconds: float = CALL_TOTAL_SECONDS
     first_delay_seconds: float = FIRST_CALL_DELAY_SECONDS

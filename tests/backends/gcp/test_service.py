@@ -201,6 +201,16 @@ async def test_retry_of_a_failed_launch_launches_the_task(cloud: Cloud) -> None:
     assert 2 == cloud.deployment.cloud_run.calls["RunJob"]
 
 
+async def test_worker_waits_for_the_key_service(cloud: Cloud) -> None:
+    """A worker that cannot open its payload for ten seconds, because Cloud KMS is unavailable, then does its task."""
+    cloud.deployment.kms.fail("decrypt", kms.Fault(status=503), times=6)
+    task_id = await cloud.submit()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not any(name.endswith(".jsonl") for name in await cloud.names(task_id)):
+            assert not (await cloud.store.record(task_id)).status.is_final
+            await asyncio.sleep(0.05)
+
+
 # --- faults of storage and key service during creation ---------------------------------------------------------------
 
 #: Substrings of the names of the four objects of a new task.
