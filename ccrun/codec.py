@@ -19,7 +19,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 
 from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
-from ccrun.task import GitCommit, GitToken, Secret, TaskRecord, TaskSpec
+from ccrun.task import CallbackState, GitCommit, GitToken, Secret, TaskRecord, TaskSpec
 from ccrun.urls import GitUrl, parse_git_url
 
 #: JSON names that are not the attribute's name in camelCase.
@@ -93,6 +93,9 @@ def record_to_public(record: TaskRecord) -> dict[str, Any]:
     public = _converter().unstructure(record)
     if public["webhook"] is not None:
         del public["webhook"]["rounds"]
+        if record.webhook is not None and record.webhook.state is CallbackState.DELIVERING:
+            # It is the end of a lease, not the time of an attempt.
+            public["webhook"]["nextAttemptAt"] = None
     return {
         name: value
         for name, value in public.items()

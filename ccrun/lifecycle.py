@@ -170,14 +170,22 @@ def finish(
 #: The delay after the first failed delivery of a callback. It doubles after each one, up to six hours.
 FIRST_CALLBACK_DELAY: Final = dt.timedelta(minutes=1)
 MAX_CALLBACK_DELAY: Final = dt.timedelta(hours=6)
+#: The maximum time for which one process alone may deliver a callback.
+MAX_CALLBACK_LEASE: Final = dt.timedelta(minutes=5)
 #: How long after the task has finished its callback is retried. Then it is abandoned.
 CALLBACK_RETRY_PERIOD: Final = dt.timedelta(days=30)
 
 
 def is_callback_due(record: TaskRecord, *, at: dt.datetime) -> bool:
-    """Return whether the callback is owed, its delay is over, and no process holds a lease on it."""
-    due = record.webhook.next_attempt_at if record.webhook else None
-    return record.owes_callback and (due is None or due <= at)
+    """Return whether the callback is owed, its delay is over, and no process holds a lease on it.
+
+    A lease that ends later than any lease can was given before the clock was set back. It does not count.
+    """
+    if record.webhook is None or not record.owes_callback:
+        return False
+    due = record.webhook.next_attempt_at
+    is_leased = record.webhook.state is CallbackState.DELIVERING
+    return due is None or due <= at or (is_leased and due > at + MAX_CALLBACK_LEASE)
 
 
 def claim_callback(record: TaskRecord, *, lease_until: dt.datetime) -> TaskRecord:

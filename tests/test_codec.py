@@ -270,6 +270,16 @@ def test_public_record_has_all_fields() -> None:
     } == codec.record_to_public(RECORD)
 
 
+def test_public_record_does_not_show_the_end_of_a_lease() -> None:
+    """During a delivery, `nextAttemptAt` is null; of an owed callback, it is the time of the next delivery."""
+    at = dt.datetime(2025, 1, 10, 12, 40, tzinfo=dt.UTC)
+    shown = [
+        codec.record_to_public(attrs.evolve(RECORD, webhook=CallbackInfo(state=state, next_attempt_at=at)))["webhook"]
+        for state in (CallbackState.DELIVERING, CallbackState.OWED)
+    ]
+    assert [None, "2025-01-10T12:40:00.000Z"] == [webhook["nextAttemptAt"] for webhook in shown]
+
+
 def test_stored_record_has_internal_fields() -> None:
     """The sealed callback URL and the digest are stored, the bytes in base64."""
     stored = json.loads(codec.record_to_bytes(RECORD))

@@ -289,7 +289,7 @@ async def test_concurrent_sweeps_deliver_each_callback_once(
 
 async def test_callback_under_a_lease_is_not_delivered(sweeper: Sweeper, receiver: Receiver) -> None:
     """A sweep delivers a callback that a worker has claimed only after the lease has expired."""
-    await add_finished(sweeper, url=receiver.url, lease_until=dt.datetime.now(dt.UTC) + HOUR)
+    await add_finished(sweeper, url=receiver.url, lease_until=dt.datetime.now(dt.UTC) + sweeper.callbacks.lease)
     assert SweepReport() == await sweeper.sweep()
     await sweeper.store.update(TASK, lambda record: claim_callback(record, lease_until=NOW))
     assert SweepReport(delivered=1) == await sweeper.sweep()

@@ -326,6 +326,14 @@ def test_final_record_owes_its_callback() -> None:
     assert CallbackInfo(state=CallbackState.DELIVERING, next_attempt_at=NOW + 60 * SECOND) == leased.webhook
 
 
+def test_lease_of_a_clock_that_was_set_back_does_not_count() -> None:
+    """A lease that ends later than any lease can does not delay the callback; a delay after a failure does."""
+    leased = claim_callback(completed(CallbackInfo()), lease_until=NOW + 60 * SECOND)
+    assert is_callback_due(leased, at=NOW - 3600 * SECOND)
+    assert not is_callback_due(leased, at=NOW - 200 * SECOND)
+    assert not is_callback_due(owe_callback(leased, at=NOW + 60 * SECOND), at=NOW - 3600 * SECOND)
+
+
 def test_callback_under_a_lease_is_not_due() -> None:
     """A claimed callback is not due until its lease expires."""
     record = claim_callback(completed(CallbackInfo()), lease_until=NOW + 60 * SECOND)

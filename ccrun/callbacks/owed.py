@@ -22,8 +22,8 @@ from ccrun.unseal import unseal
 
 log = structlog.get_logger()
 
-#: How long a claim lasts. Longer than a delivery by the default `RetryPolicy`.
-CALLBACK_LEASE: Final = dt.timedelta(minutes=5)
+#: Seconds by which a claim lasts longer than its delivery may take: for opening the URL, and for writing the record.
+LEASE_MARGIN_SECONDS: Final = 30.0
 
 
 class _NotDue(Exception):
@@ -47,6 +47,12 @@ class OwedCallbacks:
     policy: deliver.RetryPolicy
     single_attempt: bool = False
 
+    @property
+    def lease(self) -> dt.timedelta:
+        """How long a claim lasts. After a process was killed during a delivery, the next one follows after this time."""
+        lease = dt.timedelta(seconds=self.policy.total_seconds + LEASE_MARGIN_SECONDS)
+        return min(lease, lifecycle.MAX_CALLBACK_LEASE)
+
     async def claim(self, task_id: TaskId) -> TaskRecord | None:
         """Claim the callback of a task. Return None when it is not due, or another process has claimed it."""
 
@@ -54,7 +60,7 @@ class OwedCallbacks:
             now = dt.datetime.now(dt.UTC)
             if not lifecycle.is_callback_due(record, at=now):
                 raise _NotDue
-            return lifecycle.claim_callback(record, lease_until=now + CALLBACK_LEASE)
+            return lifecycle.claim_callback(record, lease_until=now + self.lease)
 
         try:
             return await self.store.update(task_id, claim)

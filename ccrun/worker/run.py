@@ -18,7 +18,7 @@ import stamina
 import structlog
 
 from ccrun import lifecycle
-from ccrun.callbacks.owed import CALLBACK_LEASE, OwedCallbacks
+from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import CcrunError, IllegalTransition, StorageError, TaskNotFound
 from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Secret, Status, TaskId, TaskRecord, TaskSpec
 from ccrun.worker import claude
@@ -290,7 +290,7 @@ async def _record_outcome(
 
     def finish(record: TaskRecord) -> TaskRecord:
         now = dt.datetime.now(dt.UTC)
-        lease = now + CALLBACK_LEASE if deps.callbacks is not None else None
+        lease = now + deps.callbacks.lease if deps.callbacks is not None else None
         return lifecycle.finish(record, outcome, at=now, lease_until=lease)
 
     @stamina.retry(on=StorageError, attempts=None, timeout=RECORD_SECONDS)

@@ -18,7 +18,7 @@ from ccrun import codec
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.backends.local.key import LocalKey
 from ccrun.callbacks import deliver, guard
-from ccrun.callbacks.owed import CALLBACK_LEASE, OwedCallbacks
+from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import TaskNotFound
 from ccrun.lifecycle import finish, start
 from ccrun.seal import Purpose, new_data_key
@@ -121,7 +121,7 @@ async def test_one_of_many_concurrent_claims_succeeds(callbacks: OwedCallbacks, 
     assert callback.next_attempt_at is not None
     assert (
         dt.timedelta(0)
-        <= CALLBACK_LEASE - (callback.next_attempt_at - dt.datetime.now(dt.UTC))
+        <= callbacks.lease - (callback.next_attempt_at - dt.datetime.now(dt.UTC))
         < dt.timedelta(minutes=1)
     )
     assert claims[0] == await callbacks.store.record(TASK)

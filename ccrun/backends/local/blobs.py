@@ -8,6 +8,7 @@ import datetime as dt
 import fcntl
 import os
 import secrets
+import shutil
 import threading
 import time
 import zlib
@@ -24,6 +25,8 @@ OBJECT_LOCK_SECONDS: Final = 10.0
 OBJECT_LOCK_POLL_SECONDS: Final = 0.005
 #: Objects share this many lock files. Two objects with the same lock file only wait for each other.
 LOCK_FILES: Final = 64
+#: Bytes. With less free space, the storage is not ready: records and logs of running tasks must still fit.
+MIN_FREE_BYTES: Final = 64 * 1024 * 1024
 #: Seconds after its last change at which a temporary file belongs to no write. A write that has stopped for longer fails.
 SCRATCH_SECONDS: Final = 60.0
 #: How much of a file is copied at a time.
@@ -41,10 +44,12 @@ class DirectoryBlobs:
 
     Args:
         root: The directory. It is created on the first write.
+        min_free_bytes: See `MIN_FREE_BYTES`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, min_free_bytes: int = MIN_FREE_BYTES) -> None:
         self._root = root
+        self._min_free_bytes = min_free_bytes
         self._scratch = root / ".scratch"
         self._locks = root / ".locks"
 
@@ -167,7 +172,11 @@ class DirectoryBlobs:
 
     def _check(self) -> None:
         with _storage_errors("written"), self._scratch_file(b"", time.time_ns()):
-            pass
+            free = shutil.disk_usage(self._root).free
+        if free < self._min_free_bytes:
+            raise StorageError(
+                f"The storage directory has less than {self._min_free_bytes // 1024**2} MiB of free space."
+            )
 
     def _remove_old_scratch_files(self) -> None:
         oldest = time.time() - SCRATCH_SECONDS

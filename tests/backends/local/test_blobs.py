@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -256,3 +257,11 @@ async def test_interrupted_writes_are_removed(tmp_path: Path) -> None:
         os.utime(file, (time.time() - age, time.time() - age))
     await blobs.remove_interrupted_writes()
     assert [False, True, True] == [file.exists() for file in (old, new, tmp_path / "name")]
+
+
+async def test_full_disk_fails_the_check(tmp_path: Path) -> None:
+    """With less free space than the minimum, the storage is not ready, although an empty file can be created."""
+    await DirectoryBlobs(tmp_path).check()
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(StorageError, match=r"^The storage directory has less than [0-9]+ MiB of free space\.$"):
+        await DirectoryBlobs(tmp_path, min_free_bytes=2 * free).check()
