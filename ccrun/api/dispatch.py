@@ -154,9 +154,11 @@ class Dispatcher:
             record = attrs.evolve(record, sealed_callback_url=sealed_url)
         payload = await data_key.seal(codec.spec_to_bytes(spec), task_id=spec.task_id, purpose=Purpose.PAYLOAD)
         try:
-            async with asyncio.timeout(CREATION_SECONDS):
+            async with asyncio.timeout(CREATION_SECONDS) as limit:
                 record = await self._store_new_task(record, payload)
         except TimeoutError:
+            if not limit.expired():
+                raise  # Not this limit: an error that the storage should not raise.
             raise StorageError("The storage did not store the task in time.") from None
         except TaskExists:
             original = await self._original_task(spec.task_id)
