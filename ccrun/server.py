@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import ipaddress
 import signal
@@ -21,15 +20,17 @@ from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, PollPolicy
+from ccrun.api.listen import Listener
 from ccrun.api.request import Defaults
 from ccrun.api.server_log import server_logger
 from ccrun.backends.local.jobs import SubprocessJobs
 from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker
 from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
 from ccrun.config import Config, environment
-from ccrun.errors import CcrunError, ConfigError
+from ccrun.errors import ConfigError
 from ccrun.jobs import Jobs
 from ccrun.process import linux
+from ccrun.process.limits import open_files_limit, raise_open_files_limit
 from ccrun.settle import settle
 from ccrun.sweep import Sweeper
 
@@ -45,8 +46,12 @@ LEAST_LOCAL_POLL_SECONDS: Final = 0.05
 LEAST_CLOUD_POLL_SECONDS: Final = 0.5
 #: The error of requests with a callback when there is no secret to sign it.
 UNSIGNED_CALLBACKS: Final = "Callbacks are not configured (missing CLOUDRUN_CALLBACK_SECRET)"
-#: Connections that wait to be accepted, for bursts of clients.
-BACKLOG: Final = 1024
+#: Seconds after which a connection without a complete request is closed, as nginx does by default.
+IDLE_SECONDS: Final = 75.0
+#: Open files that are not connections: the storage, the start of workers, the log.
+RESERVED_FILES: Final = 64
+#: Connections that are not streams.
+RESERVED_CONNECTIONS: Final = 32
 
 
 async def serve(config: Config) -> None:
@@ -60,6 +65,7 @@ async def serve(config: Config) -> None:
     if config.is_local:
         # Processes of killed workers become children of the service, which kills them.
         linux.become_subreaper()
+    raise_open_files_limit()
     async with serving(config, environment()) as address:
         log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)
         if config.is_local and config.callback_secret is None:
@@ -77,11 +83,15 @@ async def serve(config: Config) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(config: Config, worker_environment: Mapping[str, str]) -> AsyncIterator[str]:
+async def serving(
+    config: Config, worker_environment: Mapping[str, str], *, idle_seconds: float = IDLE_SECONDS
+) -> AsyncIterator[str]:
     """Serve while the context is open. Yield the base URL.
 
     Args:
+        config: The config.
         worker_environment: The environment variables of the workers, from which `config` was loaded.
+        idle_seconds: See `IDLE_SECONDS`.
 
     Raises:
         CcrunError: The service cannot start.
@@ -90,21 +100,27 @@ async def serving(config: Config, worker_environment: Mapping[str, str]) -> Asyn
     sweep_needed = asyncio.Event()
     async with open_backend(config) as backend, _open_jobs(config, worker_environment, sweep_needed.set) as jobs:
         app = make_app(_deps(config, backend, jobs, sweep_needed))
+        listener = Listener(app, max_connections=_max_connections())
         runner = web.AppRunner(
             app,
             access_log=None,
             logger=server_logger(),
             handler_cancellation=True,
+            keepalive_timeout=idle_seconds,
             shutdown_timeout=SHUTDOWN_SECONDS,
         )
         await runner.setup()
         try:
-            await _listen(runner, config)
-            port = runner.addresses[0][1]
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            yield f"http://{host}:{port}"
+            assert runner.server is not None  # noqa: S101 - `setup` has made it
+            async with listener.listening(runner.server, config.host, config.port) as port:
+                host = f"[{config.host}]" if ":" in config.host else config.host
+                yield f"http://{host}:{port}"
         finally:
             await runner.cleanup()
+
+
+def _max_connections() -> int:
+    return max(open_files_limit() - RESERVED_FILES, RESERVED_CONNECTIONS)
 
 
 @contextlib.asynccontextmanager
@@ -192,6 +208,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, sweep_needed: asynci
         # In the cloud the API neither decrypts nor calls receivers; the sweep runs with the identity of the worker.
         companions=[sweeping] if config.is_local else [],
         unavailable=missing_setting(config),
+        max_streams=max(_max_connections() - RESERVED_CONNECTIONS, 1),
         callbacks_unavailable=None if config.signs_callbacks else UNSIGNED_CALLBACKS,
     )
 
@@ -201,21 +218,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-async def _listen(runner: web.AppRunner, config: Config) -> None:
-    try:
-        await web.TCPSite(runner, config.host, config.port, backlog=BACKLOG).start()
-    except OSError as error:
-        where = f"port {config.port} on {config.host}"
-        match error.errno:
-            case errno.EADDRINUSE:
-                reason = f"{where} is in use: stop what listens there, or set PORT to a free one"
-            case errno.EACCES:
-                reason = f"{where} may not be used by this user: set PORT to one above 1023"
-            case _:
-                reason = f"{where} cannot be listened on ({error.strerror}): set HOST to an address of this machine"
-        raise CcrunError(f"ccrun cannot start: {reason}.") from None
 
 
 async def _told_to_end() -> None:

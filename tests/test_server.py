@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from helpers.service import MADE_UP_KEY, WAIT_SECONDS, serve_process, until_record
 
+from ccrun import config
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.backends.local.layout import process_marker
 from ccrun.lifecycle import finish
 from ccrun.process import tree
+from ccrun.server import RESERVED_CONNECTIONS, RESERVED_FILES, serving
 from ccrun.store import Store
 from ccrun.task import CallbackState, Outcome, Reason, Status, TaskId
 from ccrun.testing.model import Hang, Say, ScriptedModel, UseTool
@@ -106,6 +109,60 @@ async def test_sigterm_closes_a_hundred_streams_in_time(tmp_path: Path) -> None:
     async with serve_process(tmp_path) as service, aiohttp.ClientSession() as http:
         await http.post(f"{service.url}/cancel/{task_id}")
         await until_record(store, task_id, lambda record: record.status is Status.CANCELLED)
+
+
+async def test_streams_leave_room_for_other_requests(tmp_path: Path) -> None:
+    """With few open files, streams above a limit get 503 with Retry-After, other requests are served, and the log stays short."""
+    log_file = tmp_path / "log"
+    async with (
+        ScriptedModel(lambda _: Hang()) as model,
+        serve_process(tmp_path / "data", log_file, open_files=128, ANTHROPIC_BASE_URL=model.url) as service,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
+    ):
+        task_id = await submit(service.url)
+        streams = await asyncio.gather(*(http.get(f"{service.url}/tasks/{task_id}/events") for _ in range(200)))
+        statuses = Counter(stream.status for stream in streams)
+        allowed = 128 - RESERVED_FILES - RESERVED_CONNECTIONS
+        assert {200: allowed, 503: 200 - allowed} == statuses
+        assert {"15"} == {stream.headers["Retry-After"] for stream in streams if stream.status == 503}
+        for _ in range(3):
+            await submit(service.url)
+        for stream in streams:
+            stream.close()
+        await http.post(f"{service.url}/cancel/{task_id}")
+    assert len((await asyncio.to_thread(log_file.read_text)).splitlines()) < 250
+
+
+async def test_waiting_connections_are_logged_once(tmp_path: Path) -> None:
+    """If no further connection can be accepted, the log says so once a minute, and the service recovers."""
+    log_file = tmp_path / "log"
+    async with serve_process(tmp_path / "data", log_file, open_files=96) as service:
+        port = int(service.url.rpartition(":")[2])
+        connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+        async with asyncio.timeout(WAIT_SECONDS):
+            while "connections_waiting" not in await asyncio.to_thread(log_file.read_text):
+                await asyncio.sleep(0.05)
+        for _, writer in connections:
+            writer.close()
+        async with aiohttp.ClientSession() as http, http.get(f"{service.url}/health") as response:
+            assert 200 == response.status
+    assert 1 == (await asyncio.to_thread(log_file.read_text)).count("connections_waiting")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"],
+    ids=["nothing", "half a line", "half of the headers", "a request"],
+)
+async def test_idle_connection_is_closed(tmp_path: Path, sent: bytes) -> None:
+    """A connection on which no complete request follows is closed."""
+    environment = {"PORT": "0", "CCRUN_DATA_DIR": str(tmp_path)}
+    settings = await asyncio.to_thread(config.load, environment)
+    async with serving(settings, environment, idle_seconds=0.2) as url, asyncio.timeout(WAIT_SECONDS):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(sent)
+        assert (b"HTTP/1.1 200 OK" in await reader.read()) == sent.endswith(b"\r\n\r\n")
+        writer.close()
 
 
 async def test_next_service_continues_after_a_kill(tmp_path: Path) -> None:

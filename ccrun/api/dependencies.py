@@ -51,6 +51,7 @@ class ApiDependencies:
         project_id: The Google Cloud project of the traces in the log.
         backend: The name of the backend, for `/health?verbose=true`.
         companions: What runs while the app runs.
+        max_streams: The maximum number of open streams. Each keeps a connection, which counts as an open file.
     """
 
     store: Store
@@ -68,3 +69,4 @@ class ApiDependencies:
     backend: str
     timeouts: ApiTimeouts = attrs.field(factory=ApiTimeouts)
     companions: Sequence[Companion] = ()
+    max_streams: int = 10_000

@@ -77,7 +77,11 @@ def response_to(error: Exception, request: web.Request, *, max_request_bytes: in
                 log.warning(
                     "request_failed", message="Request failed", path=request.path, status=status, error=error.message
                 )
-            return error_response(status, error.message, retry_after=_retry_after(error) if status == 503 else None)
+            response = error_response(status, error.message, retry_after=_retry_after(error) if status == 503 else None)
+            if isinstance(error, Busy):
+                # Its connection may be what the service lacks.
+                response.force_close()
+            return response
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
             message = f"{request.method} is not allowed here; use {allowed}."

@@ -17,9 +17,11 @@ from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines
 from ccrun.api.responses import invalid
 from ccrun.api.sse import Cursor
 from ccrun.api.tasks import task_id_of
-from ccrun.errors import BlobNotFound
+from ccrun.errors import BlobNotFound, Busy
 from ccrun.task import Status, TaskId, TaskRecord
 
+#: Seconds after which a client should retry when too many streams are open.
+STREAM_RETRY_SECONDS: Final = 15
 #: Bytes. A stream is written in pieces of this size, so that little is buffered for a reader that stalls.
 WRITE_BYTES: Final = 256 * 1024
 
@@ -38,8 +40,18 @@ class StreamRoutes:
         for stream in self._streams:
             stream.cancel()
 
+    def check_capacity(self) -> None:
+        """Check that another stream may be opened.
+
+        Raises:
+            Busy: There are too many.
+        """
+        if len(self._streams) >= self._deps.max_streams:
+            raise Busy(f"{self._deps.max_streams} streams are already open.", retry_after=STREAM_RETRY_SECONDS)
+
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/events`: the events of a task, from the start, from now on, or after a cursor."""
+        self.check_capacity()
         task_id = task_id_of(request)
         origin = request.query.get("from", "start")
         if origin not in ("start", "tail"):

@@ -54,6 +54,7 @@ class SubmitRoutes:
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         """`POST /run`: store the task, start it and stream its events."""
+        self.streams.check_capacity()
         submission = await self._submit(request, TaskType.SYNC)
         try:
             submitted = await asyncio.shield(submission)

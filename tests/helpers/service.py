@@ -246,13 +246,20 @@ class ServeProcess:
 
 
 @contextlib.asynccontextmanager
-async def serve_process(data_dir: Path, log_file: Path | None = None, **settings: str) -> AsyncIterator[ServeProcess]:
-    """Start `ccrun serve` and wait until it listens; send SIGTERM when the context exits."""
+async def serve_process(
+    data_dir: Path, log_file: Path | None = None, *, open_files: int | None = None, **settings: str
+) -> AsyncIterator[ServeProcess]:
+    """Start `ccrun serve` and wait until it listens; send SIGTERM when the context exits.
+
+    Args:
+        open_files: The maximum number of its open files, None for that of this process.
+    """
+    limited = () if open_files is None else ("bash", "-c", f'ulimit -n {open_files} && exec "$@"', "bash")
     environment = {**os.environ, "PORT": "0", "CCRUN_DATA_DIR": str(data_dir), "LOG_FORMAT": "json", **settings}
     # Not a pipe: workers would keep it open, and asyncio waits until a pipe is closed.
     with log_file.open("w+b") if log_file else tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "ccrun", "serve"), env=environment, stdout=log
+            *(*limited, sys.executable, "-P", "-m", "ccrun", "serve"), env=environment, stdout=log
         )
         try:
             yield ServeProcess(process=process, url=await _listening(log, process))
