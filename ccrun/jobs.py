@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from ccrun.task import TaskId
@@ -53,6 +54,11 @@ class Jobs(Protocol):
         """The maximum time from the launch until the worker takes its task; None if it can stay queued indefinitely."""
         ...
 
+    @property
+    def launch_time(self) -> dt.timedelta:
+        """The time after which `launch` has usually returned, so that `launched_states` finds the execution."""
+        ...
+
     def check_capacity(self) -> None:
         """Check whether a launch is already known to fail, before the caller creates the task.
 
@@ -85,6 +91,13 @@ class Jobs(Protocol):
         Args:
             task_id: The task.
             execution_name: What `launch` returned for it.
+        """
+        ...
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        """Return the states of the executions of these pending tasks, which are found without their names.
+
+        `UNKNOWN` means that the task was never launched, or so long ago that the backend has forgotten it.
         """
         ...
 

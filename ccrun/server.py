@@ -159,22 +159,22 @@ async def sweep_once(config: Config) -> None:
         CcrunError: The storage does not answer.
     """
     async with open_backend(config) as backend, _open_jobs(config, environment(), lambda: None) as jobs:
-        # No worker is started: without the service, nothing limits their number.
-        report = await _sweeper(backend, jobs, restarts_pending=False).sweep()
+        # Here, no local worker is started: without the service, nothing limits their number.
+        report = await _sweeper(backend, jobs, launches_pending=not config.is_local).sweep_completely()
     log.info("sweep_finished", message="Sweep finished", **attrs.asdict(report))
 
 
-def _sweeper(backend: OpenBackend, jobs: Jobs, *, restarts_pending: bool) -> Sweeper:
+def _sweeper(backend: OpenBackend, jobs: Jobs, *, launches_pending: bool) -> Sweeper:
     callbacks = backend.callbacks()
     if callbacks is None:
         raise ConfigError("CLOUDRUN_CALLBACK_SECRET must be set: a sweep signs callbacks.")
-    return Sweeper(store=backend.store, jobs=jobs, callbacks=callbacks, restarts_pending=restarts_pending)
+    return Sweeper(store=backend.store, jobs=jobs, callbacks=callbacks, launches_pending=launches_pending)
 
 
 def _deps(config: Config, backend: OpenBackend, jobs: Jobs, sweep_needed: asyncio.Event) -> ApiDependencies:
     @contextlib.asynccontextmanager
     async def sweeping() -> AsyncIterator[None]:
-        sweeper = _sweeper(backend, jobs, restarts_pending=True)
+        sweeper = _sweeper(backend, jobs, launches_pending=True)
         sweep = asyncio.create_task(sweeper.run_forever(every_seconds=SWEEP_SECONDS, sooner=sweep_needed))
         try:
             yield

@@ -49,10 +49,18 @@ def lost_outcome(status: Status, state: ExecutionState, *, is_overdue: bool = Fa
             assert_never(never)
 
 
-async def settle(store: Store, jobs: Jobs, record: TaskRecord, *, delete_payload: bool = True) -> TaskRecord:
+async def settle(
+    store: Store,
+    jobs: Jobs,
+    record: TaskRecord,
+    *,
+    state: ExecutionState | None = None,
+    delete_payload: bool = True,
+) -> TaskRecord:
     """Return the record after a check of its execution; it is final when the execution has finished.
 
     Args:
+        state: The state of the execution, if the caller has it already.
         delete_payload: As for `Store.update`.
 
     Raises:
@@ -61,7 +69,8 @@ async def settle(store: Store, jobs: Jobs, record: TaskRecord, *, delete_payload
     """
     if record.status.is_final:
         return record
-    state = await jobs.state(record.task_id, record.execution_name)
+    if state is None:
+        state = await jobs.state(record.task_id, record.execution_name)
     age = dt.datetime.now(dt.UTC) - record.created_at
     is_overdue = jobs.start_timeout is not None and age > jobs.start_timeout
     outcome = lost_outcome(record.status, state, is_overdue=is_overdue)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import attrs
@@ -19,7 +20,7 @@ from ccrun.errors import CcrunError, TaskNotFound
 from ccrun.jobs import ExecutionState, Jobs
 from ccrun.settle import settle
 from ccrun.store import ActiveTask, Store
-from ccrun.task import CallbackState, Status, TaskRecord
+from ccrun.task import CallbackState, Status, TaskId, TaskRecord
 
 log = structlog.get_logger()
 
@@ -38,6 +39,8 @@ class SweepReport:
 
     settled: int = 0
     started: int = 0
+    #: Pending tasks that are too new to say whether they were launched.
+    new: int = 0
     delivered: int = 0
     undelivered: int = 0
     failed: int = 0
@@ -58,21 +61,42 @@ class Sweeper:
     store: Store
     jobs: Jobs
     callbacks: OwedCallbacks
-    #: Whether a pending task without an execution is launched again.
-    restarts_pending: bool
+    #: Whether a pending task without an execution is launched.
+    launches_pending: bool
     incomplete_age: dt.timedelta = INCOMPLETE_TASK_AGE
 
     async def sweep(self) -> SweepReport:
         """Process all active tasks once."""
         marks = await self.store.active()
         records = await self.store.records([mark.task_id for mark in marks])
+        states = await self._launched_states(record for record in records if record is not None)
         gate = asyncio.Semaphore(PARALLEL_TASKS)
         found = zip(marks, records, strict=True)
         # The oldest first: pending tasks are launched in the order of their submission.
         oldest_first = sorted(found, key=lambda pair: pair[1].created_at if pair[1] else pair[0].since)
-        report = sum(await asyncio.gather(*(self._guarded(gate, *pair) for pair in oldest_first)), SweepReport())
+        reports = (self._guarded(gate, mark, record, states.get(mark.task_id)) for mark, record in oldest_first)
+        report = sum(await asyncio.gather(*reports), SweepReport())
         await self._clear_leftovers()
         return report
+
+    async def sweep_completely(self) -> SweepReport:
+        """Sweep, and sweep again if pending tasks were too new, since the next scheduled sweep may be minutes away."""
+        report = await self.sweep()
+        if report.new and self.launches_pending:
+            await asyncio.sleep(self.jobs.launch_time.total_seconds())
+            report = attrs.evolve(report, new=0) + await self.sweep()
+        return report
+
+    async def _launched_states(self, records: Iterable[TaskRecord]) -> Mapping[TaskId, ExecutionState]:
+        """Return the states of pending tasks whose workers have not reported the names of their executions."""
+        now = dt.datetime.now(dt.UTC)
+        task_ids = [
+            record.task_id
+            for record in records
+            # Also if the clock was set back and the task seems to be of the future.
+            if record.status is Status.PENDING and abs(now - record.created_at) >= self.jobs.launch_time
+        ]
+        return await self.jobs.launched_states(task_ids) if task_ids else {}
 
     async def _clear_leftovers(self) -> None:
         """Remove the processes and files of lost workers whose tasks are final, and files of writes that were interrupted."""
@@ -83,11 +107,13 @@ class Sweeper:
                 log.info("leftovers_removed", message="Processes and files of a lost worker removed", taskId=task_id)
         await self.store.remove_interrupted_writes()
 
-    async def _guarded(self, gate: asyncio.Semaphore, mark: ActiveTask, record: TaskRecord | None) -> SweepReport:
+    async def _guarded(
+        self, gate: asyncio.Semaphore, mark: ActiveTask, record: TaskRecord | None, state: ExecutionState | None
+    ) -> SweepReport:
         """Process one task. Its failure must not affect the others."""
         async with gate:
             try:
-                return await (self._remove_incomplete(mark) if record is None else self._look(record))
+                return await (self._remove_incomplete(mark) if record is None else self._look(record, state))
             except TaskNotFound:
                 return SweepReport()
             except CcrunError as error:
@@ -100,12 +126,15 @@ class Sweeper:
                 )
         return SweepReport(failed=1)
 
-    async def _look(self, record: TaskRecord) -> SweepReport:
+    async def _look(self, record: TaskRecord, state: ExecutionState | None) -> SweepReport:
         report = SweepReport()
         if not record.status.is_final:
             # The payload of a task with a callback is deleted below, before the callback is claimed.
-            present = await settle(self.store, self.jobs, record, delete_payload=record.webhook is None)
-            if await self._has_no_execution(present):
+            present = await settle(self.store, self.jobs, record, state=state, delete_payload=record.webhook is None)
+            if present.status is Status.PENDING and state is None:
+                report += SweepReport(new=1)
+            elif present.status is Status.PENDING and state is ExecutionState.UNKNOWN and self.launches_pending:
+                # The service was killed while the task was in its queue, or before it launched the task.
                 await self.jobs.launch(present.task_id)
                 report += SweepReport(started=1)
             if present.status.is_final:
@@ -129,12 +158,6 @@ class Sweeper:
                 delivered = carried.webhook is not None and carried.webhook.state is CallbackState.DELIVERED
                 report += SweepReport(delivered=1) if delivered else SweepReport(undelivered=1)
         return report
-
-    async def _has_no_execution(self, record: TaskRecord) -> bool:
-        """Return whether the task was in the queue of a service that has exited."""
-        if record.status is not Status.PENDING or not self.restarts_pending:
-            return False
-        return await self.jobs.state(record.task_id, record.execution_name) is ExecutionState.UNKNOWN
 
     async def _remove_incomplete(self, mark: ActiveTask) -> SweepReport:
         """Delete what a submission has left whose process was killed before it wrote the record. No client knows that task."""

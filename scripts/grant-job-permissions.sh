@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lets the API run the one job and cancel its executions, and the sweep see them; nothing else, and on no other job. Part of
-# deploy-job.sh. Can be run again at any time: it changes what differs.
+# Lets the API run the one job and cancel its executions, and the sweep run it and see its executions; nothing else, and on no
+# other job. Part of deploy-job.sh. Can be run again at any time: it changes what differs.
 #   scripts/grant-job-permissions.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -10,6 +10,6 @@ begin "" "$@"
 
 on_job "$CLOUDRUN_JOB_NAME" || missing "The job $CLOUDRUN_JOB_NAME" deploy-job.sh
 grant "serviceAccount:$API" "projects/$PROJECT_ID/roles/ccrunLaunch"
-grant "serviceAccount:$SWEEP" "projects/$PROJECT_ID/roles/ccrunLook"
+grant "serviceAccount:$SWEEP" "projects/$PROJECT_ID/roles/ccrunRelaunch"
 note_strangers
 finish

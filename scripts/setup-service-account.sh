@@ -34,7 +34,8 @@ make_role ccrunReplace "Replace and delete objects" storage.objects.delete
 make_role ccrunList "List objects" storage.objects.list
 make_role ccrunLaunch "Run a job and cancel its executions" \
   run.jobs.run,run.jobs.runWithOverrides,run.executions.get,run.executions.cancel
-make_role ccrunLook "See the executions of a job" run.executions.get
+make_role ccrunRelaunch "Run a job and see its executions" \
+  run.jobs.run,run.jobs.runWithOverrides,run.executions.get,run.executions.list
 
 on_bucket || missing "The bucket $GCS_LOGS_BUCKET" setup-project.sh
 grant_bucket

@@ -15,7 +15,7 @@ FOUND=$'\n'
 ON_RING=(--keyring="$KMS_KEY_RING" --location="$KMS_LOCATION")
 SECRETS="CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN"
 ACCOUNTS="ccrun-api ccrun-worker ccrun-sweep ccrun-scheduler"
-ROLES="ccrunAdd ccrunReplace ccrunList ccrunLaunch ccrunLook ccrunStart"
+ROLES="ccrunAdd ccrunReplace ccrunList ccrunLaunch ccrunLook ccrunRelaunch ccrunStart"
 
 # look_for "what it is" gcloud-words…: notes that it is there.
 look_for() {

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 
 import attrs
@@ -28,6 +28,7 @@ class FakeJobs:
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
+    launch_time: dt.timedelta = dt.timedelta(0)
 
     def __init__(self, state: ExecutionState) -> None:
         self.execution_state = state
@@ -48,6 +49,9 @@ class FakeJobs:
         if self.during_state is not None:
             await self.during_state()
         return self.execution_state
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        return {task_id: await self.state(task_id, None) for task_id in task_ids}
 
     async def clear(self, task_id: TaskId) -> None:
         self.cleared.append(task_id)

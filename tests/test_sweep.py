@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class FakeJobs:
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
+    launch_time: dt.timedelta = dt.timedelta(0)
 
     def __init__(self) -> None:
         self.states: dict[TaskId, ExecutionState | Exception] = {}
@@ -60,6 +61,9 @@ class FakeJobs:
         if isinstance(state, Exception):
             raise state
         return state
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        return {task_id: await self.state(task_id, None) for task_id in task_ids}
 
     async def clear(self, task_id: TaskId) -> None:
         self.cleared.append(task_id)
@@ -118,7 +122,7 @@ def make_sweeper(tmp_path: Path, jobs: FakeJobs) -> Callable[[], Sweeper]:
             guard=guard.CallbackGuard(everywhere=True),
             policy=deliver.RetryPolicy(attempt_seconds=10, attempts=1, total_seconds=10),
         )
-        return Sweeper(store=store, jobs=jobs, callbacks=callbacks, restarts_pending=True)
+        return Sweeper(store=store, jobs=jobs, callbacks=callbacks, launches_pending=True)
 
     return make
 
@@ -253,9 +257,44 @@ async def test_pending_tasks_are_launched_oldest_first(sweeper: Sweeper, jobs: F
 
 
 async def test_pending_tasks_are_not_launched_without_restarts(sweeper: Sweeper, jobs: FakeJobs) -> None:
-    """A sweep without `restarts_pending` does not launch or change pending tasks."""
+    """A sweep without `launches_pending` does not launch or change pending tasks."""
     record = await add_pending(sweeper)
-    assert SweepReport() == await attrs.evolve(sweeper, restarts_pending=False).sweep()
+    assert SweepReport() == await attrs.evolve(sweeper, launches_pending=False).sweep()
+    assert ([], record) == (jobs.launched, await sweeper.store.record(TASK))
+
+
+async def test_new_pending_task_is_left_to_its_service(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """A task within its launch time is not launched, although the backend has no execution of it: its service may do it."""
+    jobs.launch_time = HOUR
+    record = await add_pending(sweeper)
+    assert SweepReport(new=1) == await sweeper.sweep()
+    assert ([], record) == (jobs.launched, await sweeper.store.record(TASK))
+
+
+async def test_complete_sweep_waits_for_new_tasks(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """`sweep_completely` launches a task that was too new for its first sweep."""
+    jobs.launch_time = dt.timedelta(seconds=1)
+    await add_pending(sweeper, created_at=dt.datetime.now(dt.UTC))
+    assert SweepReport(started=1) == await sweeper.sweep_completely()
+    assert [TASK] == jobs.launched
+
+
+async def test_pending_task_whose_execution_has_finished_is_settled(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """A task whose worker exited before it started the task fails in the next sweep, and is not launched again."""
+    await add_pending(sweeper)
+    jobs.states[TASK] = ExecutionState.FINISHED
+    assert SweepReport(settled=1) == await sweeper.sweep()
+    assert ([], Reason.LAUNCH_FAILED) == (jobs.launched, (await sweeper.store.record(TASK)).reason)
+
+
+@pytest.mark.parametrize("state", [ExecutionState.RUNNING, ExecutionState.UNREACHABLE])
+async def test_pending_task_with_an_execution_is_not_launched(
+    sweeper: Sweeper, jobs: FakeJobs, state: ExecutionState
+) -> None:
+    """A task whose execution has not finished, or whose execution the backend cannot report now, is left as it is."""
+    record = await add_pending(sweeper)
+    jobs.states[TASK] = state
+    assert SweepReport() == await sweeper.sweep()
     assert ([], record) == (jobs.launched, await sweeper.store.record(TASK))
 
 

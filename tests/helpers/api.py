@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -97,6 +97,7 @@ class RecordingJobs(Faulty):
 
     max_running: int | None = 2
     start_timeout: dt.timedelta | None = None
+    launch_time: dt.timedelta = dt.timedelta(0)
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,6 +120,9 @@ class RecordingJobs(Faulty):
         self.state_calls += 1
         await self._fail_or_wait()
         return self.states.get(task_id, ExecutionState.RUNNING)
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        return {task_id: await self.state(task_id, None) for task_id in task_ids}
 
     async def clear(self, task_id: TaskId) -> None:
         await self._fail_or_wait()

@@ -249,7 +249,7 @@ async def start_cloud(cli: Path, deployment: CloudDeployment | None = None) -> A
                 store=store,
                 jobs=executions,
                 callbacks=callbacks,
-                restarts_pending=False,
+                launches_pending=True,
                 incomplete_age=dt.timedelta(0),
             ),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,7 @@ class RecordingJobs:
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
+    launch_time: dt.timedelta = dt.timedelta(0)
 
     def __init__(self) -> None:
         self.launched: list[TaskId] = []
@@ -83,6 +84,9 @@ class RecordingJobs:
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
         return ExecutionState.UNKNOWN
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        return {task_id: await self.state(task_id, None) for task_id in task_ids}
 
     async def clear(self, task_id: TaskId) -> None:
         pass

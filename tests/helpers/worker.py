@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class NoJobs:
 
     max_running: int | None = None
     start_timeout: dt.timedelta | None = None
+    launch_time: dt.timedelta = dt.timedelta(0)
 
     def check_capacity(self) -> None: ...
 
@@ -71,6 +72,9 @@ class NoJobs:
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
         return ExecutionState.RUNNING
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        return {task_id: await self.state(task_id, None) for task_id in task_ids}
 
     async def clear(self, task_id: TaskId) -> None: ...
 

@@ -36,6 +36,9 @@ EXITED: Final = "The container exited with an error."
 OUT_OF_MEMORY: Final = "The configured memory limit was reached."
 TIMED_OUT: Final = "The configured timeout was reached."
 
+#: Executions in one page of a listing, unless the request asks for fewer.
+MAX_PAGE_SIZE: Final = 100
+
 # Without this, gRPC stops a thread and waits for it when its last object is collected, which may be during another test.
 grpc.aio.init_grpc_aio()
 
@@ -155,12 +158,14 @@ class Execution:
         """Return the API's description of this execution."""
         is_finished = self.finished.is_set()
         has_failed = is_finished and self.exit_code != 0
+        variables = [run_v2.EnvVar(name=name, value=value) for name, value in self.overrides.items()]
         return run_v2.Execution(
             name=self.name,
             job=self.name.partition("/executions/")[0].rpartition("/")[2],
             create_time=self._created_at,
             start_time=self._started_at,
             completion_time=self._finished_at,
+            template=run_v2.TaskTemplate(containers=[run_v2.Container(env=variables)]),
             task_count=1,
             parallelism=1,
             running_count=int(self._started_at is not None and not is_finished),
@@ -222,7 +227,7 @@ class CloudRun:
         self._connections: set[asyncio.StreamWriter] = set()
 
     def fail(self, method: str, fault: Fault, *, times: int = 1) -> None:
-        """Inject a fault into the next calls of a method (`RunJob`, `GetExecution`, `CancelExecution`)."""
+        """Inject a fault into the next calls of a method (`RunJob`, `GetExecution`, `ListExecutions`, `CancelExecution`)."""
         self._faults[method].extend(itertools.repeat(fault, times))
 
     def cancel(self, name: str) -> None:
@@ -238,6 +243,16 @@ class CloudRun:
         """Remove an execution, as Cloud Run does with all but the last thousand."""
         del self.executions[name]
 
+    def add_finished(self, task_id: str) -> None:
+        """Add an execution for a task that has finished without running its container."""
+        execution = Execution(self._new_name(), {"TASK_ID": task_id})
+        execution.finished.set()
+        self._all.append(execution)
+        self.executions[execution.short_name] = execution
+
+    def _new_name(self) -> str:
+        return f"{self.job}/executions/{JOB}-{secrets.token_hex(3)}"
+
     # --- the server --------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
@@ -245,6 +260,7 @@ class CloudRun:
         jobs = {"RunJob": self._handler("RunJob", run_v2.RunJobRequest, self._run_job)}
         executions = {
             "GetExecution": self._handler("GetExecution", run_v2.GetExecutionRequest, self._get_execution),
+            "ListExecutions": self._handler("ListExecutions", run_v2.ListExecutionsRequest, self._list_executions),
             "CancelExecution": self._handler("CancelExecution", run_v2.CancelExecutionRequest, self._cancel_execution),
         }
         self._server.add_generic_rpc_handlers(
@@ -331,7 +347,7 @@ class CloudRun:
             raise _Rejected(grpc.StatusCode.NOT_FOUND, f"Resource '{request.name}' of kind 'JOB' does not exist.")
         container = request.overrides.container_overrides[0] if request.overrides.container_overrides else None
         overrides = {variable.name: variable.value for variable in container.env} if container else {}
-        execution = Execution(f"{self.job}/executions/{JOB}-{secrets.token_hex(3)}", overrides)
+        execution = Execution(self._new_name(), overrides)
         self.executions[execution.short_name] = execution
         environment = {
             **self._environment,
@@ -359,6 +375,17 @@ class CloudRun:
     async def _get_execution(self, request: run_v2.GetExecutionRequest) -> run_v2.Execution:
         return self._find(request.name).message()
 
+    async def _list_executions(self, request: run_v2.ListExecutionsRequest) -> run_v2.ListExecutionsResponse:
+        if request.parent != self.job:
+            raise _Rejected(grpc.StatusCode.NOT_FOUND, f"Resource '{request.parent}' of kind 'JOB' does not exist.")
+        newest_first = list(reversed(self.executions.values()))
+        first = int(request.page_token or 0)
+        last = first + (request.page_size or MAX_PAGE_SIZE)
+        return run_v2.ListExecutionsResponse(
+            executions=[execution.message() for execution in newest_first[first:last]],
+            next_page_token=str(last) if last < len(newest_first) else "",
+        )
+
     async def _cancel_execution(self, request: run_v2.CancelExecutionRequest) -> operations_pb2.Operation:
         execution = self._find(request.name)
         if execution.finished.is_set():
@@ -383,8 +410,8 @@ class _Rejected(Exception):
 
 
 def _serialize(message: Any) -> bytes:
-    raw = run_v2.Execution.serialize(message) if isinstance(message, run_v2.Execution) else message.SerializeToString()
-    return bytes(raw)
+    is_wrapped = isinstance(message, run_v2.Execution | run_v2.ListExecutionsResponse)
+    return bytes(type(message).serialize(message) if is_wrapped else message.SerializeToString())
 
 
 def _operation(execution: Execution) -> operations_pb2.Operation:

@@ -164,7 +164,7 @@ def test_grants_come_out_whole(plan: dict[str, Resource]) -> None:
         ("ccrun-sweep", "ccrunReplace", f"{no_logs} && {no_index}"),
         ("ccrun-sweep", "ccrunList", active),
         ("ccrun-sweep", "cloudkms.cryptoKeyDecrypter"),
-        ("ccrun-sweep", "ccrunLook"),
+        ("ccrun-sweep", "ccrunRelaunch"),
         ("ccrun-scheduler", "ccrunStart"),
     } == grants
 

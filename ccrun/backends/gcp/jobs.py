@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -44,6 +44,10 @@ MAX_RETRY_DELAY_SECONDS: Final = 2.0
 
 #: Containers start within seconds, or within two minutes when the image is new in a region.
 START_TIMEOUT: Final = dt.timedelta(minutes=15)
+#: A launch takes a few seconds. If it takes longer than this, a sweep may launch a second execution, which is harmless.
+LAUNCH_TIME: Final = dt.timedelta(seconds=30)
+#: Executions in one page of a listing. Each takes a few kilobytes.
+PAGE_SIZE: Final = 100
 
 #: The call had no effect: a quota was exceeded, or it conflicted with another call.
 REJECTED: Final = frozenset({StatusCode.RESOURCE_EXHAUSTED, StatusCode.ABORTED})
@@ -65,6 +69,8 @@ class LaunchPolicy:
     launch_seconds: float = 30.0
     #: For any other call. It takes about 100 ms.
     attempt_seconds: float = 5.0
+    #: For all pages of a listing. Cloud Run keeps about a thousand executions that have finished.
+    listing_seconds: float = 60.0
     attempts: int = 4
     #: No attempt starts after this. A client of the API waits meanwhile.
     total_seconds: float = 10.0
@@ -82,6 +88,7 @@ class CloudRunJobs:
     #: None: Cloud Run sets the limit.
     max_running: int | None = None
     start_timeout: dt.timedelta | None = START_TIMEOUT
+    launch_time: dt.timedelta = LAUNCH_TIME
 
     def __init__(
         self,
@@ -160,6 +167,42 @@ class CloudRunJobs:
             )
             return ExecutionState.UNREACHABLE
         return execution_state(execution)
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        """Find executions by their variable `TASK_ID`, which is stored nowhere else before a worker has started the task.
+
+        The variables of a launch become part of the execution:
+        https://cloud.google.com/run/docs/reference/rest/v2/projects.locations.jobs/run
+        """
+        states = dict.fromkeys(task_ids, ExecutionState.UNKNOWN)
+        try:
+            async with asyncio.timeout(self._policy.listing_seconds):
+                async for execution in self._all_executions():
+                    task_id = _task_id(execution)
+                    # A task may have two executions. One that has not finished may still start it.
+                    if task_id in states and states[task_id] is not ExecutionState.RUNNING:
+                        states[task_id] = execution_state(execution)
+        except (GoogleAPICallError, TimeoutError) as error:
+            log.warning(
+                "executions_unavailable",
+                message="Cloud Run did not list the executions; check the permission run.executions.list",
+                error=_error_text(error) if isinstance(error, GoogleAPICallError) else "The listing took too long.",
+            )
+            return dict.fromkeys(task_ids, ExecutionState.UNREACHABLE)
+        return states
+
+    async def _all_executions(self) -> AsyncIterator[run_v2.Execution]:
+        request = run_v2.ListExecutionsRequest(parent=self._job, page_size=PAGE_SIZE)
+        while True:
+            page = await self._call(
+                lambda: self._executions.list_executions(request, retry=None, timeout=self._policy.attempt_seconds),
+                retry_on=REJECTED | UNCERTAIN,
+            )
+            for execution in page.executions:
+                yield execution
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     async def clear(self, task_id: TaskId) -> None:
         """Do nothing: Cloud Run removes a container with its files and processes."""
@@ -299,6 +342,11 @@ def _retry_seconds(error: GoogleAPICallError) -> float | None:
 
 def _error_text(error: GoogleAPICallError) -> str:
     return f"{error.message} ({error.grpc_status_code.name if error.grpc_status_code else 'no status'})"
+
+
+def _task_id(execution: run_v2.Execution) -> TaskId | None:
+    variables = (variable for container in execution.template.containers for variable in container.env)
+    return next((TaskId(variable.value) for variable in variables if variable.name == "TASK_ID"), None)
 
 
 def _short_name(name: str) -> str:

@@ -8,7 +8,7 @@ import datetime as dt
 import os
 import signal
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -41,6 +41,7 @@ class SubprocessJobs:
 
     #: None: a task stays queued until a worker slot is free.
     start_timeout: dt.timedelta | None = None
+    launch_time: dt.timedelta = dt.timedelta(0)
 
     def __init__(
         self,
@@ -123,6 +124,9 @@ class SubprocessJobs:
         if await asyncio.to_thread(pidfile.holder_pid, self._pid_files / task_id):
             return ExecutionState.RUNNING
         return ExecutionState.FINISHED if task_id in self._finished else ExecutionState.UNKNOWN
+
+    async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
+        return {task_id: await self.state(task_id, None) for task_id in task_ids}
 
     async def clear(self, task_id: TaskId) -> None:
         self._finished.pop(task_id, None)

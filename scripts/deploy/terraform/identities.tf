@@ -16,12 +16,12 @@ resource "google_service_account" "ccrun" {
 
 resource "google_project_iam_custom_role" "role" {
   for_each = {
-    ccrunAdd     = ["storage.objects.create", "storage.objects.get"]
-    ccrunReplace = ["storage.objects.delete"]
-    ccrunList    = ["storage.objects.list"]
-    ccrunLaunch  = ["run.jobs.run", "run.jobs.runWithOverrides", "run.executions.get", "run.executions.cancel"]
-    ccrunLook    = ["run.executions.get"]
-    ccrunStart   = ["run.jobs.run"]
+    ccrunAdd      = ["storage.objects.create", "storage.objects.get"]
+    ccrunReplace  = ["storage.objects.delete"]
+    ccrunList     = ["storage.objects.list"]
+    ccrunLaunch   = ["run.jobs.run", "run.jobs.runWithOverrides", "run.executions.get", "run.executions.cancel"]
+    ccrunRelaunch = ["run.jobs.run", "run.jobs.runWithOverrides", "run.executions.get", "run.executions.list"]
+    ccrunStart    = ["run.jobs.run"]
   }
 
   role_id     = each.key
@@ -61,7 +61,7 @@ locals {
   # On a job: who, as what, on which.
   on_job = [
     { who = "api", role = "ccrunLaunch", job = "worker" },
-    { who = "sweep", role = "ccrunLook", job = "worker" },
+    { who = "sweep", role = "ccrunRelaunch", job = "worker" },
     { who = "scheduler", role = "ccrunStart", job = "sweep" },
   ]
 }

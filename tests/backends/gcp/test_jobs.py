@@ -19,7 +19,7 @@ from helpers.service import WAIT_SECONDS
 from standins.cloudrun import HANG, JOB, OUT_OF_MEMORY, PROJECT, REGION, CloudRun, Execution, Fault
 
 from ccrun.backends.gcp.calls import NoCredentials
-from ccrun.backends.gcp.jobs import CloudRunJobs, LaunchPolicy, execution_state, open_cloud_run
+from ccrun.backends.gcp.jobs import PAGE_SIZE, CloudRunJobs, LaunchPolicy, execution_state, open_cloud_run
 from ccrun.errors import Busy, LaunchFailed
 from ccrun.jobs import ExecutionState
 from ccrun.task import TaskId
@@ -292,6 +292,39 @@ async def test_pruned_execution_is_unknown(containers: Containers) -> None:
         server.prune(execution.short_name)
         for name in (execution.short_name, execution.name, None, "", "other", "../../other/executions/x"):
             assert ExecutionState.UNKNOWN == await jobs.state(TASK, name)
+
+
+async def test_executions_are_found_by_their_tasks(containers: Containers) -> None:
+    """Without names, states are found on all pages of the listing; a task that was not launched is `UNKNOWN`."""
+    async with containers.run() as (server, jobs):
+        name = await jobs.launch(TASK)
+        assert name is not None
+        for number in range(PAGE_SIZE):
+            server.add_finished(TaskId(f"other-{number}"))
+        states = await jobs.launched_states([TASK, TaskId("other-0"), TaskId("never-launched")])
+        assert {
+            "task-a": ExecutionState.RUNNING,
+            "other-0": ExecutionState.FINISHED,
+            "never-launched": ExecutionState.UNKNOWN,
+        } == states
+        assert 2 == server.calls["ListExecutions"]
+
+
+async def test_running_execution_of_a_task_counts_more(containers: Containers) -> None:
+    """If one of two executions of a task has finished, the task may still be started by the other."""
+    async with containers.run() as (server, jobs):
+        server.add_finished(TASK)
+        await jobs.launch(TASK)
+        server.add_finished(TASK)
+        assert {TASK: ExecutionState.RUNNING} == await jobs.launched_states([TASK])
+
+
+@pytest.mark.parametrize("fault", [Fault(code=StatusCode.PERMISSION_DENIED), HANG], ids=str)
+async def test_failed_listing_makes_all_unreachable(containers: Containers, fault: Fault) -> None:
+    """If Cloud Run does not list the executions, no task counts as not launched."""
+    async with containers.run() as (server, jobs):
+        server.fail("ListExecutions", fault, times=9)
+        assert {TASK: ExecutionState.UNREACHABLE} == await jobs.launched_states([TASK])
 
 
 async def test_execution_is_found_by_its_full_name(containers: Containers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import json
 import re
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +22,7 @@ from standins.gcs import NO_FAULT, Fault
 
 from ccrun.api.dispatch import Idempotency
 from ccrun.seal import Sealed
-from ccrun.task import CallbackState, Status, TaskId, TaskRecord
+from ccrun.task import CallbackState, Status, TaskId, TaskRecord, TaskType
 from ccrun.testing.model import Conversation, Hang, Reply, Say, UseTool
 
 DOCUMENT: Final = Path(__file__).parents[3] / "docs" / "permissions.md"
@@ -38,10 +39,11 @@ PERMISSIONS: Final = {
     "cryptoKeys.decrypt": {"cloudkms.cryptoKeyVersions.useToDecrypt"},
     "Jobs.RunJob": {"run.jobs.run", "run.jobs.runWithOverrides"},
     "Executions.GetExecution": {"run.executions.get"},
+    "Executions.ListExecutions": {"run.executions.list"},
     "Executions.CancelExecution": {"run.executions.cancel"},
 }
 #: The permissions of predefined roles: https://cloud.google.com/kms/docs/reference/permissions-and-roles
-PREDENO_FAULTD: Final = {
+PREDEFINED_ROLES: Final = {
     "roles/cloudkms.cryptoKeyEncrypter": PERMISSIONS["cryptoKeys.encrypt"],
     "roles/cloudkms.cryptoKeyDecrypter": PERMISSIONS["cryptoKeys.decrypt"],
 }
@@ -73,7 +75,7 @@ def granted() -> dict[str, dict[str, str]]:
     """Return the permissions that the document grants, with their conditions, by side."""
     section = DOCUMENT.read_text().partition("\n## Grants\n")[2].partition("\n## ")[0]
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines() if "`" in line]
-    roles = {**PREDENO_FAULTD, **{row[0]: set(row[1].split("` `")) for row in rows if len(row) == 2}}
+    roles = {**PREDEFINED_ROLES, **{row[0]: set(row[1].split("` `")) for row in rows if len(row) == 2}}
     recorded: dict[str, dict[str, str]] = {}
     side = ""
     for identity, role, _, condition in (row for row in rows if len(row) == 4):
@@ -172,6 +174,7 @@ async def test_each_side_makes_the_documented_calls(scene: Scene) -> None:
     await deliveries(scene)
     await cancels(scene)
     await lost_workers(scene)
+    await unlaunched_task(scene)
     doors = {"api": scene.recorded.api, "worker": scene.recorded.worker, "sweep": scene.recorded.sweep}
     seen = {side: {call: PERMISSIONS[call.method] for call in door.calls} for side, door in doors.items()}
     assert documented() == seen
@@ -266,3 +269,22 @@ async def lost_workers(scene: Scene) -> None:
     await deployment.sweep()
     for task_id in ("settled-by-api", "settled-by-sweep"):
         await scene.until_delivered(task_id)
+
+
+async def unlaunched_task(scene: Scene) -> None:
+    """Let a sweep launch a task whose API was killed before it launched the task."""
+    store, task_id = scene.recorded.deployment.store, TaskId("never-launched")
+    await store.mark_active(task_id)
+    await store.add_payload(task_id, Sealed(b"of the killed process"))
+    a_minute_ago = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=1)
+    await store.add(
+        TaskRecord(
+            task_id=task_id,
+            type=TaskType.ASYNC,
+            status=Status.PENDING,
+            created_at=a_minute_ago,
+            logs_path=store.logs_path(task_id),
+        )
+    )
+    await scene.recorded.deployment.sweep()
+    await scene.until_execution_finished(task_id)

@@ -142,6 +142,35 @@ async def test_task_within_its_start_timeout_is_not_settled(cloud: Cloud, receiv
     assert "pending" == (await cloud.get(task_id))["status"]
 
 
+async def test_sweep_launches_what_a_killed_api_has_not(cloud: Cloud) -> None:
+    """A task whose API was killed between the record and the launch runs to its end after the next sweep."""
+    cloud.jobs.launch_time = dt.timedelta(0)
+    cloud.deployment.cloud_run.fail("RunJob", cloudrun.HANG)
+    submitting = asyncio.create_task(cloud.submit(taskId="task-unlaunched", prompt="Print 3."))
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not cloud.deployment.cloud_run.calls["RunJob"]:
+                await asyncio.sleep(0.01)
+        assert SweepReport(started=1) == await cloud.sweep()
+        assert Status.COMPLETED is (await cloud.until_final("task-unlaunched")).status
+        assert 1 == len(cloud.executions("task-unlaunched"))
+    finally:
+        submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
+
+
+async def test_sweep_settles_a_task_whose_worker_exited_before_it(cloud: Cloud, receiver: Receiver) -> None:
+    """A task whose container was killed before it started the task fails in the next sweep, not after the start timeout."""
+    cloud.jobs.launch_time = dt.timedelta(0)
+    cloud.deployment.cloud_run.launch_seconds = math.inf
+    cloud.deployment.cloud_run.term_grace_seconds = 0.0
+    task_id = await cloud.submit(callbackUrl=receiver.url)
+    await cancel_in_console(cloud, task_id)
+    assert SweepReport(settled=1, delivered=1) == await cloud.sweep()
+    assert Reason.LAUNCH_FAILED is (await cloud.store.record(TaskId(task_id))).reason
+    assert ["failed"] == [callback["status"] for callback in receiver.received]
+
+
 async def test_open_stream_settles_its_task(cloud: Cloud, receiver: Receiver) -> None:
     """A silent stream checks the execution and finishes with the error. The API neither decrypts nor delivers the callback."""
     task_id = await cloud.submit(callbackUrl=receiver.url)
