@@ -19,7 +19,8 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 
 from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
-from ccrun.task import CallbackState, GitCommit, GitToken, Secret, TaskRecord, TaskSpec
+from ccrun.results import GitCommit
+from ccrun.task import CallbackState, GitToken, Secret, Summary, TaskRecord, TaskSpec
 from ccrun.urls import GitUrl, parse_git_url
 
 #: JSON names that are not the attribute's name in camelCase.
@@ -28,8 +29,11 @@ _JSON_NAMES: Final = {"anthropic_oauth_token": "anthropicOAuthToken"}
 _INTERNAL_FIELDS: Final = frozenset({"sealedCallbackUrl", "idempotencyDigest", "launchRejected", "writeId"})
 #: Fields of a record that are absent instead of null.
 _OPTIONAL_FIELDS: Final = ("uploadedFiles", "gitCommit")
-#: Fields of a commit that are absent instead of null.
-_OMITTED_WHEN_NONE: Final = ("committed", "recovery")
+#: Fields that are absent instead of null or empty.
+_OMITTED_BY_DEFAULT: Final = {
+    GitCommit: ("committed", "recovery"),
+    Summary: ("background_tasks", "api_error", "mcp_servers"),
+}
 #: The fields that every callback has, in order.
 _CALLBACK_FIELDS: Final = ("taskId", "status", "exitCode", "logsPath", "summary", "error", "metadata")
 
@@ -88,7 +92,7 @@ def record_from_bytes(content: bytes) -> TaskRecord:
 def record_to_public(record: TaskRecord) -> dict[str, Any]:
     """Return a record as clients see it, as JSON values.
 
-    Every record has the same fields, null where there is no value; only `uploadedFiles` and `gitCommit` may be absent.
+    Every record has the same fields, null where there is no value, except for `uploadedFiles`, `gitCommit` and some in `summary`.
     """
     public = _converter().unstructure(record)
     if public["webhook"] is not None:
@@ -163,7 +167,7 @@ def _format_time(moment: dt.datetime) -> str:
 
 
 def _json_names(fact: type) -> dict[str, Any]:
-    omitted = _OMITTED_WHEN_NONE if fact is GitCommit else ()
+    omitted = _OMITTED_BY_DEFAULT.get(fact, ())
     return {
         field.name: override(rename=_json_name(field.name), omit_if_default=field.name in omitted)
         for field in attrs.fields(fact)

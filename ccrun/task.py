@@ -14,6 +14,7 @@ from typing import Any, Final, NewType, Self
 
 import attrs
 
+from ccrun.results import ActionError, ApiError, BackgroundTask, GitCommit, McpServer, UploadedFile
 from ccrun.urls import GitUrl
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -228,6 +229,10 @@ class TaskSpec:
     environment_secrets: Mapping[str, Secret] = attrs.field(factory=dict)
     pre_execution_commands: tuple[str, ...] = attrs.field(default=(), repr=False)
     mcp_config: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
+    #: Whether the MCP servers of the repository are ignored.
+    strict_mcp_config: bool = False
+    #: Whether the task fails unless all of its MCP servers are connected.
+    require_mcp: bool = False
     slash_commands: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
     subagents: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
     cwd_relative: str = "."
@@ -259,56 +264,9 @@ class Summary:
     usage: Mapping[str, Any] | None = None
     session_id: str | None = None
     result: str | None = None
-
-
-@attrs.frozen(kw_only=True)
-class UploadedFile:
-    """A file of the workspace that was uploaded."""
-
-    original_path: str
-    gcs_path: str
-    size_bytes: int
-
-
-@attrs.frozen(kw_only=True)
-class Recovery:
-    """What was done about a branch to which others had pushed.
-
-    Args:
-        method: `rebase`, or `force-with-lease` when the agent's commits could not be rebased.
-        remote_sha: The commit that the branch was at.
-        conflict_files: Paths that both sides had changed, in which the agent's side has won.
-    """
-
-    method: str
-    remote_sha: str
-    conflict_files: tuple[str, ...] = ()
-
-
-@attrs.frozen(kw_only=True)
-class GitCommit:
-    """The commit that a task made or pushed.
-
-    Args:
-        sha: None in an empty repository without changes.
-        committed: False when there was nothing to commit, else None.
-        recovery: None when the push needed none.
-    """
-
-    sha: str | None
-    message: str
-    pushed: bool
-    branch: str
-    committed: bool | None = None
-    recovery: Recovery | None = None
-
-
-@attrs.frozen(kw_only=True)
-class ActionError:
-    """Why an action after the agent has failed."""
-
-    action: str
-    error: str
+    background_tasks: tuple[BackgroundTask, ...] = ()
+    api_error: ApiError | None = None
+    mcp_servers: tuple[McpServer, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -385,6 +343,9 @@ class Outcome:
     usage: Mapping[str, Any] | None = None
     session_id: str | None = None
     result: str | None = None
+    background_tasks: tuple[BackgroundTask, ...] = ()
+    api_error: ApiError | None = None
+    mcp_servers: tuple[McpServer, ...] = ()
     uploaded_files: tuple[UploadedFile, ...] | None = None
     git_commit: GitCommit | None = None
     action_errors: tuple[ActionError, ...] = ()

@@ -15,16 +15,14 @@ from hypothesis import strategies as st
 
 from ccrun import codec, task
 from ccrun.errors import SealError, StorageError
+from ccrun.results import ActionError, GitCommit, Recovery, UploadedFile
 from ccrun.task import (
-    ActionError,
     CallbackInfo,
     CallbackState,
     ConfigFile,
     GitAction,
-    GitCommit,
     PostRunActions,
     Reason,
-    Recovery,
     Secret,
     Status,
     Summary,
@@ -33,7 +31,6 @@ from ccrun.task import (
     TaskSpec,
     TaskType,
     UploadAction,
-    UploadedFile,
 )
 
 JSON = st.recursive(

@@ -25,12 +25,11 @@ from ccrun.lifecycle import (
     request_cancel,
     start,
 )
+from ccrun.results import ActionError, GitCommit, UploadedFile
 from ccrun.task import (
     TASK_ID_PATTERN,
-    ActionError,
     CallbackInfo,
     CallbackState,
-    GitCommit,
     GitToken,
     Outcome,
     Reason,
@@ -40,7 +39,6 @@ from ccrun.task import (
     TaskRecord,
     TaskSpec,
     TaskType,
-    UploadedFile,
 )
 
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)

@@ -90,6 +90,10 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     given = run_check(check_body, value, location)
     if not errors and _has_push(given) and "gitRepo" not in given:
         location.field("gitRepo").add_error("gitRepo is required for postExecutionActions.git.push")
+    if not errors and given.get("requireMcp") and not _may_have_mcp_servers(given):
+        location.field("requireMcp").add_error(
+            "requireMcp needs MCP servers: give mcpConfig, or gitRepo without strictMcpConfig"
+        )
     if errors:
         raise InvalidRequest(errors)
 
@@ -134,6 +138,8 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "environmentSecrets": _environment,
         "preExecutionCommands": checks.string_list(checks.text(MAX_ARGUMENT_BYTES), max_items=MAX_COMMANDS),
         "mcpConfig": _mcp_config,
+        "strictMcpConfig": checks.boolean,
+        "requireMcp": checks.boolean,
         "slashCommands": _config_files,
         "subagents": _config_files,
         "cwdRelative": checks.relative_path,
@@ -156,6 +162,12 @@ def _required(value: object, task_type: TaskType, defaults: Defaults) -> dict[st
 
 def _has_push(given: Mapping[str, Any]) -> bool:
     return bool(given.get("postExecutionActions", {}).get("git", {}).get("push"))
+
+
+def _may_have_mcp_servers(given: Mapping[str, Any]) -> bool:
+    """Return whether a task can have MCP servers: its own, or those of the repository's `.mcp.json`."""
+    own = given.get("mcpConfig", {}).get("mcpServers")
+    return bool(own) or ("gitRepo" in given and not given.get("strictMcpConfig"))
 
 
 # --- objects inside the body -----------------------------------------------------------------------------------------
@@ -183,11 +195,15 @@ def _variable(name: str, value: Any, location: Location) -> str:
 def _mcp_config(value: Any, location: Location) -> dict[str, Any]:
     """Check the MCP servers. A plain map of servers is wrapped as the CLI expects it, `{"mcpServers": {…}}`."""
     config: dict[str, Any] = checks.any_object(MAX_MCP_CONFIG_BYTES)(value, location)
-    if "mcpServers" in config:
-        run_check(_mcp_servers, config["mcpServers"], location.field("mcpServers"))
-        return config
-    run_check(_mcp_servers, config, location)
-    return {"mcpServers": config}
+    if "mcpServers" not in config:
+        _mcp_servers(config, location)
+        return {"mcpServers": config}
+    run_check(_mcp_servers, config["mcpServers"], location.field("mcpServers"))
+    for name in config.keys() - {"mcpServers"}:
+        location.field(name).add_error(
+            f"{location.field(name).path} is not part of an MCP configuration: put all servers into mcpServers"
+        )
+    return config
 
 
 def _mcp_servers(value: Any, location: Location) -> None:
@@ -196,7 +212,10 @@ def _mcp_servers(value: Any, location: Location) -> None:
 
 
 def _mcp_server(value: Any, location: Location) -> dict[str, Any]:
-    return checks.as_object(value)
+    server = checks.as_object(value)
+    if not any(isinstance(server.get(key), str) and server[key].strip() for key in ("command", "url")):
+        raise InvalidValue("must have `command` (a program to start) or `url` (a server to connect to)")
+    return server
 
 
 def _config_files(value: Any, location: Location) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from ccrun import lifecycle
 from ccrun.process.child import Child, spawn
 from ccrun.task import Outcome, Reason, Status, TaskSpec
 from ccrun.worker import claude
+from ccrun.worker.api_errors import api_error_sentence
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.lines import text_line
 from ccrun.worker.log_writer import LogWriter
 from ccrun.worker.proxy import CredentialProxy
 from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, stopped_outcome
-from ccrun.worker.transcript import Transcript, line_for_log, outcome_of_run
+from ccrun.worker.transcript import Transcript, line_for_log, outcome_of_run, unfinished_work
 from ccrun.worker.workspace import Workspace
 
 log = structlog.get_logger()
@@ -64,15 +65,15 @@ async def run_agent(
         user=workspace.agent,
     ) as child:
         log.info("agent_started", message="Agent started")
-        return await _follow(child, session, stop, deps.timeouts, timeout_minutes=spec.timeout_minutes)
+        return await _follow(child, session, stop, deps.timeouts, spec)
 
 
 async def _follow(
-    child: Child, session: AgentSession, stop: StopRequest, timeouts: WorkerTimeouts, *, timeout_minutes: float
+    child: Child, session: AgentSession, stop: StopRequest, timeouts: WorkerTimeouts, spec: TaskSpec
 ) -> Outcome:
     """Log what the CLI prints until it exits or is stopped, and return the outcome."""
     transcript = Transcript()
-    logging = asyncio.create_task(_log_output(child, session, transcript, timeouts))
+    logging = asyncio.create_task(_log_output(child, session, transcript, timeouts, require_mcp=spec.require_mcp))
     stop_requested = asyncio.create_task(stop.wait())
     log_given_up = asyncio.create_task(session.writer.until_given_up())
     try:
@@ -93,26 +94,57 @@ async def _follow(
     if child.stderr_tail:
         await session.log_line(text_line(child.stderr_tail, type="stderr"))
     was_stopped = is_hung or cause is not None
-    outcome = outcome_of_run(transcript, exit_status, stopped_by_us=was_stopped, rejected=session.proxy.rejected)
+    outcome = outcome_of_run(
+        transcript,
+        exit_status,
+        stopped_by_us=was_stopped,
+        rejected=session.proxy.rejected,
+        api_errors=session.proxy.api_errors,
+    )
     if outcome.status is Status.COMPLETED or not was_stopped:
         return outcome
     if cause is StopCause.CANCEL:
         return lifecycle.cancelled_outcome(outcome)
-    if cause is not None:
-        stopped = stopped_outcome(cause, timeout_minutes)
-    elif transcript.has_lines:
+    stopped = _stopped_outcome(cause, outcome, transcript, timeouts, spec)
+    if stopped is None:
         return outcome
-    else:
-        message = f"The Claude CLI printed nothing within {timeouts.first_line:g} s."
-        stopped = lifecycle.failed_outcome(Reason.STALLED, message)
     # The figures are those of the run, the status and its reason are those of the stop.
     return attrs.evolve(
         outcome, status=stopped.status, reason=stopped.reason, exit_code=stopped.exit_code, error=stopped.error
     )
 
 
-async def _log_output(child: Child, session: AgentSession, transcript: Transcript, timeouts: WorkerTimeouts) -> bool:
-    """Log each line. Return True when the CLI must be stopped: it is silent, or retries with a rejected credential."""
+def _stopped_outcome(
+    cause: StopCause | None, outcome: Outcome, transcript: Transcript, timeouts: WorkerTimeouts, spec: TaskSpec
+) -> Outcome | None:
+    """Return the outcome of a stop; None when the CLI's own output says better why the run has failed."""
+    if cause is None:
+        if spec.require_mcp and (missing := _not_connected(transcript)):
+            error = f"requireMcp is set, and these MCP servers are not connected: {', '.join(missing)}."
+            return lifecycle.failed_outcome(Reason.PREPARE_FAILED, error)
+        if transcript.has_lines:
+            return None
+        message = f"The Claude CLI printed nothing within {timeouts.first_line:g} s."
+        return lifecycle.failed_outcome(Reason.STALLED, message)
+    stopped = stopped_outcome(cause, spec.timeout_minutes)
+    if transcript.retry is not None and outcome.api_error is not None and cause is StopCause.TIMEOUT:
+        error = f"{api_error_sentence(outcome.api_error)} The CLI was still retrying when the time was over."
+        return lifecycle.failed_outcome(Reason.API_ERROR, error)
+    if transcript.result is not None and transcript.has_open_work:
+        return attrs.evolve(stopped, error=f"{stopped.error} {unfinished_work(transcript)}")
+    return stopped
+
+
+def _not_connected(transcript: Transcript) -> list[str]:
+    return [
+        f"{server.name} ({server.status})" for server in transcript.mcp_servers or () if server.status != "connected"
+    ]
+
+
+async def _log_output(
+    child: Child, session: AgentSession, transcript: Transcript, timeouts: WorkerTimeouts, *, require_mcp: bool
+) -> bool:
+    """Log each line. Return True when the CLI must be stopped: it hangs, the API rejects it, or an MCP server is missing."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeouts.first_line) as silence:
@@ -127,7 +159,10 @@ async def _log_output(child: Child, session: AgentSession, transcript: Transcrip
                 if transcript.result is None and transcript.is_refused:
                     # The CLI would retry with a rejected credential for minutes.
                     return True
-                if transcript.result is not None:
+                if require_mcp and _not_connected(transcript):
+                    return True
+                # With open work, silence is no hang: the deadline of the task is the limit.
+                if transcript.result is not None and not transcript.has_open_work:
                     silence.reschedule(loop.time() + timeouts.after_result)
     except TimeoutError:
         return True

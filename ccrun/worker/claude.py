@@ -139,5 +139,5 @@ def argv(spec: TaskSpec, *, cli: Path, files: Mapping[str, Path]) -> list[str]:
         *(f"--allowedTools={tool}" for tool in spec.allowed_tools),
         *(f"--disallowedTools={tool}" for tool in spec.disallowed_tools),
         *(f"--{option}={path}" for option, path in files.items()),
-        *(("--strict-mcp-config",) if "mcp-config" in files else ()),
+        *(("--strict-mcp-config",) if spec.strict_mcp_config else ()),
     ]

@@ -7,6 +7,7 @@ token that is valid for this proxy only, while it runs. Nothing is logged or sto
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import enum
 import json
 import re
@@ -23,7 +24,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from ccrun.errors import CredentialUnusable
+from ccrun.results import ApiError
 from ccrun.task import Secret
+from ccrun.worker.api_errors import parse_api_error
 
 DEFAULT_UPSTREAM: Final = "https://api.anthropic.com"
 
@@ -31,8 +34,6 @@ DEFAULT_UPSTREAM: Final = "https://api.anthropic.com"
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 #: Bytes of an error, which is in memory while it is redacted. One of the API has some hundred, that of a gateway a few KiB.
 MAX_ERROR_BYTES: Final = 64 * 1024
-#: Characters of a rejection, which becomes the `error` of the task.
-MAX_REJECTION_CHARS: Final = 500
 #: Concurrent requests. Each subagent has one; more wait for a connection.
 MAX_UPSTREAM_CONNECTIONS: Final = 256
 #: Seconds for resolving the name, TCP, TLS and waiting for a connection. Usually less than one.
@@ -142,6 +143,8 @@ class CredentialProxy:
         #: The message of the model API when it last rejected the credential (401) or its rights (403). The latter may concern
         #: one model only, so that the run decides whether the task has failed.
         self.rejected: str | None = None
+        #: The last error of the model API with each status; that of a connection has status 502.
+        self.api_errors: dict[int, ApiError] = {}
         self._credential = credential
         self._kind = kind
         self._upstream = upstream.rstrip("/")
@@ -213,7 +216,9 @@ class CredentialProxy:
             if upload.is_too_large:
                 return upload.refusal()
             fault = "did not answer in time" if isinstance(error, TimeoutError) else "cannot be reached"
-            return _error(502, "api_error", f"The model API {fault} ({type(error).__name__}).")
+            message = f"The model API {fault} ({type(error).__name__})."
+            self.api_errors[502] = ApiError(message=message, retryable=True)
+            return _error(502, "api_error", message)
 
     async def _failure(self, answer: aiohttp.ClientResponse) -> web.Response:
         """Return the response to the agent for a redirect or an error, which may quote the credential."""
@@ -233,8 +238,10 @@ class CredentialProxy:
             headers["Content-Type"] = "application/json"
         for name in ("Content-Encoding", "Content-Length"):
             headers.popall(name, None)
+        api_error = parse_api_error(answer.status, text, headers, now=dt.datetime.now(dt.UTC), mask=self._mask)
+        self.api_errors[answer.status] = api_error
         if answer.status in (401, 403):
-            self.rejected = self._mask(_message_in(text) or sentence)[:MAX_REJECTION_CHARS]
+            self.rejected = api_error.message or sentence
             # Otherwise the CLI retries for minutes.
             headers["X-Should-Retry"] = "false"
         return web.Response(body=self._mask(text).encode(), status=answer.status, headers=headers)
@@ -281,15 +288,6 @@ async def _read_error(answer: aiohttp.ClientResponse) -> str | None:
     except asyncio.IncompleteReadError as end:
         return end.partial.decode("utf-8", "replace")
     return None
-
-
-def _message_in(body: str) -> str | None:
-    """Return the message of an error of the API."""
-    try:
-        message = json.loads(body)["error"]["message"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return message if isinstance(message, str) else None
 
 
 def _error_text(kind: str, message: str) -> str:

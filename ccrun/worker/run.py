@@ -219,7 +219,8 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
             limits=deps.timeouts.actions,
         )
         outcome = await _finish_work(post_run, outcome, stop, deps.timeouts)
-    return attrs.evolve(outcome, error=redactor.value(outcome.error), result=redactor.value(outcome.result))
+    redacted = ("error", "result", "api_error", "background_tasks", "mcp_servers")
+    return attrs.evolve(outcome, **{name: redactor.value(getattr(outcome, name)) for name in redacted})
 
 
 def _credential(deps: WorkerDependencies, spec: TaskSpec) -> tuple[Secret, CredentialKind]:

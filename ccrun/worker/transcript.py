@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ccrun.process.exit import Exit
+from ccrun.results import ApiError, BackgroundTask, McpServer
 from ccrun.task import EXIT_FAILED, Outcome, Reason, Status
 from ccrun.worker.lines import slices, text_line
 
@@ -29,6 +30,14 @@ MAX_FIGURE: Final = 2**40
 #: Levels of nested figures. Those of a result have three; a hostile line could have a thousand.
 MAX_USAGE_DEPTH: Final = 8
 
+#: Background tasks and MCP servers in the record, and characters of their names and descriptions. An agent has a few of each.
+MAX_LISTED: Final = 20
+MAX_NAME_CHARS: Final = 200
+
+#: What the lines contain that are parsed.
+_FACTS: Final = re.compile(
+    rb'"type":"result"|"is_error":true|"api_retry"|"background_tasks_changed"|"subtype":"init"|"ScheduleWakeup"'
+)
 _CONTROL: Final = re.compile(rb"[\x00-\x1f]")
 
 
@@ -50,14 +59,25 @@ class Transcript:
         #: Whether the API has rejected the credential.
         self.is_refused = False
         self.has_lines = False
+        #: The error for which the CLI is retrying a request of the model API.
+        self.retry: ApiError | None = None
+        #: The MCP servers when the agent started; None before that.
+        self.mcp_servers: tuple[McpServer, ...] | None = None
+        #: What runs in the background. When it finishes, the CLI wakes the agent.
+        self.background_tasks: tuple[BackgroundTask, ...] = ()
+        self._wakeup_is_scheduled = False
+
+    @property
+    def has_open_work(self) -> bool:
+        """Whether the CLI waits to wake the agent, so that its result is not the last one."""
+        return bool(self.background_tasks) or self._wakeup_is_scheduled
 
     def feed(self, line: bytes | bytearray) -> None:
         """Add a line of stdout. Of long lines, only results are parsed."""
         self.has_lines = True
-        is_result = b'"type":"result"' in line
-        if not is_result and (
-            len(line) > MAX_PARSED_LINE_BYTES or (b'"is_error":true' not in line and b'"api_retry"' not in line)
-        ):
+        if self.retry is not None and b'"type":"assistant"' in line:
+            self.retry = None
+        if b'"type":"result"' not in line and (len(line) > MAX_PARSED_LINE_BYTES or _FACTS.search(line) is None):
             return
         try:
             event = json.loads(line)
@@ -66,15 +86,50 @@ class Transcript:
         match event:
             case {"type": "result"}:
                 self.result = event
+                self.retry = None
                 self.turns += _count(event.get("num_turns"))
                 self.usage = _sum(self.usage, event.get("usage")) or self.usage
                 self.is_refused = event.get("api_error_status") == 401
             case {"type": "user", "message": {"content": [*blocks]}}:
                 self.errors += sum(isinstance(block, dict) and block.get("is_error") is True for block in blocks)
-            case {"type": "system", "subtype": "api_retry", "error_status": 401}:
-                self.is_refused = True
+            case {"type": "assistant", "message": {"content": [*blocks]}}:
+                if any(isinstance(block, dict) and block.get("name") == "ScheduleWakeup" for block in blocks):
+                    self._wakeup_is_scheduled = True
+            case {"type": "system", "subtype": "api_retry"}:
+                self.retry = _retried_error(event)
+                self.is_refused = self.is_refused or self.retry.status == 401
+            case {"type": "system", "subtype": "background_tasks_changed", "tasks": [*tasks]}:
+                self.background_tasks = tuple(
+                    BackgroundTask(type=kind, description=_text(task.get("description"), MAX_NAME_CHARS) or "")
+                    for task in tasks[:MAX_LISTED]
+                    if isinstance(task, dict) and (kind := _text(task.get("task_type"), MAX_NAME_CHARS))
+                )
+            case {"type": "system", "subtype": "init"}:
+                # The CLI prints this line again when it wakes the agent.
+                self._wakeup_is_scheduled = False
+                if self.mcp_servers is None:
+                    self.mcp_servers = _mcp_servers(event.get("mcp_servers"))
             case _:
                 pass
+
+
+def _retried_error(event: Mapping[str, Any]) -> ApiError:
+    status, kind = event.get("error_status"), event.get("error")
+    return ApiError(
+        status=status if isinstance(status, int) and 100 <= status < 1000 else None,
+        type=_text(kind, MAX_NAME_CHARS),
+        retryable=True,
+    )
+
+
+def _mcp_servers(servers: object) -> tuple[McpServer, ...]:
+    return tuple(
+        McpServer(name=name, status=status)
+        for server in (servers[:MAX_LISTED] if isinstance(servers, list) else ())
+        if isinstance(server, dict)
+        and (name := _text(server.get("name"), MAX_NAME_CHARS)) is not None
+        and (status := _text(server.get("status"), MAX_NAME_CHARS)) is not None
+    )
 
 
 def _count(value: object) -> int:
@@ -157,22 +212,31 @@ def _as_text(line: bytes | bytearray) -> bytes | bytearray:
 
 
 def outcome_of_run(
-    transcript: Transcript, ended: Exit, *, stopped_by_us: bool = False, rejected: str | None = None
+    transcript: Transcript,
+    ended: Exit,
+    *,
+    stopped_by_us: bool = False,
+    rejected: str | None = None,
+    api_errors: Mapping[int, ApiError] | None = None,
 ) -> Outcome:
-    """Return the outcome of a run: completed when the last result is no error and the process was successful.
+    """Return the outcome of a run: completed when the last result is no error, the process was successful and no work was open.
 
     Args:
         ended: The exit status of the process.
         stopped_by_us: Whether ccrun stopped the process, so that its exit status does not matter when there is a result.
         rejected: The message of the model API when it rejected the credential.
+        api_errors: The last error of the model API with each status.
     """
     result = transcript.result or {}
     if stopped_by_us and transcript.result is not None:
         ended = Exit(code=0)
     is_success = result.get("is_error") is False
-    if is_success and ended.ok:
+    api_error = None
+    if is_success and ended.ok and not (transcript.background_tasks or (stopped_by_us and transcript.has_open_work)):
         reason, error = Reason.COMPLETED, None
     else:
+        if not is_success:
+            api_error = _api_error(transcript, api_errors or {})
         reason, error = _failure(transcript, None if is_success else _error_text(result), ended, rejected)
     cost = result.get("total_cost_usd")
     return Outcome(
@@ -186,7 +250,24 @@ def outcome_of_run(
         usage=transcript.usage,
         session_id=_text(result.get("session_id"), MAX_ERROR_CHARS),
         result=_text(result.get("result"), MAX_RESULT_CHARS),
+        background_tasks=transcript.background_tasks,
+        api_error=api_error,
+        mcp_servers=transcript.mcp_servers or (),
     )
+
+
+def _api_error(transcript: Transcript, known: Mapping[int, ApiError]) -> ApiError | None:
+    """Return the error of the model API that a run has failed with or was retrying, as the API reported it if it did."""
+    if transcript.retry is not None:
+        status = transcript.retry.status
+        return known.get(status, transcript.retry) if status is not None else transcript.retry
+    result = transcript.result or {}
+    status = result.get("api_error_status")
+    if not isinstance(status, int):
+        return None
+    kind = _text(result.get("api_error_type"), MAX_NAME_CHARS)
+    unknown = ApiError(status=status, type=kind, message=_error_text(result), retryable=False)
+    return known.get(status, unknown)
 
 
 def _failure(transcript: Transcript, words: str | None, ended: Exit, rejected: str | None) -> tuple[Reason, str]:
@@ -201,9 +282,17 @@ def _failure(transcript: Transcript, words: str | None, ended: Exit, rejected: s
         return Reason.AGENT_ERROR, "The Claude CLI exited without a result."
     if result.get("subtype") == "error_max_turns":
         return Reason.MAX_TURNS, plain
-    if result.get("terminal_reason") == "api_error":
+    if result.get("terminal_reason") in ("api_error", "prompt_too_long") or result.get("api_error_status") is not None:
         return Reason.API_ERROR, plain
+    if result.get("is_error") is False and ended.ok:
+        return Reason.AGENT_ERROR, unfinished_work(transcript)
     return Reason.AGENT_ERROR, plain
+
+
+def unfinished_work(transcript: Transcript) -> str:
+    """Return a sentence about what the agent still waited for."""
+    names = ", ".join(task.description or task.type for task in transcript.background_tasks)
+    return f"Work in the background was stopped before it had finished: {names or 'a scheduled wakeup of the agent'}."
 
 
 def _error_text(result: Mapping[str, Any]) -> str | None:

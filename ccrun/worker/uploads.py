@@ -25,8 +25,9 @@ from ccrun.blobs import MAX_NAME_BYTES, check_name, run_in_thread
 from ccrun.errors import BlobExists, FileUnreadable, StorageError
 from ccrun.globs import BadPattern, Globs, Reach
 from ccrun.names import upload_name
+from ccrun.results import UploadedFile
 from ccrun.store import Store
-from ccrun.task import TaskId, UploadAction, UploadedFile
+from ccrun.task import TaskId, UploadAction
 
 #: Files. The record and the callback have the list of them, about a megabyte.
 MAX_FILES: Final = 5000

@@ -327,7 +327,7 @@ def test_sizes_are_limited_in_bytes() -> None:
 
 def test_mcp_config_is_limited_in_bytes_as_json() -> None:
     """Numbers count with their length in JSON, not with their longer form in JavaScript."""
-    servers = {"a": {"numbers": [1e20] * 30_000}}
+    servers = {"a": {"command": "server", "numbers": [1e20] * 30_000}}
 
     assert len(codec.to_json(servers)) < MAX_MCP_CONFIG_BYTES < len(javascript_json.dumps(servers))
     assert {"mcpServers": servers} == parse({**MINIMAL, "mcpConfig": servers}).mcp_config
@@ -376,6 +376,45 @@ def test_plain_map_of_mcp_servers_is_wrapped() -> None:
         "mcpConfig", {"mcpServers": {"a": "x"}}
     )
     assert {"mcpConfig.a": "mcpConfig.a must be a JSON object, not null"} == field_errors("mcpConfig", {"a": None})
+
+
+@pytest.mark.parametrize("server", [{}, {"type": "http"}, {"command": ""}, {"command": ["node"]}, {"url": 1}], ids=str)
+def test_mcp_server_has_a_command_or_a_url(server: dict[str, Any]) -> None:
+    """A server that can neither be started nor reached is an error; so is a misspelled `mcpServers`, which reads as a server."""
+    message = "must have `command` (a program to start) or `url` (a server to connect to)"
+    assert {"mcpConfig.a": f"mcpConfig.a {message}"} == field_errors("mcpConfig", {"a": server})
+    assert {"mcpConfig.servers": f"mcpConfig.servers {message}"} == field_errors(
+        "mcpConfig", {"servers": {"a": {"command": "node"}}}
+    )
+
+
+def test_mcp_servers_stand_in_one_place() -> None:
+    """Beside `mcpServers` nothing else may stand."""
+    config = {"mcpServers": {"a": {"command": "node"}}, "b": {"command": "node"}}
+    assert {"mcpConfig.b": "mcpConfig.b is not part of an MCP configuration: put all servers into mcpServers"} == (
+        field_errors("mcpConfig", config)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_valid"),
+    [
+        ({"mcpConfig": {"a": {"command": "node"}}}, True),
+        ({"gitRepo": "https://example.com/a.git"}, True),
+        ({"gitRepo": "https://example.com/a.git", "strictMcpConfig": True}, False),
+        ({"mcpConfig": {}}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_required_mcp_needs_a_server(fields: dict[str, Any], *, is_valid: bool) -> None:
+    """`requireMcp` without any possible server is an error."""
+    body = {**MINIMAL, **fields, "requireMcp": True}
+    if is_valid:
+        assert parse(body).require_mcp
+    else:
+        message = "requireMcp needs MCP servers: give mcpConfig, or gitRepo without strictMcpConfig"
+        assert {"requireMcp": message} == errors_of(body)
 
 
 def test_sealed_task_has_every_field_of_the_request() -> None:

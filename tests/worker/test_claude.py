@@ -174,6 +174,7 @@ def test_values_are_joined_to_their_options() -> None:
         max_turns=3,
         allowed_tools=("Bash(git log:*, -n)", "--dangerously-skip-permissions"),
         disallowed_tools=("WebFetch",),
+        strict_mcp_config=True,
     )
     assert argv(spec, cli=Path("claude"), files={"mcp-config": Path("/f/mcp-config")})[5:] == [
         "--max-turns=3",
@@ -704,10 +705,7 @@ for line in sys.stdin:
 
 
 async def test_cli_expands_variables_in_the_mcp_configuration(run_cli: Callable[..., Any], task_dir: Path) -> None:
-    """`${VAR}` is replaced by a secret of the task, in arguments and variables; servers of the repository do not start."""
-    (task_dir / "work" / ".mcp.json").write_text('{"mcpServers":{"repository":{"command":"touch","args":["ran"]}}}')
-    (task_dir / "work" / ".claude").mkdir()
-    (task_dir / "work" / ".claude" / "settings.json").write_text('{"enableAllProjectMcpServers":true}')
+    """`${VAR}` is replaced by a secret of the task, in arguments and variables."""
     server = {
         "command": sys.executable,
         "args": ["-c", MCP_SERVER, "${TOKEN}", "${MISSING:-none}"],
@@ -717,7 +715,19 @@ async def test_cli_expands_variables_in_the_mcp_configuration(run_cli: Callable[
     run = await run_cli(spec, sequence(Say("Done.")))
     assert [(server["name"], server["status"]) for server in run.init["mcp_servers"]] == [("task", "connected")]
     assert json.loads((task_dir / "work" / "received").read_text()) == [["s3cret", "none"], "<s3cret>"]
-    assert not (task_dir / "work" / "ran").exists()
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_servers_of_the_repository_start_unless_the_configuration_is_strict(
+    run_cli: Callable[..., Any], task_dir: Path, is_strict: bool
+) -> None:
+    """The repository's `.mcp.json` counts beside the servers of the task, but not with `strictMcpConfig`."""
+    server = {"command": sys.executable, "args": ["-c", MCP_SERVER]}
+    (task_dir / "work" / ".mcp.json").write_text(json.dumps({"mcpServers": {"repository": server}}))
+    spec = task(mcp_config={"mcpServers": {"task": server}}, strict_mcp_config=is_strict)
+    run = await run_cli(spec, sequence(Say("Done.")))
+    expected = {"task"} if is_strict else {"task", "repository"}
+    assert expected == {server["name"] for server in run.init["mcp_servers"]}
 
 
 @pytest.mark.parametrize(

@@ -17,20 +17,9 @@ from standins.repos import Repository
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.errors import StorageError
 from ccrun.process.user import User
+from ccrun.results import ActionError, GitCommit, Recovery
 from ccrun.store import Store
-from ccrun.task import (
-    ActionError,
-    GitAction,
-    GitCommit,
-    GitToken,
-    PostRunActions,
-    Reason,
-    Recovery,
-    Secret,
-    Status,
-    TaskRecord,
-    UploadAction,
-)
+from ccrun.task import GitAction, GitToken, PostRunActions, Reason, Secret, Status, TaskRecord, UploadAction
 from ccrun.worker.dependencies import PostRunLimits, WorkerTimeouts
 
 __all__ = ["agent", "agent_user", "git_setup", "worker_setup"]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccrun.task import GitCommit, Recovery, Secret
+from ccrun.results import GitCommit, Recovery
+from ccrun.task import Secret
 from ccrun.worker.redaction import MASK, Redactor
 
 KEY_FILE = "-----BEGIN MADE-UP KEY-----\nfirst/line+of/it==\nsecond/line\n-----END MADE-UP KEY-----\n"

@@ -19,8 +19,9 @@ from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.blobs import MAX_NAME_BYTES
 from ccrun.errors import StorageError
 from ccrun.removal import remove_tree
+from ccrun.results import UploadedFile
 from ccrun.store import Store
-from ccrun.task import TaskId, UploadAction, UploadedFile
+from ccrun.task import TaskId, UploadAction
 from ccrun.worker import uploads
 from ccrun.worker.uploads import MAX_FILES, MAX_UPLOAD_ERRORS, PARALLEL_UPLOADS, Uploads, upload_files
 

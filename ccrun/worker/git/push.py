@@ -15,7 +15,7 @@ from typing import Final
 
 import attrs
 
-from ccrun.task import Recovery
+from ccrun.results import Recovery
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import COMMIT, Clone, PackSnapshot
 from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal

@@ -12,7 +12,7 @@ from standins.githttp import GitHttp
 from standins.gitssh import GitSsh, Mode, needs_ssh
 from standins.repos import Executable, Link, Repository
 
-from ccrun.task import Recovery
+from ccrun.results import Recovery
 from ccrun.worker.git import changes, push
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import Clone, PackSnapshot
