@@ -47,6 +47,11 @@ class GitUrl:
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
+    @property
+    def ssh_address(self) -> str:
+        """Host and port of an SSH URL."""
+        return urlsplit(self.url).netloc.rpartition("@")[2] if "://" in self.url else self.host
+
     def over_ssh(self) -> GitUrl:
         """Return the SSH form of an https URL, without its port; any other URL as it is."""
         if self.scheme != "https":

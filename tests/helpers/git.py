@@ -72,7 +72,14 @@ class GitSetup:
         """Clone as the worker does."""
         self.into.mkdir(parents=True, exist_ok=True)
         return await clone(
-            self.git, access, self.into, revision=revision, depth=depth, submodules=submodules, seconds=SECONDS
+            self.git,
+            access,
+            self.into,
+            revision=revision,
+            depth=depth,
+            submodules=submodules,
+            seconds=SECONDS,
+            pauses=(0.01, 0.02),
         )
 
 

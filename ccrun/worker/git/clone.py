@@ -13,11 +13,14 @@ from typing import IO, Final, Self
 import attrs
 
 from ccrun.process.capture import ProcessResult
-from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
+from ccrun.worker.git.host_errors import RemoteError, network_error, refusal
+from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError
 
 #: A complete commit ID of SHA-1 or SHA-256.
 COMMIT: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+#: Seconds between the attempts of an exchange with a server whose error may be gone soon: three attempts within the timeout.
+RETRY_PAUSES: Final = (1.0, 4.0)
 #: Bytes that are copied in one step.
 _COPY_BYTES: Final = 1024 * 1024
 
@@ -36,7 +39,15 @@ class Clone:
 
 
 async def clone(
-    git: Git, access: Access, into: Path, *, revision: str | None, depth: int, submodules: bool, seconds: float
+    git: Git,
+    access: Access,
+    into: Path,
+    *,
+    revision: str | None,
+    depth: int,
+    submodules: bool,
+    seconds: float,
+    pauses: Sequence[float] = RETRY_PAUSES,
 ) -> Clone:
     """Clone into an empty directory.
 
@@ -46,16 +57,25 @@ async def clone(
         depth: The number of commits from the tip.
         submodules: Whether to clone submodules, with the same depth.
         seconds: The timeout.
+        pauses: Seconds between the attempts.
 
     Raises:
         GitError: The repository cannot be cloned.
     """
     try:
         async with asyncio.timeout(seconds), access.opened(git) as opened:
-            if revision is not None and COMMIT.fullmatch(revision):
-                await _fetch_commit(opened, access, into, revision, depth, submodules=submodules)
-            else:
-                await _clone(opened, access, into, revision, depth, submodules=submodules)
+            for pause in (*pauses, None):
+                try:
+                    if revision is not None and COMMIT.fullmatch(revision):
+                        await _fetch_commit(opened, access, into, revision, depth, submodules=submodules)
+                    else:
+                        await _clone(opened, access, into, revision, depth, submodules=submodules)
+                    break
+                except RemoteError as error:
+                    if not error.is_transient or pause is None:
+                        raise
+                    await asyncio.to_thread(_empty, into)
+                    await asyncio.sleep(pause)
     except TimeoutError:
         raise network_error(access.remote, "cloned", seconds) from None
     here = git.at(into)

@@ -18,12 +18,11 @@ import attrs
 
 from ccrun.results import Recovery
 from ccrun.worker.git.changes import Identity
-from ccrun.worker.git.clone import COMMIT, Clone, PackSnapshot
-from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
+from ccrun.worker.git.clone import COMMIT, RETRY_PAUSES, Clone, PackSnapshot
+from ccrun.worker.git.host_errors import RemoteError, network_error, refusal, server_words
+from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError, first_error, last_error, shortened
 
-#: Attempts when others push to the branch at the same time.
-PUSH_ATTEMPTS: Final = 3
 #: Commits of a moved branch that are fetched, to find out whether the agent's work is based on its tip.
 ANCESTRY_COMMITS: Final = 100
 #: Commits that are rebased at most, one by one.
@@ -131,9 +130,15 @@ async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pus
     try:
         async with asyncio.timeout(seconds), access.opened(git) as opened:
             exchange = _Exchange(local=git, server=opened, access=access, wanted=wanted)
-            for _ in range(PUSH_ATTEMPTS):
-                if (pushed := await exchange.once()) is not None:
-                    return pushed
+            for pause in (*RETRY_PAUSES, None):
+                try:
+                    if (pushed := await exchange.once()) is not None:
+                        return pushed
+                except RemoteError as error:
+                    # If only the response to a push was lost, the next attempt finds its commit at the server.
+                    if not error.is_transient or pause is None:
+                        raise
+                    await asyncio.sleep(pause)
     except TimeoutError:
         raise network_error(access.remote, "pushed", seconds) from None
     raise RemoteError(f"{wanted.branch} was changed by others at each attempt, so nothing could be pushed.")
@@ -222,12 +227,7 @@ _QUIETLY: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-m
 
 def _reason(output: str, stderr: bytes) -> str:
     """Return why the server has rejected a push, with its own message if there is one."""
-    own = [
-        re.sub(r"^remote:\s*(?:error:\s*|fatal:\s*)?", "", line).strip()
-        for line in stderr.decode(errors="replace").splitlines()
-        if line.startswith("remote:")
-    ]
-    words = " ".join(line for line in own if line)
+    words = server_words(stderr)
     short = re.search(r"\[(?:remote )?rejected\] \((.*)\)", output)
     reason = f"{words} ({short[1]})" if words and short else words or (short[1] if short else last_error(stderr))
     return shortened(reason)

@@ -198,7 +198,7 @@ async def test_credential_is_not_sent_to_a_redirect_target(git_setup: GitSetup) 
     await git_setup.repos.create("demo", {"a.txt": "one"})
     async with GitHttp(git_setup.repos) as other_host, GitHttp(git_setup.repos) as server:
         server.redirect = Redirect(base=other_host.base, status=302)
-        with pytest.raises(GitError, match="refused the login"):
+        with pytest.raises(GitError, match="rejected the login"):
             await git_setup.clone(http_access(server.url("demo")))
         assert {None} == {request.credential for request in other_host.requests}
 
@@ -232,7 +232,7 @@ async def test_missing_repository_is_reported(git_setup: GitSetup, ssh: GitSsh, 
 async def test_rejected_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None:
     """The error names the field to check."""
     await git_setup.repos.create("demo", {"a.txt": "one"})
-    with pytest.raises(GitError, match=r"^127\.0\.0\.1 refused the SSH login: check sshKey\.$"):
+    with pytest.raises(GitError, match=r"^127\.0\.0\.1 rejected the SSH login: check sshKey\.$"):
         await git_setup.clone(ssh_access(ssh.url("demo"), key_pair(number=1)))
 
 
@@ -241,7 +241,7 @@ async def test_missing_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None
     await git_setup.repos.create("demo", {"a.txt": "one"})
     access = ssh_access(ssh.url("demo"))
     access.ssh_key = None
-    with pytest.raises(GitError, match=r"^127\.0\.0\.1 refused the SSH login: the request brings no sshKey\.$"):
+    with pytest.raises(GitError, match=r"^127\.0\.0\.1 rejected the SSH login: the request has no sshKey\.$"):
         await git_setup.clone(access)
 
 
@@ -249,8 +249,10 @@ async def test_missing_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None
 async def test_rejected_token_is_reported(git_setup: GitSetup, http: GitHttp, token: str | None) -> None:
     """A token is wrong or missing. git does not prompt for another."""
     await git_setup.repos.create("demo", {"a.txt": "one"})
-    hint = "check gitToken" if token else "the request brings no gitToken"
-    with pytest.raises(GitError, match=rf"^127\.0\.0\.1 refused the login: {hint}\.$"):
+    hint = "check gitToken" if token else "the request has no gitToken"
+    with pytest.raises(
+        GitError, match=rf"^127\.0\.0\.1 rejected the login: {hint}\. The server says: Authentication required\.$"
+    ):
         await git_setup.clone(http_access(http.url("demo"), token))
 
 
@@ -344,3 +346,40 @@ async def test_snapshot_restores_the_objects_of_the_clone(git_setup: GitSetup, s
     git = git_setup.git.at(restored)
     await git("fsck", "--connectivity-only", str(cloned.base))
     assert b"one" == await git("cat-file", "-p", f"{cloned.base}:a.txt")
+
+
+async def test_clone_is_retried_after_a_transient_error(git_setup: GitSetup, http: GitHttp) -> None:
+    """A host that responds with 503 once does not fail the task."""
+    await git_setup.repos.create("demo", {"a.txt": "a"})
+    http.status, http.status_times = 503, 1
+    await git_setup.clone(http_access(http.url("demo")))
+    assert "a" == (git_setup.into / "a.txt").read_text()
+
+
+async def test_lasting_error_is_reported_after_three_attempts(git_setup: GitSetup, http: GitHttp) -> None:
+    """The error of the last attempt has the words of the server."""
+    http.status, http.message, http.headers = 503, "Down for maintenance.", {"Content-Type": "text/plain"}
+    with pytest.raises(GitError, match=r"returned error: 503\. The server says: Down for maintenance\.$"):
+        await git_setup.clone(http_access(http.url("demo")))
+    assert 3 == len(http.requests)
+
+
+@pytest.mark.parametrize("form", ["git@127.0.0.1:lib.git", "ssh://git@127.0.0.1/lib.git"])
+async def test_token_opens_submodules_with_an_ssh_url(git_setup: GitSetup, http: GitHttp, form: str) -> None:
+    """A submodule on the same host is cloned with the token, whichever form its URL has."""
+    library = await git_setup.repos.create("lib", {"lib.txt": "lib"})
+    sha = await library.sha()
+    assert sha is not None
+    await git_setup.repos.create("demo", {"lib": Submodule(url=form, sha=sha)})
+    await git_setup.clone(http_access(http.url("demo")), submodules=True)
+    assert "lib" == (git_setup.into / "lib" / "lib.txt").read_text()
+
+
+async def test_key_opens_submodules_with_an_https_url(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """A submodule on the same host is cloned with the key."""
+    library = await git_setup.repos.create("lib", {"lib.txt": "lib"})
+    sha = await library.sha()
+    assert sha is not None
+    await git_setup.repos.create("demo", {"lib": Submodule(url="https://127.0.0.1/lib.git", sha=sha)})
+    await git_setup.clone(ssh_access(ssh.url("demo")), submodules=True)
+    assert "lib" == (git_setup.into / "lib" / "lib.txt").read_text()

@@ -14,6 +14,7 @@ from standins.repos import Link
 
 from ccrun.results import Recovery
 from ccrun.worker.git import push
+from ccrun.worker.git.clone import RETRY_PAUSES
 from ccrun.worker.git.push import BranchMoved, Push
 from ccrun.worker.git.run import GitError
 
@@ -255,7 +256,7 @@ async def test_concurrent_push_loses_nothing(clones: CloneFactory) -> None:
 
 
 async def test_push_fails_after_repeated_concurrent_pushes(clones: CloneFactory) -> None:
-    """The worker attempts it `PUSH_ATTEMPTS` times."""
+    """The worker makes three attempts."""
     setup = await clones.create({"a.txt": "old"})
     setup.write(a__txt="local")
     remote_shas: list[str] = []
@@ -267,5 +268,5 @@ async def test_push_fails_after_repeated_concurrent_pushes(clones: CloneFactory)
     clones.servers[-1].before = push_concurrently
     with pytest.raises(GitError, match=r"^main was changed by others at each attempt"):
         await setup.push()
-    assert push.PUSH_ATTEMPTS == len(remote_shas)
+    assert len(RETRY_PAUSES) + 1 == len(remote_shas)
     assert remote_shas[-1] == await setup.repository.sha("main")
