@@ -222,6 +222,8 @@ class TaskSpec:
     max_turns: int = DEFAULT_TURNS
     git_repo: GitUrl | None = None
     git_branch: str | None = None
+    #: A branch that is fetched beside the other, with their common history.
+    git_base: str | None = None
     git_depth: int = DEFAULT_GIT_DEPTH
     git_submodules: bool = False
     ssh_key: Secret | None = None

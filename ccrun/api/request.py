@@ -90,6 +90,8 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     given = run_check(check_body, value, location)
     if not errors and _has_push(given) and "gitRepo" not in given:
         location.field("gitRepo").add_error("gitRepo is required for postExecutionActions.git.push")
+    if not errors and "gitBase" in given and "gitRepo" not in given:
+        location.field("gitBase").add_error("gitBase needs gitRepo: it is a branch of that repository")
     if not errors and given.get("requireMcp") and not _may_have_mcp_servers(given):
         location.field("requireMcp").add_error(
             "requireMcp needs MCP servers: give mcpConfig, or gitRepo without strictMcpConfig"
@@ -130,7 +132,8 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "maxTurns": checks.integer(1, task.MAX_TURNS),
         "timeoutMinutes": checks.positive_number(defaults.max_timeout_minutes),
         "gitRepo": functools.partial(checks.git_repo, local=defaults.backend_is_local),
-        "gitBranch": checks.branch,
+        "gitBranch": checks.revision,
+        "gitBase": checks.branch,
         "gitDepth": checks.integer(1, MAX_GIT_DEPTH),
         "gitSubmodules": checks.boolean,
         "sshKey": checks.text(MAX_SSH_KEY_BYTES),
@@ -256,7 +259,7 @@ _GIT_ACTION: Final = checks.object_of(
         "commit": checks.boolean,
         "commitMessage": checks.text(MAX_COMMIT_MESSAGE_BYTES),
         "push": checks.boolean,
-        "branch": checks.branch,
+        "branch": checks.push_target,
         "files": checks.glob_patterns,
         "conflictStrategy": checks.one_of(("auto", "fail")),
     }

@@ -67,7 +67,13 @@ class GitSetup:
         return self.folder / "repository"
 
     async def clone(
-        self, access: Access, *, revision: str | None = None, depth: int = 1, submodules: bool = False
+        self,
+        access: Access,
+        *,
+        revision: str | None = None,
+        depth: int = 1,
+        submodules: bool = False,
+        review_base: str | None = None,
     ) -> Clone:
         """Clone as the worker does."""
         self.into.mkdir(parents=True, exist_ok=True)
@@ -78,6 +84,7 @@ class GitSetup:
             revision=revision,
             depth=depth,
             submodules=submodules,
+            review_base=review_base,
             seconds=SECONDS,
             pauses=(0.01, 0.02),
         )

@@ -111,6 +111,7 @@ async def check_out(
             access,
             workspace.repository,
             revision=spec.git_branch,
+            review_base=spec.git_base,
             depth=spec.git_depth,
             submodules=spec.git_submodules,
             seconds=deps.timeouts.clone,

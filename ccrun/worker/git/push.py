@@ -19,6 +19,7 @@ import attrs
 from ccrun.results import Recovery
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import COMMIT, RETRY_PAUSES, Clone, PackSnapshot
+from ccrun.worker.git.gerrit import REVIEW_PREFIX, with_change_ids
 from ccrun.worker.git.host_errors import RemoteError, network_error, refusal, server_words
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError, first_error, last_error, shortened
@@ -61,7 +62,7 @@ class Push:
     """What to push, and to which branch.
 
     Args:
-        branch: The name without `refs/heads/`.
+        branch: The name without `refs/heads/`, or `refs/for/BRANCH` for reviews on a Gerrit server.
         base: The commit that was cloned, None when there was none.
         identity: The committer of rebased commits.
         rebases: Whether to rebase onto a moved branch; otherwise it is an error.
@@ -75,7 +76,12 @@ class Push:
     @property
     def ref(self) -> str:
         """The complete name of the branch."""
-        return f"refs/heads/{self.branch}"
+        return self.branch if self.is_review else f"refs/heads/{self.branch}"
+
+    @property
+    def is_review(self) -> bool:
+        """Whether the commits become reviews. No branch moves then."""
+        return self.branch.startswith(REVIEW_PREFIX)
 
 
 async def import_commit(
@@ -156,15 +162,19 @@ class _Exchange:
     async def once(self) -> Pushed | None:
         """Make one attempt. Return None when another push was faster."""
         result = (await self.local("rev-parse", RESULT)).decode().strip()
+        if self.wanted.is_review:
+            result = await with_change_ids(self.local, result, self.wanted.base)
+            await self._send(result, ())
+            return Pushed(sha=result)
         seen = await self._tip()
         if seen == result:
             return Pushed(sha=result)
         if seen is None or await self._is_ancestor(seen, result):
-            return Pushed(sha=result) if await self._send(result, seen) else None
+            return Pushed(sha=result) if await self._send(result, self._lease(seen)) else None
         if not self.wanted.rebases:
             raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]} meanwhile, so nothing was pushed.")
         rebased = await _rebased(self.local, self.wanted, seen, result)
-        return rebased if await self._send(rebased.sha, seen) else None
+        return rebased if await self._send(rebased.sha, self._lease(seen)) else None
 
     async def _tip(self) -> str | None:
         """Return the commit of the branch at the server, None when it has no such branch."""
@@ -199,18 +209,20 @@ class _Exchange:
         options = (*_QUIETLY, f"--depth={ANCESTRY_COMMITS}")
         await self.server.run("fetch", *options, "--", self.access.remote.url, *commits, seconds=None)
 
-    async def _send(self, commit: str, seen: str | None) -> bool:
-        """Push a commit with a lease on the commit that was seen. Return False when another push was faster."""
+    def _lease(self, seen: str | None) -> tuple[str]:
+        return (f"--force-with-lease={self.wanted.ref}:{seen or ''}",)
+
+    async def _send(self, commit: str, lease: tuple[str, ...]) -> bool:
+        """Push a commit, with a lease on the commit that was seen. Return False when another push was faster."""
         ref = self.wanted.ref
         options = ("--porcelain", "--no-verify", "--no-follow-tags", "--recurse-submodules=no")
-        lease = f"--force-with-lease={ref}:{seen or ''}"
         ran = await self.server.run(
-            "push", *options, lease, "--", self.access.remote.url, f"{commit}:{ref}", seconds=None
+            "push", *options, *lease, "--", self.access.remote.url, f"{commit}:{ref}", seconds=None
         )
         if ran.exit.ok:
             return True
         output = ran.stdout.decode(errors="replace")
-        if _LEASE_LOST.search(output):
+        if lease and _LEASE_LOST.search(output):
             return False
         if "rejected]" in output:
             raise RemoteError(f"The server rejected the push to {self.wanted.branch}: {_reason(output, ran.stderr)}")

@@ -7,6 +7,7 @@ argument, a configuration or a file. No process of the task may run meanwhile.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import shlex
 import tempfile
@@ -106,11 +107,15 @@ class Access:
 
 def _private_key(secret: Secret) -> bytes:
     """Return the key in the OpenSSH format, from any format and line ends. Raise `GitError` when it is not a key."""
-    text = secret.reveal().replace("\r\n", "\n").replace("\r", "\n").strip() + "\n"
-    if "\n" not in text.strip():
+    text = secret.reveal().strip()
+    if "-----BEGIN" not in text:
+        # CI systems keep secrets of one line, so that some people encode their keys.
+        with contextlib.suppress(ValueError):
+            text = base64.b64decode("".join(text.split()), validate=True).decode("ascii").strip()
+    if "\n" not in text and "\r" not in text:
         # Some tools write a line break as two characters.
-        text = text.replace("\\n", "\n")
-    content = text.encode()
+        text = text.replace("\\r", "\r").replace("\\n", "\n")
+    content = (text.replace("\r\n", "\n").replace("\r", "\n") + "\n").encode()
     try:
         load = serialization.load_ssh_private_key if b"BEGIN OPENSSH" in content else serialization.load_pem_private_key
         key = load(content, password=None)

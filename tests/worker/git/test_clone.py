@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import contextlib
 import tempfile
 from pathlib import Path
 
+import attrs
 import pytest
 from helpers.git import GitSetup, git_setup, http, http_access, ssh, ssh_access
 from standins.githttp import TOKEN, GitHttp, Redirect
@@ -96,6 +98,60 @@ async def test_revision_is_a_branch_a_tag_or_a_commit(git_setup: GitSetup, ssh: 
     assert expected == await git_output(git_setup, "rev-parse", "--abbrev-ref", "HEAD")
 
 
+@pytest.mark.parametrize("ref", ["refs/tags/v1", "refs/pull/7/head", "refs/merge-requests/7/head"])
+async def test_revision_is_a_ref(git_setup: GitSetup, ssh: GitSsh, ref: str) -> None:
+    """A pull request is checked out by its ref, which is no branch."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    sha = await repository.commit({"a.txt": "changed"}, branch="topic")
+    await repository.git("update-ref", ref, sha)
+    cloned = await git_setup.clone(ssh_access(ssh.url("demo")), revision=ref)
+    assert (sha, "changed") == (cloned.base, (git_setup.into / "a.txt").read_text())
+    with pytest.raises(GitError, match=r"^The repository has no ref refs/pull/8/head, or does not serve it\.$"):
+        await attrs.evolve(git_setup, folder=git_setup.folder / "other").clone(
+            ssh_access(ssh.url("demo")), revision="refs/pull/8/head"
+        )
+
+
+@pytest.mark.parametrize("commits", [0, 3, 120])
+@pytest.mark.parametrize("by_ref", [False, True])
+async def test_base_is_fetched_with_the_common_history(
+    git_setup: GitSetup, ssh: GitSsh, commits: int, by_ref: bool
+) -> None:
+    """The agent can compare a branch with its base, although the clone is shallow and both have moved on."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    ancestor = await repository.sha()
+    await repository.make_branch("topic")
+    history = "".join(
+        f"commit refs/heads/{branch}\ncommitter a <a@b> {1_700_000_000 + number} +0000\ndata 1\nx\n"
+        + (f"from refs/heads/{branch}^0\n" if number == 0 else "")
+        + f"M 100644 inline {branch}.txt\ndata {len(str(number))}\n{number}\n"
+        for branch in ("main", "topic")
+        for number in range(commits)
+    )
+    await repository.git("fast-import", "--quiet", stdin=history.encode())
+    await repository.git("update-ref", "refs/pull/7/head", "topic")
+    revision = "refs/pull/7/head" if by_ref else "topic"
+    await git_setup.clone(ssh_access(ssh.url("demo")), revision=revision, review_base="main")
+    assert ancestor == await git_output(git_setup, "merge-base", "HEAD", "origin/main")
+    changed = await git_output(git_setup, "diff", "--name-only", "origin/main...HEAD")
+    assert ("topic.txt" if commits else "") == changed
+
+
+async def test_base_without_common_history_is_fetched(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """Unrelated branches have no common ancestor; the task starts nevertheless."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    await repository.commit({"b.txt": "other"}, branch="unrelated")
+    await git_setup.clone(ssh_access(ssh.url("demo")), review_base="unrelated")
+    assert "b.txt" == await git_output(git_setup, "ls-tree", "--name-only", "origin/unrelated")
+
+
+async def test_error_names_a_missing_base(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """The error has the name of the field and of the branch."""
+    await git_setup.repos.create("demo", {"a.txt": "one"})
+    with pytest.raises(GitError, match=r"^The repository has no branch of the name in gitBase: missing\.$"):
+        await git_setup.clone(ssh_access(ssh.url("demo")), review_base="missing")
+
+
 async def test_depth_limits_the_history(git_setup: GitSetup, ssh: GitSsh) -> None:
     """A depth of two fetches two of four commits. A large depth fetches all, and the clone is not shallow."""
     repository = await git_setup.repos.create("demo", {"a.txt": "1"})
@@ -140,9 +196,9 @@ async def test_links_and_non_ascii_names_are_checked_out(git_setup: GitSetup, ss
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
 @pytest.mark.parametrize("form", ["openssh", "pkcs8"])
-@pytest.mark.parametrize("newlines", ["original", "no final", "crlf", "escaped"])
+@pytest.mark.parametrize("newlines", ["original", "no final", "crlf", "escaped", "escaped crlf", "base64"])
 async def test_key_formats(git_setup: GitSetup, kind: str, form: str, newlines: str) -> None:
-    """A key may be PEM or OpenSSH, without a final newline, with CRLF, or with escaped newlines."""
+    """A key may be PEM or OpenSSH, without a final newline, with CRLF, with escaped newlines, or encoded in base64."""
     pair = key_pair(kind)
     text = str(getattr(pair, form))
     text = {
@@ -150,6 +206,8 @@ async def test_key_formats(git_setup: GitSetup, kind: str, form: str, newlines: 
         "no final": text.rstrip("\n"),
         "crlf": text.replace("\n", "\r\n"),
         "escaped": text.strip().replace("\n", "\\n"),
+        "escaped crlf": text.strip().replace("\n", "\\r\\n"),
+        "base64": base64.encodebytes(text.encode()).decode(),
     }[newlines]
     await git_setup.repos.create("demo", {"a.txt": "one"})
     async with GitSsh(git_setup.repos, authorized=(pair.public,)) as server:
@@ -208,9 +266,20 @@ async def test_credential_is_not_sent_to_a_redirect_target(git_setup: GitSetup) 
 
 async def test_error_names_a_missing_branch(git_setup: GitSetup, ssh: GitSsh) -> None:
     """The repository is not considered empty."""
-    await git_setup.repos.create("demo", {"a.txt": "one"})
-    with pytest.raises(GitError, match=r"^The repository has no branch or tag of the name in gitBranch: missing\.$"):
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    await repository.make_branch("dev")
+    message = r"^The repository has no branch or tag of the name in gitBranch: missing\. Its branches: dev, main\.$"
+    with pytest.raises(GitError, match=message):
         await git_setup.clone(ssh_access(ssh.url("demo")), revision="missing")
+
+
+async def test_head_of_a_missing_branch_is_an_error(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """The agent would find an empty directory. The error names the branches that there are."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    await repository.git("symbolic-ref", "HEAD", "refs/heads/gone")
+    message = r"^The HEAD of the repository names a branch that does not exist: give gitBranch\. Its branches: main\.$"
+    with pytest.raises(GitError, match=message):
+        await git_setup.clone(ssh_access(ssh.url("demo")))
 
 
 async def test_error_names_a_missing_commit(git_setup: GitSetup, ssh: GitSsh) -> None:
@@ -251,7 +320,7 @@ async def test_rejected_token_is_reported(git_setup: GitSetup, http: GitHttp, to
     await git_setup.repos.create("demo", {"a.txt": "one"})
     hint = "check gitToken" if token else "the request has no gitToken"
     with pytest.raises(
-        GitError, match=rf"^127\.0\.0\.1 rejected the login: {hint}\. The server says: Authentication required\.$"
+        GitError, match=rf"^127\.0\.0\.1 rejected the login: {hint}\.( The server says: Authentication required\.)?$"
     ):
         await git_setup.clone(http_access(http.url("demo"), token))
 
