@@ -154,10 +154,18 @@ class Sweeper:
             await self.store.delete_payload(record.task_id)
             claimed = await self.callbacks.claim(record.task_id)
             if claimed is not None:
-                carried = await self.callbacks.deliver(claimed)
+                carried = await self._deliver(claimed)
                 delivered = carried.webhook is not None and carried.webhook.state is CallbackState.DELIVERED
                 report += SweepReport(delivered=1) if delivered else SweepReport(undelivered=1)
         return report
+
+    async def _deliver(self, claimed: TaskRecord) -> TaskRecord:
+        """Deliver a claimed callback. If cancelled, release the claim, so that the next sweep need not wait until it expires."""
+        try:
+            return await self.callbacks.deliver(claimed)
+        except asyncio.CancelledError:
+            await self.callbacks.release(claimed.task_id)
+            raise
 
     async def _remove_incomplete(self, mark: ActiveTask) -> SweepReport:
         """Delete what a submission has left whose process was killed before it wrote the record. No client knows that task."""

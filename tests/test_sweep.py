@@ -326,6 +326,23 @@ async def test_concurrent_sweeps_deliver_each_callback_once(
     assert await other_objects(sweepers[0]) == set()
 
 
+async def test_cancelled_sweep_releases_its_callbacks(
+    make_sweeper: Callable[[], Sweeper], jobs: FakeJobs, receiver: Receiver
+) -> None:
+    """A callback whose delivery a shutdown interrupts is delivered by the next sweep, which does not wait for the lease."""
+    receiver.hanging.add(TASK)
+    await add_finished(make_sweeper(), url=receiver.url)
+    sweeping = asyncio.create_task(make_sweeper().sweep())
+    async with asyncio.timeout(5):
+        while not receiver.task_ids:
+            await asyncio.sleep(0.01)
+    sweeping.cancel()
+    await asyncio.wait([sweeping])
+    assert sweeping.cancelled()
+    receiver.hanging.clear()
+    assert SweepReport(delivered=1) == await make_sweeper().sweep()
+
+
 async def test_callback_under_a_lease_is_not_delivered(sweeper: Sweeper, receiver: Receiver) -> None:
     """A sweep delivers a callback that a worker has claimed only after the lease has expired."""
     await add_finished(sweeper, url=receiver.url, lease_until=dt.datetime.now(dt.UTC) + sweeper.callbacks.lease)
