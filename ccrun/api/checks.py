@@ -18,7 +18,8 @@ import attrs
 from ccrun import codec, globs, javascript_json
 from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
-from ccrun.task import MAX_METADATA_BYTES, MAX_TASK_ID_CHARS, TASK_ID_PATTERN
+from ccrun.spec import MAX_METADATA_BYTES
+from ccrun.task import MAX_TASK_ID_CHARS, TASK_ID_PATTERN
 from ccrun.urls import ForbiddenInGitUrl, GitUrl, InvalidGitUrl, is_http_url, parse_git_url
 
 # --- limits ----------------------------------------------------------------------------------------------------------

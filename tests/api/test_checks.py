@@ -6,9 +6,10 @@ import subprocess
 import pytest
 from helpers.request import MINIMAL, errors_of, field_errors, parse
 
-from ccrun import codec, javascript_json, task
+from ccrun import codec, javascript_json
 from ccrun.api import checks
-from ccrun.task import Secret, UploadAction
+from ccrun.spec import MAX_METADATA_BYTES, UploadAction
+from ccrun.task import Secret
 from ccrun.urls import parse_git_url
 
 # --- objects ---------------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ def test_metadata_is_limited_in_bytes_of_the_callback() -> None:
     """Numbers count with their length in the callback, where JavaScript's form may be longer."""
     numbers = {"a": [1e20] * 3200}
 
-    assert len(json.dumps(numbers)) < task.MAX_METADATA_BYTES < len(javascript_json.dumps(numbers))
+    assert len(json.dumps(numbers)) < MAX_METADATA_BYTES < len(javascript_json.dumps(numbers))
     assert {"metadata": "metadata must have at most 65536 bytes as JSON"} == field_errors("metadata", numbers)
 
 

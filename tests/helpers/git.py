@@ -14,7 +14,8 @@ from standins.gitssh import GitSsh, KeyPair, key_pair
 from standins.repos import Repos
 
 from ccrun.process.user import User, find_user
-from ccrun.task import GitToken, Secret
+from ccrun.spec import GitToken
+from ccrun.task import Secret
 from ccrun.urls import parse_git_url
 from ccrun.worker.git import run
 from ccrun.worker.git.clone import Clone, clone

@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 
 from ccrun.process.user import User
-from ccrun.task import TaskSpec
+from ccrun.spec import TaskSpec
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes
 from ccrun.worker.git.changes import Changes

@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives import serialization
 
 from ccrun.process.child import spawn
 from ccrun.removal import remove_tree
-from ccrun.task import GitToken, Secret
+from ccrun.spec import GitToken
+from ccrun.task import Secret
 from ccrun.urls import GitUrl
 from ccrun.worker.git import known_hosts
 from ccrun.worker.git.run import Git, GitError
