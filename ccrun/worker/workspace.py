@@ -23,6 +23,7 @@ from ccrun.removal import remove_tree
 from ccrun.spec import ConfigFile
 from ccrun.task import TaskId
 from ccrun.task_directories import candidate_names, private_prefix
+from ccrun.worker.git.changes import DEFAULT_EMAIL, DEFAULT_NAME
 
 #: Names to try for the workspace. The first is taken when the same task has left a directory.
 NAME_ATTEMPTS: Final = 3
@@ -173,6 +174,10 @@ def _make(task_id: TaskId) -> Workspace:
                     workspace.temporary,
                 ):
                     directory.mkdir(mode=0o700)
+                # The identity for commits of the agent. Settings of a repository and variables of the request override it.
+                (workspace.home / ".gitconfig").write_text(
+                    f"[user]\n\tname = {DEFAULT_NAME}\n\temail = {DEFAULT_EMAIL}\n"
+                )
                 return workspace
     except OSError as error:
         raise WorkspaceError(f"The workspace cannot be created: {error.strerror}.") from error
