@@ -1,4 +1,4 @@
-"""The URLs that a request may name: one grammar for the request, the sealed payload and git. Pure."""
+"""The URLs that a request may contain: one grammar for the request, the sealed payload and git. Does no I/O."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _SSH_HOSTS: Final = {"bitbucket.org": "ssh.bitbucket.org"}
 
 
 class InvalidGitUrl(ValueError):
-    """The URL is not one of a git repository. The message is the rule that it violates, and does not repeat the URL."""
+    """The URL is not one of a git repository. The message is the violated rule and does not repeat the URL."""
+
+
+class CredentialInGitUrl(InvalidGitUrl):
+    """The URL of a git repository contains a credential. The message names the field for it."""
 
 
 @attrs.frozen(kw_only=True)
@@ -43,7 +47,7 @@ class GitUrl:
 
     @property
     def origin(self) -> str:
-        """Scheme, host and port of a URL that is not in the `git@host:path` form: what a credential is limited to."""
+        """Scheme, host and port, which a credential is limited to. Not for a URL in the `git@host:path` form."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
@@ -62,7 +66,8 @@ def parse_git_url(text: str) -> GitUrl:
     """Return the URL of a repository: https, http, ssh, file or `git@host:path`.
 
     Raises:
-        InvalidGitUrl: It is none of these, or it holds a credential.
+        CredentialInGitUrl: It contains a credential.
+        InvalidGitUrl: It is none of these.
     """
     if "://" not in text and (match := _SCP_LIKE.fullmatch(text)):
         return GitUrl(url=text, scheme="ssh", host=match["host"].lower())
@@ -76,9 +81,9 @@ def parse_git_url(text: str) -> GitUrl:
         raise invalid
     match parts.scheme:
         case "https" | "http" if "@" in parts.netloc:
-            raise InvalidGitUrl("may not hold a user name, password or token: put the token into gitToken")
+            raise CredentialInGitUrl("may not contain a user name, password or token: put the token into gitToken")
         case "ssh" if parts.password is not None:
-            raise InvalidGitUrl("may not hold a password: put the key into sshKey")
+            raise CredentialInGitUrl("may not contain a password: put the key into sshKey")
         # git decodes %2d in the user or host of an SSH URL to a hyphen, so both must be plain names.
         case "ssh" if not re.fullmatch(r"(\w[\w.-]*)?", parts.username or "", re.ASCII):
             raise invalid

@@ -19,7 +19,7 @@ from ccrun import codec, globs, javascript_json
 from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
 from ccrun.task import MAX_METADATA_BYTES, MAX_TASK_ID_CHARS, TASK_ID_PATTERN
-from ccrun.urls import GitUrl, InvalidGitUrl, is_http_url, parse_git_url
+from ccrun.urls import CredentialInGitUrl, GitUrl, InvalidGitUrl, is_http_url, parse_git_url
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ MAX_ARGUMENT_BYTES: Final = 128 * 1024 - 1
 MAX_URL_CHARS: Final = 2048
 #: API keys and tokens have a few hundred characters, JWTs up to a few thousand.
 MAX_CREDENTIAL_BYTES: Final = 8 * 1024
-#: Linux limits a file name to 255 bytes and a path to 4096. A file name must also have room for `.md`.
+#: Linux limits a file name to 255 bytes and a path to 4096. A file name also needs bytes for `.md`.
 MAX_NAME_CHARS: Final = 64
 MAX_PATH_BYTES: Final = 1024
 MAX_BRANCH_BYTES: Final = 240
@@ -387,9 +387,10 @@ def git_repo(value: Any, location: Location, *, local: bool) -> GitUrl:
     allowed = "must be an https or SSH URL or git@host:path" + (", or an http or file URL" if local else "")
     try:
         url = parse_git_url(as_string(value, max_bytes=MAX_URL_CHARS))
-    except InvalidGitUrl as error:
-        message = str(error)
-        raise InvalidValue(message if message.startswith("may not") else allowed) from None
+    except CredentialInGitUrl as error:
+        raise InvalidValue(str(error)) from None
+    except InvalidGitUrl:
+        raise InvalidValue(allowed) from None
     if not local and url.scheme in ("http", "file"):
         raise InvalidValue(allowed)
     return url

@@ -291,8 +291,16 @@ def test_only_the_local_backend_accepts_http_and_file_urls(url: str) -> None:
     assert {"gitRepo": "gitRepo must be an https or SSH URL or git@host:path"} == field_errors("gitRepo", url)
 
 
-def test_error_for_a_token_in_a_repository_url_names_its_field() -> None:
-    """The error says which field a token belongs in."""
-    assert {
-        "gitRepo": "gitRepo may not hold a user name, password or token: put the token into gitToken"
-    } == field_errors("gitRepo", "https://token@github.com/o/r")
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        (
+            "https://token@github.com/o/r",
+            "may not contain a user name, password or token: put the token into gitToken",
+        ),
+        ("ssh://git:password@github.com/o/r", "may not contain a password: put the key into sshKey"),
+    ],
+)
+def test_error_for_a_credential_in_a_repository_url_names_its_field(url: str, rule: str) -> None:
+    """The error says which field a credential belongs in."""
+    assert {"gitRepo": f"gitRepo {rule}"} == field_errors("gitRepo", url)
