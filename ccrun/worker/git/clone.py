@@ -13,7 +13,7 @@ from typing import IO, Final, Self
 import attrs
 
 from ccrun.process.capture import ProcessResult
-from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
+from ccrun.worker.git.remote import Access, RemoteError, exchange_error, timeout_error
 from ccrun.worker.git.run import Git, GitError
 
 #: A complete commit ID of SHA-1 or SHA-256.
@@ -57,7 +57,7 @@ async def clone(
             else:
                 await _clone(opened, access, into, revision, depth, submodules=submodules)
     except TimeoutError:
-        raise network_error(access.remote, "cloned", seconds) from None
+        raise timeout_error(access.remote, "cloned", seconds) from None
     here = git.at(into)
     head = await here.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     base = head.stdout.decode().strip() if head.exit.ok else None
@@ -76,12 +76,12 @@ async def _clone(git: Git, access: Access, into: Path, revision: str | None, dep
     if ran.exit.ok:
         return
     if revision is None or b"Remote branch " not in ran.stderr:
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
     # An empty repository has no branch yet, so the first may have any name.
     await asyncio.to_thread(_empty, into)
     ran = await _ask(git, "clone", *options, "--", access.remote.url, str(into))
     if not ran.exit.ok:
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
     here = git.at(into)
     if (await here.run("rev-parse", "--verify", "--quiet", "HEAD")).exit.ok or await here("for-each-ref", "--count=1"):
         raise RemoteError(f"The repository has no branch or tag of the name in gitBranch: {revision}.")
@@ -96,12 +96,12 @@ async def _fetch_commit(git: Git, access: Access, into: Path, commit: str, depth
     if not ran.exit.ok:
         if re.search(rb"not our ref|unadvertised object|upload-pack: not our|couldn't find remote ref", ran.stderr):
             raise RemoteError(f"The repository has no commit {commit}, or does not serve it by its ID.")
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
     await here("checkout", "--quiet", "--detach", commit, "--")
     if submodules:
         ran = await _ask(here, "submodule", "--quiet", "update", "--init", "--recursive", "--depth=1")
         if not ran.exit.ok:
-            raise refusal(access.remote, ran, access, "cloned")
+            raise exchange_error(access.remote, ran, access, "cloned")
 
 
 async def _ask(git: Git, *arguments: str) -> ProcessResult:

@@ -1,7 +1,7 @@
-"""Pushing the agent's changes from a repository that the agent has never reached.
+"""Pushes the agent's changes from a repository that the agent could never access.
 
 That repository is new and gets the agent's commit as data: a pack whose objects git checks. (git 2.39 does not check the
-objects of a bundle.) git has a secret here, when no process of the task runs any more.
+objects of a bundle.) git has a secret here, so no process of the task may still run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import attrs
 from ccrun.task import Recovery
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import COMMIT, Clone, PackSnapshot
-from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
+from ccrun.worker.git.remote import Access, RemoteError, exchange_error, timeout_error
 from ccrun.worker.git.run import Git, GitError, first_error, last_error, shortened
 
 #: Attempts when others push to the branch at the same time.
 PUSH_ATTEMPTS: Final = 3
 #: Commits of a moved branch that are fetched, to find out whether the agent's work is based on its tip.
 ANCESTRY_COMMITS: Final = 100
-#: Commits that are rebased at most, one by one.
+#: Commits that are rebased, one by one. With more, the push replaces the branch.
 MAX_REBASED: Final = 200
 #: Paths in `recovery.conflictFiles`, which the record and the callback have.
 MAX_CONFLICT_FILES: Final = 1000
@@ -46,7 +46,7 @@ RESULT: Final = "refs/ccrun/result"
 
 @attrs.frozen(kw_only=True)
 class Pushed:
-    """The commit that the server has now."""
+    """The commit that the branch is at now."""
 
     sha: str
     recovery: Recovery | None = None
@@ -117,7 +117,7 @@ async def import_commit(
 async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pushed:
     """Push `RESULT` to the branch. When the branch has moved, do what the request wants.
 
-    Each push has a lease on the commit that the branch is expected to be at, so that no concurrent push is lost.
+    Each push has a lease on the commit that the branch is expected to be at, so that no concurrent push is overwritten.
 
     Args:
         git: git in the repository that `import_commit` has created.
@@ -131,11 +131,11 @@ async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pus
         async with asyncio.timeout(seconds), access.opened(git) as opened:
             exchange = _Exchange(local=git, server=opened, access=access, wanted=wanted)
             for _ in range(PUSH_ATTEMPTS):
-                if (pushed := await exchange.once()) is not None:
+                if (pushed := await exchange.attempt()) is not None:
                     return pushed
     except TimeoutError:
-        raise network_error(access.remote, "pushed", seconds) from None
-    raise RemoteError(f"{wanted.branch} was changed by others at each attempt, so nothing could be pushed.")
+        raise timeout_error(access.remote, "pushed", seconds) from None
+    raise RemoteError(f"{wanted.branch} was changed by others during each attempt, so nothing was pushed.")
 
 
 @attrs.frozen(kw_only=True)
@@ -147,7 +147,7 @@ class _Exchange:
     access: Access
     wanted: Push
 
-    async def once(self) -> Pushed | None:
+    async def attempt(self) -> Pushed | None:
         """Make one attempt. Return None when another push was faster."""
         result = (await self.local("rev-parse", RESULT)).decode().strip()
         seen = await self._tip()
@@ -156,7 +156,7 @@ class _Exchange:
         if seen is None or await self._is_ancestor(seen, result):
             return Pushed(sha=result) if await self._send(result, seen) else None
         if not self.wanted.rebases:
-            raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]} meanwhile, so nothing was pushed.")
+            raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]}, so nothing was pushed.")
         try:
             sha, conflicts = await _rebased(self.local, self.wanted, seen, result)
             recovery = Recovery(method="rebase", remote_sha=seen, conflict_files=conflicts)
@@ -169,7 +169,7 @@ class _Exchange:
         ref = self.wanted.ref
         ran = await self.server.run("ls-remote", "--quiet", "--", self.access.remote.url, ref, seconds=None)
         if not ran.exit.ok:
-            raise refusal(self.access.remote, ran, self.access, "pushed")
+            raise exchange_error(self.access.remote, ran, self.access, "pushed")
         for line in ran.stdout.decode(errors="replace").splitlines():
             commit, _, name = line.partition("\t")
             if name == ref and COMMIT.fullmatch(commit):
@@ -183,14 +183,14 @@ class _Exchange:
             if not await self._has(seen):
                 await self._fetch(*filter(None, commits))
         if not await self._has(seen):
-            raise RemoteError(f"The server does not serve {seen[:12]}, the commit of {self.wanted.branch}.")
+            raise RemoteError(f"The server does not send {seen[:12]}, the commit of {self.wanted.branch}.")
         return (await self.local.run("merge-base", "--is-ancestor", seen, result)).exit.ok
 
     async def _has(self, commit: str) -> bool:
         return (await self.local.run("cat-file", "-e", f"{commit}^{{commit}}")).exit.ok
 
     async def _fetch(self, *commits: str) -> None:
-        options = (*_QUIETLY, f"--depth={ANCESTRY_COMMITS}")
+        options = (*_FETCH_OPTIONS, f"--depth={ANCESTRY_COMMITS}")
         await self.server.run("fetch", *options, "--", self.access.remote.url, *commits, seconds=None)
 
     async def _send(self, commit: str, seen: str | None) -> bool:
@@ -208,27 +208,29 @@ class _Exchange:
             return False
         if "rejected]" in output:
             raise RemoteError(f"The server rejected the push to {self.wanted.branch}: {_reason(output, ran.stderr)}")
-        raise refusal(self.access.remote, ran, self.access, "pushed")
+        raise exchange_error(self.access.remote, ran, self.access, "pushed")
 
 
 #: The messages of a push when the branch has moved.
 _LEASE_LOST: Final = re.compile(
     r"stale info|cannot lock ref|incorrect old value|reference already exists|failed to update ref"
 )
-#: Options of a fetch that has no other effect than to get objects.
-_QUIETLY: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
+#: Options of a fetch that only gets objects.
+_FETCH_OPTIONS: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
 
 
 def _reason(output: str, stderr: bytes) -> str:
     """Return why the server has rejected a push, with its own message if there is one."""
-    own = [
+    lines = [
         re.sub(r"^remote:\s*(?:error:\s*|fatal:\s*)?", "", line).strip()
         for line in stderr.decode(errors="replace").splitlines()
         if line.startswith("remote:")
     ]
-    words = " ".join(line for line in own if line)
-    short = re.search(r"\[(?:remote )?rejected\] \((.*)\)", output)
-    reason = f"{words} ({short[1]})" if words and short else words or (short[1] if short else last_error(stderr))
+    message = " ".join(line for line in lines if line)
+    status = re.search(r"\[(?:remote )?rejected\] \((.*)\)", output)
+    reason = (
+        f"{message} ({status[1]})" if message and status else message or (status[1] if status else last_error(stderr))
+    )
     return shortened(reason)
 
 
@@ -260,13 +262,13 @@ async def _rebased(git: Git, wanted: Push, onto: str, result: str) -> tuple[str,
 
 @contextlib.asynccontextmanager
 async def _worktree(git: Git, commit: str, identity: Identity) -> AsyncIterator[Git]:
-    """Check out a commit in a directory beside the bare repository."""
-    folder = git.cwd.with_name(f"{git.cwd.name}-tree")
-    await git("worktree", "add", "--quiet", "--detach", str(folder), commit)
+    """Check out a commit in a directory next to the bare repository."""
+    directory = git.cwd.with_name(f"{git.cwd.name}-tree")
+    await git("worktree", "add", "--quiet", "--detach", str(directory), commit)
     try:
-        yield git.at(folder, "merge.conflictStyle=merge", **identity.environment(), **_NO_EDITOR)
+        yield git.at(directory, "merge.conflictStyle=merge", **identity.environment(), **_NO_EDITOR)
     finally:
-        await git.run("worktree", "remove", "--force", str(folder))
+        await git.run("worktree", "remove", "--force", str(directory))
 
 
 _NO_EDITOR: Final[Mapping[str, str]] = {"GIT_EDITOR": "true", "GIT_MERGE_AUTOEDIT": "no"}
@@ -278,7 +280,7 @@ async def _pick(tree: Git, commit: str) -> set[str]:
     if (await tree.run(*arguments, commit)).exit.ok:
         return set()
     conflicts = await _unmerged(tree)
-    # Again from the start, with the agent's side for conflicting lines.
+    # Retry it with the agent's side for conflicting lines.
     await tree.run("cherry-pick", "--abort")
     await tree("reset", "--quiet", "--hard")
     if (await tree.run(*arguments, "--strategy-option=theirs", commit)).exit.ok:

@@ -1,7 +1,7 @@
-"""Access to the server of a repository, and what its errors mean.
+"""Connects git to the server of a repository, and explains its errors.
 
 Secrets are in the memory of this process, of ssh-agent and of git's helpers while git is connected; never in a URL, an
-argument, a configuration or a file. No process of the task may run meanwhile.
+argument, a configuration or a file. No process of the task may run during that time.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Access:
     @contextlib.asynccontextmanager
     async def _over_ssh(self, git: Git) -> AsyncIterator[Git]:
         # Short, since the path of a socket has at most 103 bytes; and new, since an existing directory may be the agent's.
-        room = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="ccrun-"))
+        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="ccrun-"))
         try:
-            seen, config, socket = room / "known_hosts", room / "config", room / "agent"
+            seen, config, socket = directory / "known_hosts", directory / "config", directory / "agent"
             await asyncio.to_thread(seen.write_bytes, self._seen)
             await asyncio.to_thread(
                 config.write_text, _ssh_config(self.remote.host, seen, socket if self.ssh_key else None)
@@ -95,7 +95,7 @@ class Access:
                 yield git.at(git.cwd, GIT_SSH_COMMAND=command, GIT_SSH_VARIANT="ssh")
                 self._seen = await asyncio.to_thread(seen.read_bytes)
         finally:
-            await asyncio.shield(asyncio.to_thread(remove_tree, room))
+            await asyncio.shield(asyncio.to_thread(remove_tree, directory))
 
 
 def _private_key(secret: Secret) -> bytes:
@@ -129,7 +129,7 @@ async def _ssh_agent(git: Git, socket: Path, key: bytes) -> AsyncIterator[None]:
     async with spawn(argv, env=git.environment, cwd=socket.parent, term_grace_seconds=1.0) as agent:
         try:
             async with asyncio.timeout(AGENT_SECONDS):
-                # It listens.
+                # The agent prints a line when it listens.
                 async for _ in agent.lines():
                     break
         except TimeoutError:
@@ -140,10 +140,10 @@ async def _ssh_agent(git: Git, socket: Path, key: bytes) -> AsyncIterator[None]:
         ) as adding:
             try:
                 async with asyncio.timeout(AGENT_SECONDS):
-                    ended = await adding.wait()
+                    exit_status = await adding.wait()
             except TimeoutError:
-                raise GitError("ssh-agent did not take sshKey.") from None
-        if not ended.ok:
+                raise GitError("ssh-agent did not accept sshKey in time.") from None
+        if not exit_status.ok:
             raise GitError("sshKey is of a type that ssh does not accept.")
         yield
 
@@ -181,11 +181,11 @@ class RemoteError(GitError):
     """The server of the repository rejected a request, or could not be reached."""
 
 
-def refusal(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> RemoteError:
+def exchange_error(remote: GitUrl, ran: ProcessResult, access: Access, verb: str) -> RemoteError:
     """Return the error for a failed exchange with the server.
 
     Args:
-        doing: What failed: `cloned` or `pushed`.
+        verb: What failed, `cloned` or `pushed`.
     """
     text = ran.stderr.decode(errors="replace")
     host = remote.host or "this machine"
@@ -193,13 +193,13 @@ def refusal(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> R
         if pattern.search(text):
             hint = _credential_hint(remote, access)
             return RemoteError(sentence.format(host=host, hint=hint))
-    words = last_error(ran.stderr) or f"git ended with exit code {ran.exit.code}"
-    return RemoteError(f"The repository could not be {doing}: {words}")
+    reason = last_error(ran.stderr) or f"git failed with exit code {ran.exit.code}"
+    return RemoteError(f"The repository could not be {verb}: {reason}")
 
 
 def _credential_hint(remote: GitUrl, access: Access) -> str:
     name, given = ("sshKey", access.ssh_key) if remote.is_ssh else ("gitToken", access.git_token)
-    return f"check {name}" if given is not None else f"the request brings no {name}"
+    return f"check {name}" if given is not None else f"the request has no {name}"
 
 
 #: Messages of git and ssh (in the locale C), and what they mean. The first that matches counts.
@@ -212,12 +212,12 @@ _ERROR_MESSAGES: Final = (
         re.compile(r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|No .* host key is known"),
         "The SSH host key of {host} is not the known one, so nothing was sent to it.",
     ),
-    (re.compile(r"Permission denied \("), "{host} refused the SSH login: {hint}."),
+    (re.compile(r"Permission denied \("), "{host} rejected the SSH login: {hint}."),
     (
         re.compile(
             r"Authentication failed|could not read (?:Username|Password)|returned error: 401|HTTP Basic: Access denied"
         ),
-        "{host} refused the login: {hint}.",
+        "{host} rejected the login: {hint}.",
     ),
     (re.compile(r"returned error: 403"), "{host} does not allow this: {hint}."),
     (
@@ -225,7 +225,7 @@ _ERROR_MESSAGES: Final = (
             r"[Rr]epository .*not found|returned error: 404|does not appear to be a git repository|Repository not found"
             r"|project you were looking for could not be found|not a git repository|does not exist"
         ),
-        "{host} does not have the repository in gitRepo, or not for this login: {hint}.",
+        "{host} does not have the repository in gitRepo, or hides it from this login: {hint}.",
     ),
     (
         re.compile(
@@ -242,14 +242,14 @@ _ERROR_MESSAGES: Final = (
     ),
     (
         re.compile(r"transport '.*' not allowed"),
-        "gitRepo names a protocol that is not allowed.",
+        "gitRepo uses a protocol that is not allowed.",
     ),
 )
 
 
-def network_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
+def timeout_error(remote: GitUrl, verb: str, seconds: float) -> RemoteError:
     """Return the error for an exchange that timed out."""
     bound = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
     return RemoteError(
-        f"The repository was not {doing} within {bound}: {remote.host or 'this machine'} is too slow or does not respond."
+        f"The repository was not {verb} within {bound}: {remote.host or 'this machine'} is too slow or does not respond."
     )

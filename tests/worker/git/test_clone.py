@@ -198,7 +198,7 @@ async def test_credential_is_not_sent_to_a_redirect_target(git_setup: GitSetup) 
     await git_setup.repos.create("demo", {"a.txt": "one"})
     async with GitHttp(git_setup.repos) as other_host, GitHttp(git_setup.repos) as server:
         server.redirect = Redirect(base=other_host.base, status=302)
-        with pytest.raises(GitError, match="refused the login"):
+        with pytest.raises(GitError, match="rejected the login"):
             await git_setup.clone(http_access(server.url("demo")))
         assert {None} == {request.credential for request in other_host.requests}
 
@@ -224,7 +224,7 @@ async def test_missing_repository_is_reported(git_setup: GitSetup, ssh: GitSsh, 
     """The error is the same over SSH and HTTP."""
     for access in (ssh_access(ssh.url("missing")), http_access(http.url("missing"))):
         with pytest.raises(
-            GitError, match=r"^127\.0\.0\.1 does not have the repository in gitRepo, or not for this login"
+            GitError, match=r"^127\.0\.0\.1 does not have the repository in gitRepo, or hides it from this login"
         ):
             await git_setup.clone(access)
 
@@ -232,7 +232,7 @@ async def test_missing_repository_is_reported(git_setup: GitSetup, ssh: GitSsh, 
 async def test_rejected_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None:
     """The error names the field to check."""
     await git_setup.repos.create("demo", {"a.txt": "one"})
-    with pytest.raises(GitError, match=r"^127\.0\.0\.1 refused the SSH login: check sshKey\.$"):
+    with pytest.raises(GitError, match=r"^127\.0\.0\.1 rejected the SSH login: check sshKey\.$"):
         await git_setup.clone(ssh_access(ssh.url("demo"), key_pair(number=1)))
 
 
@@ -241,7 +241,7 @@ async def test_missing_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None
     await git_setup.repos.create("demo", {"a.txt": "one"})
     access = ssh_access(ssh.url("demo"))
     access.ssh_key = None
-    with pytest.raises(GitError, match=r"^127\.0\.0\.1 refused the SSH login: the request brings no sshKey\.$"):
+    with pytest.raises(GitError, match=r"^127\.0\.0\.1 rejected the SSH login: the request has no sshKey\.$"):
         await git_setup.clone(access)
 
 
@@ -249,8 +249,8 @@ async def test_missing_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None
 async def test_rejected_token_is_reported(git_setup: GitSetup, http: GitHttp, token: str | None) -> None:
     """A token is wrong or missing. git does not prompt for another."""
     await git_setup.repos.create("demo", {"a.txt": "one"})
-    hint = "check gitToken" if token else "the request brings no gitToken"
-    with pytest.raises(GitError, match=rf"^127\.0\.0\.1 refused the login: {hint}\.$"):
+    hint = "check gitToken" if token else "the request has no gitToken"
+    with pytest.raises(GitError, match=rf"^127\.0\.0\.1 rejected the login: {hint}\.$"):
         await git_setup.clone(http_access(http.url("demo"), token))
 
 
