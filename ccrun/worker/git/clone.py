@@ -85,7 +85,7 @@ async def clone(
                     await asyncio.to_thread(_empty, into)
                     await asyncio.sleep(pause)
     except TimeoutError:
-        raise network_error(access.remote, "cloned", seconds) from None
+        raise timeout_error(access.remote, "cloned", seconds) from None
     here = git.at(into)
     head = await here.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     base = head.stdout.decode().strip() if head.exit.ok else None
@@ -151,7 +151,7 @@ async def _fetch(git: Git, access: Access, into: Path, revision: str, depth: int
     if submodules:
         ran = await _ask(here, "submodule", "--quiet", "update", "--init", "--recursive", "--depth=1")
         if not ran.exit.ok:
-            raise refusal(access.remote, ran, access, "cloned")
+            raise exchange_error(access.remote, ran, access, "cloned")
 
 
 async def _fetch_base(here: Git, access: Access, branch: str, depth: int) -> None:
