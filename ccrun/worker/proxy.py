@@ -214,8 +214,8 @@ class CredentialProxy:
                     request.transport.abort()
                 return response
             if upload.is_too_large:
-                return upload.refusal()
-            fault = "did not answer in time" if isinstance(error, TimeoutError) else "cannot be reached"
+                return upload.too_large()
+            fault = "did not respond in time" if isinstance(error, TimeoutError) else "cannot be reached"
             message = f"The model API {fault} ({type(error).__name__})."
             self.api_errors[502] = ApiError(message=message, retryable=True)
             return _error(502, "api_error", message)
@@ -238,9 +238,9 @@ class CredentialProxy:
             headers["Content-Type"] = "application/json"
         for name in ("Content-Encoding", "Content-Length"):
             headers.popall(name, None)
-        api_error = parse_api_error(answer.status, text, headers, now=dt.datetime.now(dt.UTC), mask=self._mask)
-        self.api_errors[answer.status] = api_error
-        if answer.status in (401, 403):
+        api_error = parse_api_error(upstream.status, text, headers, now=dt.datetime.now(dt.UTC), mask=self._mask)
+        self.api_errors[upstream.status] = api_error
+        if upstream.status in (401, 403):
             self.rejected = api_error.message or sentence
             # Otherwise the CLI retries for minutes.
             headers["X-Should-Retry"] = "false"

@@ -52,7 +52,7 @@ class CloneSetup:
         """Commit all changes and import the commit into a bare repository of the worker."""
         git = self.git_setup.git
         found = await changes.examine(
-            git, self.path, base=self.cloned.base, excludes_dotenv=False, room=self.git_setup.folder
+            git, self.path, base=self.cloned.base, excludes_dotenv=False, parent=self.git_setup.folder
         )
         staged = await found.stage()
         commit = found.head if staged.is_empty else await found.commit(staged, "Worker commit", IDENTITY)

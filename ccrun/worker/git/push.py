@@ -20,7 +20,7 @@ from ccrun.results import Recovery
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import COMMIT, RETRY_PAUSES, Clone, PackSnapshot
 from ccrun.worker.git.gerrit import REVIEW_PREFIX, with_change_ids
-from ccrun.worker.git.host_errors import RemoteError, network_error, refusal, server_words
+from ccrun.worker.git.host_errors import RemoteError, exchange_error, server_words, timeout_error
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError, first_error, last_error, shortened
 
@@ -138,7 +138,7 @@ async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pus
             exchange = _Exchange(local=git, server=opened, access=access, wanted=wanted)
             for pause in (*RETRY_PAUSES, None):
                 try:
-                    if (pushed := await exchange.once()) is not None:
+                    if (pushed := await exchange.attempt()) is not None:
                         return pushed
                 except RemoteError as error:
                     # If only the response to a push was lost, the next attempt finds its commit at the server.
@@ -172,7 +172,7 @@ class _Exchange:
         if seen is None or await self._is_ancestor(seen, result):
             return Pushed(sha=result) if await self._send(result, self._lease(seen)) else None
         if not self.wanted.rebases:
-            raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]} meanwhile, so nothing was pushed.")
+            raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]}, so nothing was pushed.")
         rebased = await _rebased(self.local, self.wanted, seen, result)
         return rebased if await self._send(rebased.sha, self._lease(seen)) else None
 
@@ -283,7 +283,7 @@ async def _worktree(git: Git, commit: str, identity: Identity) -> AsyncIterator[
     directory = git.cwd.with_name(f"{git.cwd.name}-tree")
     await git("worktree", "add", "--quiet", "--detach", str(directory), commit)
     try:
-        yield git.at(folder, **identity.environment())
+        yield git.at(directory, **identity.environment())
     finally:
         await git.run("worktree", "remove", "--force", str(directory))
 

@@ -233,7 +233,7 @@ async def test_moved_branch_is_an_error_without_rebases(clones: CloneFactory) ->
     setup = await clones.create({"a.txt": "old"})
     remote = await setup.repository.commit({"b.txt": "remote"})
     setup.write(a__txt="local")
-    with pytest.raises(BranchMoved, match=rf"^main has moved to {remote[:12]} meanwhile, so nothing was pushed\.$"):
+    with pytest.raises(BranchMoved, match=rf"^main has moved to {remote[:12]}, so nothing was pushed\.$"):
         await setup.push(rebases=False)
     assert remote == await setup.repository.sha("main")
 
@@ -266,7 +266,7 @@ async def test_push_fails_after_repeated_concurrent_pushes(clones: CloneFactory)
             remote_shas.append(await setup.repository.commit({f"{len(remote_shas)}.txt": "remote"}))
 
     clones.servers[-1].before = push_concurrently
-    with pytest.raises(GitError, match=r"^main was changed by others at each attempt"):
+    with pytest.raises(GitError, match=r"^main was changed by others during each attempt"):
         await setup.push()
     assert len(RETRY_PAUSES) + 1 == len(remote_shas)
     assert remote_shas[-1] == await setup.repository.sha("main")
