@@ -24,8 +24,8 @@ from ccrun.process import cgroup
 from ccrun.store import Store
 from ccrun.task import TaskId
 
-#: Seconds for one answer of the service, which may be just starting.
-ANSWER_SECONDS: Final = 60.0
+#: Seconds until a request is answered. The service may be killed several times before that, and a busy machine starts it slowly.
+ANSWER_SECONDS: Final = 180.0
 #: Seconds between two attempts of a request.
 RETRY_SECONDS: Final = 0.05
 #: Seconds between two sweeps in the cloud, where a schedule starts them.
