@@ -20,7 +20,8 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
 from ccrun.results import GitCommit
-from ccrun.task import CallbackState, GitToken, Secret, Summary, TaskRecord, TaskSpec
+from ccrun.spec import GitToken, TaskSpec
+from ccrun.task import CallbackState, Secret, Summary, TaskRecord
 from ccrun.urls import GitUrl, parse_git_url
 
 #: JSON names that are not the attribute's name in camelCase.

@@ -19,7 +19,8 @@ import attrs
 import environ
 
 from ccrun.errors import ConfigError
-from ccrun.task import PERMISSION_MODES, TASK_ID_PATTERN, Secret, TaskId
+from ccrun.spec import PERMISSION_MODES
+from ccrun.task import TASK_ID_PATTERN, Secret, TaskId
 
 #: Minutes: the upper limit of `MAX_TIMEOUT_MINUTES`, a day.
 LONGEST_TIMEOUT_MINUTES: Final = 24 * 60.0

@@ -70,11 +70,10 @@ def parse(text: bytes) -> Any:
         NotIJson: The text is not I-JSON. If it is JSON, the exception holds all errors, else only the first.
     """
     try:
-        source = text.decode()
+        # A parser may ignore a byte order mark (RFC 8259, section 8.1); tools on Windows write one.
+        source = text.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
         raise NotIJson([FieldError("", "The text is not valid UTF-8.")]) from None
-    if source.startswith("\ufeff"):
-        raise NotIJson([FieldError("", "The text begins with a byte order mark, which JSON does not allow.")])
     if not source.strip(" \t\r\n"):
         raise NotIJson([FieldError("", "The text is empty.")])
     try:

@@ -61,7 +61,8 @@ class Recovery:
     """What was done about a branch to which others had pushed.
 
     Args:
-        method: `rebase`, or `force-with-lease` when the agent's commits could not be rebased.
+        method: `rebase`; `merge` if the agent's commits were too many to be rebased; `force-with-lease` if such a merge had
+            conflicts, so that the branch was replaced.
         remote_sha: The commit that the branch was at.
         conflict_files: Paths that both sides had changed, in which the agent's side has won.
     """

@@ -12,7 +12,14 @@ import attrs
 #: urlsplit silently drops line breaks and tabs, and parsers disagree about backslashes.
 _INVALID_IN_URL: Final = re.compile(r"[\s\x00-\x1f\x7f-\x9f\\]")
 #: `git@host:path`. Neither user nor host nor path may look like an option of ssh or git.
-_SCP_LIKE: Final = re.compile(r"\w[\w.-]*@(?P<host>[a-z0-9][a-z0-9.-]*):(?![-:])\S+", re.ASCII | re.IGNORECASE)
+_SCP_LIKE: Final = re.compile(
+    r"(?P<user>\w[\w.-]*)@(?P<host>[a-z0-9][a-z0-9.-]*):(?![-:])(?P<path>\S+)", re.ASCII | re.IGNORECASE
+)
+#: Characters of a user name in a URL: the limit of GitHub and Azure DevOps. Tokens are longer.
+MAX_USER_CHARS: Final = 39
+#: Hosts whose clone buttons add no user name.
+_HOSTS_WITHOUT_USER: Final = frozenset({"github.com", "gitlab.com"})
+_TOKEN: Final = re.compile(r"gh[opsur]_|github_pat_|gl[a-z]+-|AT[A-Z]+|x-")
 #: Hosts whose SSH server has another name. Bitbucket moves by November 2026:
 #: https://support.atlassian.com/bitbucket-cloud/docs/configure-ssh-and-two-step-verification/
 _SSH_HOSTS: Final = {"bitbucket.org": "ssh.bitbucket.org"}
@@ -20,6 +27,10 @@ _SSH_HOSTS: Final = {"bitbucket.org": "ssh.bitbucket.org"}
 
 class InvalidGitUrl(ValueError):
     """The URL is not one of a git repository. The message is the rule that it violates, and does not repeat the URL."""
+
+
+class ForbiddenInGitUrl(InvalidGitUrl):
+    """The URL is one of a git repository, but it has a part that is not allowed. The message says what to do instead."""
 
 
 @attrs.frozen(kw_only=True)
@@ -47,6 +58,11 @@ class GitUrl:
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
+    @property
+    def ssh_address(self) -> str:
+        """Host and port of an SSH URL."""
+        return urlsplit(self.url).netloc.rpartition("@")[2] if "://" in self.url else self.host
+
     def over_ssh(self) -> GitUrl:
         """Return the SSH form of an https URL, without its port; any other URL as it is."""
         if self.scheme != "https":
@@ -61,10 +77,18 @@ class GitUrl:
 def parse_git_url(text: str) -> GitUrl:
     """Return the URL of a repository: https, http, ssh, file or `git@host:path`.
 
+    The user name of an https URL is dropped: the clone buttons of some hosts add one (`https://org@dev.azure.com/…`).
+
     Raises:
-        InvalidGitUrl: It is none of these, or it holds a credential.
+        InvalidGitUrl: It is none of these, or it has a credential.
     """
     if "://" not in text and (match := _SCP_LIKE.fullmatch(text)):
+        if re.match(r"[0-9]+/", match["path"]):
+            # git takes the number for a directory; most people mean a port.
+            raise ForbiddenInGitUrl(
+                "must have the form ssh://user@host:port/path if the number after the host is a port, "
+                "or ssh://user@host/path if it is a directory"
+            )
         return GitUrl(url=text, scheme="ssh", host=match["host"].lower())
     invalid = InvalidGitUrl("must be an https or SSH URL or git@host:path")
     try:
@@ -75,10 +99,10 @@ def parse_git_url(text: str) -> GitUrl:
     if _INVALID_IN_URL.search(text) or not re.match(r"/[^-]", parts.path):
         raise invalid
     match parts.scheme:
-        case "https" | "http" if "@" in parts.netloc:
-            raise InvalidGitUrl("may not hold a user name, password or token: put the token into gitToken")
+        case "https" | "http" if parts.password is not None or _may_be_token(parts.username, host):
+            raise ForbiddenInGitUrl("must not have a password or token: put the token into gitToken")
         case "ssh" if parts.password is not None:
-            raise InvalidGitUrl("may not hold a password: put the key into sshKey")
+            raise ForbiddenInGitUrl("must not have a password: put the key into sshKey")
         # git decodes %2d in the user or host of an SSH URL to a hyphen, so both must be plain names.
         case "ssh" if not re.fullmatch(r"(\w[\w.-]*)?", parts.username or "", re.ASCII):
             raise invalid
@@ -87,9 +111,21 @@ def parse_git_url(text: str) -> GitUrl:
         case "file" if parts.netloc:
             raise invalid
         case "https" | "http" | "ssh" | "file":
-            return GitUrl(url=text, scheme=parts.scheme, host=host.lower())
+            # git accepts schemes in lower case only.
+            url = parts.scheme + text[len(parts.scheme) :]
+            if parts.scheme != "ssh":
+                user, at, _ = parts.netloc.rpartition("@")
+                url = url.replace(user + at, "", 1)
+            return GitUrl(url=url, scheme=parts.scheme, host=host.lower())
         case _:
             raise invalid
+
+
+def _may_be_token(user: str | None, host: str) -> bool:
+    """Return whether a user name may be a token rather than the name of a person or an organization."""
+    if user is None:
+        return False
+    return host in _HOSTS_WITHOUT_USER or len(user) > MAX_USER_CHARS or _TOKEN.match(user) is not None
 
 
 def is_http_url(url: str) -> bool:

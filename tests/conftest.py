@@ -18,7 +18,15 @@ from typing import Final
 import aiohttp
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
-from helpers.service import CALLBACK_SECRET, Deployment, LocalDeployment, Service, StartService, cloud_deployment
+from helpers.service import (
+    CALLBACK_SECRET,
+    Deployment,
+    LocalDeployment,
+    Service,
+    StartService,
+    cloud_deployment,
+    remove_workers,
+)
 
 from ccrun import config, log
 from ccrun.config import LogFormat
@@ -63,8 +71,9 @@ def backend_name() -> str:
 
 
 @pytest.fixture
-def start_service(tmp_path: Path, backend_name: str) -> StartService:
-    """Return a function that starts a service in this process, with real worker processes."""
+def start_service(tmp_path: Path, backend_name: str) -> Iterator[StartService]:
+    """Return a function that starts a service in this process, with real worker processes. None is left after the test."""
+    data_dirs = set()
 
     @contextlib.asynccontextmanager
     async def start(
@@ -83,7 +92,9 @@ def start_service(tmp_path: Path, backend_name: str) -> StartService:
                 **settings,
             }
             if backend_name == "local":
-                deployment: Deployment = LocalDeployment(data_dir=data_dir or tmp_path / "data")
+                directory = data_dir or tmp_path / "data"
+                data_dirs.add(directory)
+                deployment: Deployment = LocalDeployment(data_dir=directory)
             else:
                 deployment = await stack.enter_async_context(cloud_deployment(environment))
             environment.update(deployment.environment)
@@ -92,7 +103,9 @@ def start_service(tmp_path: Path, backend_name: str) -> StartService:
             )
             yield Service(url=url, http=http, model=model, deployment=deployment, store=deployment.store)
 
-    return start
+    yield start
+    for each in data_dirs:
+        remove_workers(each)
 
 
 @pytest.fixture

@@ -16,22 +16,8 @@ from hypothesis import strategies as st
 from ccrun import codec, task
 from ccrun.errors import SealError, StorageError
 from ccrun.results import ActionError, GitCommit, Recovery, UploadedFile
-from ccrun.task import (
-    CallbackInfo,
-    CallbackState,
-    ConfigFile,
-    GitAction,
-    PostRunActions,
-    Reason,
-    Secret,
-    Status,
-    Summary,
-    TaskId,
-    TaskRecord,
-    TaskSpec,
-    TaskType,
-    UploadAction,
-)
+from ccrun.spec import ConfigFile, GitAction, PostRunActions, TaskSpec, UploadAction
+from ccrun.task import CallbackInfo, CallbackState, Reason, Secret, Status, Summary, TaskId, TaskRecord, TaskType
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False) | st.text(),

@@ -12,7 +12,8 @@ import pytest
 from ccrun import config
 from ccrun.config import Backend, LogFormat
 from ccrun.errors import ConfigError
-from ccrun.task import PERMISSION_MODES, Secret
+from ccrun.spec import PERMISSION_MODES
+from ccrun.task import Secret
 
 
 def load_error(**environment: str) -> str:

@@ -236,7 +236,6 @@ def test_paths_and_number_of_errors_are_bounded() -> None:
     [
         (b"", "The text is empty."),
         (b" \n", "The text is empty."),
-        (b"\xef\xbb\xbf{}", "The text begins with a byte order mark, which JSON does not allow."),
         (b'"\xff"', "The text is not valid UTF-8."),
         (b'"\xed\xa0\x80"', "The text is not valid UTF-8."),
         ('"é"'.encode("utf-16"), "The text is not valid UTF-8."),
@@ -292,3 +291,10 @@ def test_parsing_takes_linear_time(text: bytes) -> None:
     with contextlib.suppress(ijson.NotIJson):
         ijson.parse(text)
     assert time.perf_counter() - started < 3
+
+
+def test_byte_order_mark_is_ignored() -> None:
+    """Tools on Windows write one before the text. Inside of the text it is no space."""
+    assert {"a": 1} == ijson.parse(b'\xef\xbb\xbf{"a": 1}')
+    with pytest.raises(ijson.NotIJson):
+        ijson.parse(b'{"a": \xef\xbb\xbf1}')

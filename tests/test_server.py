@@ -21,7 +21,7 @@ import psutil
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers.service import MADE_UP_KEY, WAIT_SECONDS, serve_process, until_record
+from helpers.service import MADE_UP_KEY, WAIT_SECONDS, remove_workers, serve_process, until_record
 
 from ccrun import config
 from ccrun.backends.local.blobs import DirectoryBlobs
@@ -131,6 +131,7 @@ async def test_streams_leave_room_for_other_requests(tmp_path: Path) -> None:
             stream.close()
         await http.post(f"{service.url}/cancel/{task_id}")
     assert len((await asyncio.to_thread(log_file.read_text)).splitlines()) < 250
+    await asyncio.to_thread(remove_workers, tmp_path / "data")
 
 
 async def test_waiting_connections_are_logged_once(tmp_path: Path) -> None:

@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from ccrun.urls import GitUrl, parse_git_url
+from ccrun.urls import ForbiddenInGitUrl, GitUrl, parse_git_url
+
+PORT_OR_DIRECTORY = (
+    "must have the form ssh://user@host:port/path if the number after the host is a port, "
+    "or ssh://user@host/path if it is a directory"
+)
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,39 @@ def test_other_url_is_not_changed(url: str) -> None:
 def test_origin_is_scheme_host_and_port() -> None:
     """The origin, which a credential is limited to, has neither path nor query."""
     assert "https://example.com:8443" == parse_git_url("https://example.com:8443/a/b?x#y").origin
+
+
+@pytest.mark.parametrize(
+    ("url", "plain"),
+    [
+        ("https://org@dev.azure.com/org/project/_git/repo", "https://dev.azure.com/org/project/_git/repo"),
+        ("https://user@bitbucket.org/team/repo.git", "https://bitbucket.org/team/repo.git"),
+        ("HTTPS://github.com/org/repo", "https://github.com/org/repo"),
+        ("HTTP://127.0.0.1:80/x.git", "http://127.0.0.1:80/x.git"),
+        ("SSH://git@host/x.git", "ssh://git@host/x.git"),
+    ],
+)
+def test_urls_of_clone_buttons(url: str, plain: str) -> None:
+    """The user name of an https URL is dropped, and the scheme is in lower case, as git needs it."""
+    assert plain == parse_git_url(url).url
+
+
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        ("https://user:secret@host/x", "must not have a password or token: put the token into gitToken"),
+        ("https://token@github.com/x/y", "must not have a password or token: put the token into gitToken"),
+        ("https://ghp_0123456789@host/x", "must not have a password or token: put the token into gitToken"),
+        (f"https://{'t' * 40}@host/x", "must not have a password or token: put the token into gitToken"),
+        ("ssh://git:secret@host/x", "must not have a password: put the key into sshKey"),
+        (
+            "git@host:2424/org/repo.git",
+            PORT_OR_DIRECTORY,
+        ),
+    ],
+)
+def test_forbidden_parts_are_named(url: str, rule: str) -> None:
+    """The message says what to do instead, and does not repeat the URL, which may have a secret."""
+    with pytest.raises(ForbiddenInGitUrl) as caught:
+        parse_git_url(url)
+    assert rule == str(caught.value)

@@ -18,8 +18,9 @@ import attrs
 from ccrun import codec, globs, javascript_json
 from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
-from ccrun.task import MAX_METADATA_BYTES, MAX_TASK_ID_CHARS, TASK_ID_PATTERN
-from ccrun.urls import GitUrl, InvalidGitUrl, is_http_url, parse_git_url
+from ccrun.spec import MAX_METADATA_BYTES
+from ccrun.task import MAX_TASK_ID_CHARS, TASK_ID_PATTERN
+from ccrun.urls import ForbiddenInGitUrl, GitUrl, InvalidGitUrl, is_http_url, parse_git_url
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -361,9 +362,31 @@ INVALID_IN_BRANCH: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.
 
 
 def branch(value: Any, location: Location) -> str:
-    """Check the name of a branch."""
+    """Check the name of a branch, with or without `refs/heads/`, which is removed."""
+    name = _ref(value).removeprefix("refs/heads/")
+    if name.startswith("refs/"):
+        raise InvalidValue("must be the name of a branch, with or without refs/heads/")
+    return name
+
+
+def push_target(value: Any, location: Location) -> str:
+    """Check what to push to: a branch, or `refs/for/BRANCH`, which is a review on a Gerrit server."""
+    name = _ref(value).removeprefix("refs/heads/")
+    if name.startswith("refs/") and not name.startswith("refs/for/"):
+        raise InvalidValue(
+            "must be the name of a branch, with or without refs/heads/, or refs/for/BRANCH for a Gerrit server"
+        )
+    return name
+
+
+def revision(value: Any, location: Location) -> str:
+    """Check what to clone: a branch, a tag, a commit ID, or a complete ref such as `refs/pull/7/head`."""
+    return _ref(value).removeprefix("refs/heads/")
+
+
+def _ref(value: Any) -> str:
     name = as_string(value, max_bytes=MAX_BRANCH_BYTES)
-    if INVALID_IN_BRANCH.search(name):
+    if INVALID_IN_BRANCH.search(name) or INVALID_IN_BRANCH.search(name.removeprefix("refs/heads/")):
         raise InvalidValue("is not a valid branch name")
     return name
 
@@ -387,9 +410,10 @@ def git_repo(value: Any, location: Location, *, local: bool) -> GitUrl:
     allowed = "must be an https or SSH URL or git@host:path" + (", or an http or file URL" if local else "")
     try:
         url = parse_git_url(as_string(value, max_bytes=MAX_URL_CHARS))
-    except InvalidGitUrl as error:
-        message = str(error)
-        raise InvalidValue(message if message.startswith("may not") else allowed) from None
+    except ForbiddenInGitUrl as error:
+        raise InvalidValue(str(error)) from None
+    except InvalidGitUrl:
+        raise InvalidValue(allowed) from None
     if not local and url.scheme in ("http", "file"):
         raise InvalidValue(allowed)
     return url

@@ -36,8 +36,9 @@ from ccrun.errors import (
 from ccrun.jobs import Jobs
 from ccrun.seal import KeyWrapper, Purpose, Sealed, new_data_key
 from ccrun.settle import settle
+from ccrun.spec import TaskSpec
 from ccrun.store import Store
-from ccrun.task import CallbackInfo, Reason, Status, TaskId, TaskRecord, TaskSpec
+from ccrun.task import CallbackInfo, Reason, Status, TaskId, TaskRecord
 
 log = structlog.get_logger()
 

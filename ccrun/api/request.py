@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import attrs
 
-from ccrun import ijson, task
+from ccrun import ijson
 from ccrun.api import checks
 from ccrun.api.checks import (
     MAX_ARGUMENT_BYTES,
@@ -26,7 +26,15 @@ from ccrun.api.checks import (
 )
 from ccrun.codec import spec_from_values
 from ccrun.errors import FieldError, InvalidRequest
-from ccrun.task import PERMISSION_MODES, TaskId, TaskSpec, TaskType
+from ccrun.spec import (
+    DEFAULT_TIMEOUT_MINUTES,
+    MAX_PROMPT_BYTES,
+    MAX_TURNS,
+    PERMISSION_MODES,
+    TaskSpec,
+    is_reserved_variable,
+)
+from ccrun.task import TaskId, TaskType
 
 #: All secrets together. Arguments and environment share 2 MiB under the usual stack limit of 8 MiB (execve(2)).
 MAX_ENVIRONMENT_BYTES: Final = 512 * 1024
@@ -90,6 +98,8 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     given = run_check(check_body, value, location)
     if not errors and _has_push(given) and "gitRepo" not in given:
         location.field("gitRepo").add_error("gitRepo is required for postExecutionActions.git.push")
+    if not errors and "gitBase" in given and "gitRepo" not in given:
+        location.field("gitBase").add_error("gitBase needs gitRepo: it is a branch of that repository")
     if not errors and given.get("requireMcp") and not _may_have_mcp_servers(given):
         location.field("requireMcp").add_error(
             "requireMcp needs MCP servers: give mcpConfig, or gitRepo without strictMcpConfig"
@@ -103,7 +113,7 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     return spec_from_values(
         {
             "taskId": task_id,
-            "timeoutMinutes": min(task.DEFAULT_TIMEOUT_MINUTES, defaults.max_timeout_minutes),
+            "timeoutMinutes": min(DEFAULT_TIMEOUT_MINUTES, defaults.max_timeout_minutes),
             "allowedTools": defaults.allowed_tools,
             "permissionMode": defaults.permission_mode,
             **given,
@@ -115,22 +125,23 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
 def request_fields(defaults: Defaults) -> Mapping[str, Check]:
     """Return the check of each field of the body."""
     return {
-        "prompt": checks.text(task.MAX_PROMPT_BYTES),
+        "prompt": checks.text(MAX_PROMPT_BYTES),
         "callbackUrl": checks.callback_url,
         "anthropicApiKey": checks.credential,
         "anthropicOAuthToken": checks.credential,
         "taskId": checks.task_id,
-        "systemPrompt": checks.text(task.MAX_PROMPT_BYTES),
-        "appendSystemPrompt": checks.text(task.MAX_PROMPT_BYTES),
+        "systemPrompt": checks.text(MAX_PROMPT_BYTES),
+        "appendSystemPrompt": checks.text(MAX_PROMPT_BYTES),
         "model": checks.model,
         "fallbackModel": checks.model,
         "allowedTools": checks.string_list(checks.tool, max_bytes=MAX_ARGUMENT_BYTES),
         "disallowedTools": checks.string_list(checks.tool, max_bytes=MAX_ARGUMENT_BYTES),
         "permissionMode": checks.one_of(PERMISSION_MODES),
-        "maxTurns": checks.integer(1, task.MAX_TURNS),
+        "maxTurns": checks.integer(1, MAX_TURNS),
         "timeoutMinutes": checks.positive_number(defaults.max_timeout_minutes),
         "gitRepo": functools.partial(checks.git_repo, local=defaults.backend_is_local),
-        "gitBranch": checks.branch,
+        "gitBranch": checks.revision,
+        "gitBase": checks.branch,
         "gitDepth": checks.integer(1, MAX_GIT_DEPTH),
         "gitSubmodules": checks.boolean,
         "sshKey": checks.text(MAX_SSH_KEY_BYTES),
@@ -187,7 +198,7 @@ def _environment(value: Any, location: Location) -> dict[str, Any]:
 def _variable(name: str, value: Any, location: Location) -> str:
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
         raise InvalidValue("is not a valid variable name: use letters, digits and underscores, and no digit first")
-    if task.is_reserved_variable(name):
+    if is_reserved_variable(name):
         raise InvalidValue("is reserved: the service itself sets this variable")
     return checks.as_string(value, max_bytes=MAX_ARGUMENT_BYTES - len(name) - 1)
 
@@ -256,7 +267,7 @@ _GIT_ACTION: Final = checks.object_of(
         "commit": checks.boolean,
         "commitMessage": checks.text(MAX_COMMIT_MESSAGE_BYTES),
         "push": checks.boolean,
-        "branch": checks.branch,
+        "branch": checks.push_target,
         "files": checks.glob_patterns,
         "conflictStrategy": checks.one_of(("auto", "fail")),
     }

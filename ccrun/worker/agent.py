@@ -11,7 +11,8 @@ import structlog
 
 from ccrun import lifecycle
 from ccrun.process.child import Child, spawn
-from ccrun.task import Outcome, Reason, Status, TaskSpec
+from ccrun.spec import TaskSpec
+from ccrun.task import Outcome, Reason, Status
 from ccrun.worker import claude
 from ccrun.worker.api_errors import api_error_sentence
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ccrun.process.tree import MARKER_VARIABLE
-from ccrun.task import ConfigFile, Secret, TaskSpec, is_reserved_variable
+from ccrun.spec import ConfigFile, TaskSpec, is_reserved_variable
+from ccrun.task import Secret
 
 #: With a longer path, that of the CLI's socket exceeds 103 bytes, and the CLI uses the shared /tmp/cc-socks-UID instead.
 MAX_TEMPORARY_PATH_BYTES: Final = 80

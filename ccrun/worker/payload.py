@@ -7,8 +7,9 @@ import attrs
 from ccrun import codec
 from ccrun.errors import BlobNotFound, SealError
 from ccrun.seal import KeyWrapper, Purpose
+from ccrun.spec import TaskSpec
 from ccrun.store import Store
-from ccrun.task import TaskId, TaskSpec
+from ccrun.task import TaskId
 from ccrun.unseal import unseal
 
 

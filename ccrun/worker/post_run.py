@@ -17,8 +17,9 @@ import structlog
 from ccrun.errors import CcrunError
 from ccrun.globs import Globs
 from ccrun.results import ActionError, GitCommit, UploadedFile
+from ccrun.spec import GitAction, TaskSpec, UploadAction
 from ccrun.store import Store
-from ccrun.task import GitAction, Outcome, TaskId, TaskSpec, UploadAction
+from ccrun.task import Outcome, TaskId
 from ccrun.worker.dependencies import PostRunLimits
 from ccrun.worker.git import push
 from ccrun.worker.git.changes import DOTENV, Changes, Staged

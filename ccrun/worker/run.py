@@ -20,7 +20,8 @@ import structlog
 from ccrun import lifecycle
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import CcrunError, IllegalTransition, StorageError, TaskNotFound
-from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Secret, Status, TaskId, TaskRecord, TaskSpec
+from ccrun.spec import TaskSpec
+from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Secret, Status, TaskId, TaskRecord
 from ccrun.worker import claude
 from ccrun.worker.agent import AgentSession, run_agent
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts

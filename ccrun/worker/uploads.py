@@ -26,8 +26,9 @@ from ccrun.errors import BlobExists, FileUnreadable, StorageError
 from ccrun.globs import BadPattern, Globs, Reach
 from ccrun.names import upload_name
 from ccrun.results import UploadedFile
+from ccrun.spec import UploadAction
 from ccrun.store import Store
-from ccrun.task import TaskId, UploadAction
+from ccrun.task import TaskId
 
 #: Files. The record and the callback have the list of them, about a megabyte.
 MAX_FILES: Final = 5000

@@ -20,7 +20,8 @@ import frontmatter
 from ccrun.errors import CcrunError
 from ccrun.process.user import User
 from ccrun.removal import remove_tree
-from ccrun.task import ConfigFile, TaskId
+from ccrun.spec import ConfigFile
+from ccrun.task import TaskId
 from ccrun.task_directories import candidate_names, private_prefix
 
 #: Names to try for the workspace. The first is taken when the same task has left a directory.

@@ -6,9 +6,10 @@ import subprocess
 import pytest
 from helpers.request import MINIMAL, errors_of, field_errors, parse
 
-from ccrun import codec, javascript_json, task
+from ccrun import codec, javascript_json
 from ccrun.api import checks
-from ccrun.task import Secret, UploadAction
+from ccrun.spec import MAX_METADATA_BYTES, UploadAction
+from ccrun.task import Secret
 from ccrun.urls import parse_git_url
 
 # --- objects ---------------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ def test_metadata_is_limited_in_bytes_of_the_callback() -> None:
     """Numbers count with their length in the callback, where JavaScript's form may be longer."""
     numbers = {"a": [1e20] * 3200}
 
-    assert len(json.dumps(numbers)) < task.MAX_METADATA_BYTES < len(javascript_json.dumps(numbers))
+    assert len(json.dumps(numbers)) < MAX_METADATA_BYTES < len(javascript_json.dumps(numbers))
     assert {"metadata": "metadata must have at most 65536 bytes as JSON"} == field_errors("metadata", numbers)
 
 
@@ -290,6 +291,41 @@ def test_only_the_local_backend_accepts_http_and_file_urls(url: str) -> None:
 
 def test_error_for_a_token_in_a_repository_url_names_its_field() -> None:
     """The error says which field a token belongs in."""
-    assert {
-        "gitRepo": "gitRepo may not hold a user name, password or token: put the token into gitToken"
-    } == field_errors("gitRepo", "https://token@github.com/o/r")
+    assert {"gitRepo": "gitRepo must not have a password or token: put the token into gitToken"} == field_errors(
+        "gitRepo", "https://ghp_token@github.com/o/r"
+    )
+
+
+@pytest.mark.parametrize("name", ["main", "refs/heads/main"])
+def test_branches_are_accepted_in_both_forms(name: str) -> None:
+    """CI systems give `refs/heads/main`, which is the branch `main`."""
+    body = {
+        **MINIMAL,
+        "gitRepo": "https://example.com/a.git",
+        "gitBranch": name,
+        "gitBase": name,
+        "postExecutionActions": {"git": {"commit": True, "branch": name}},
+    }
+    spec = parse(body)
+    assert spec.post_execution_actions.git is not None
+    assert ["main"] * 3 == [spec.git_branch, spec.git_base, spec.post_execution_actions.git.branch]
+
+
+def test_other_refs_are_for_cloning_or_for_reviews() -> None:
+    """A pull request or a tag can be cloned; a push goes to a branch or to `refs/for/` of a Gerrit server."""
+    for ref in ("refs/tags/v1", "refs/pull/7/head", "refs/merge-requests/7/head"):
+        assert ref == parse({**MINIMAL, "gitBranch": ref}).git_branch
+        assert {"gitBase": "gitBase must be the name of a branch, with or without refs/heads/"} == field_errors(
+            "gitBase", ref
+        )
+        field = "postExecutionActions.git.branch"
+        rule = "must be the name of a branch, with or without refs/heads/, or refs/for/BRANCH for a Gerrit server"
+        assert {field: f"{field} {rule}"} == field_errors("postExecutionActions", {"git": {"branch": ref}})
+    spec = parse({**MINIMAL, "postExecutionActions": {"git": {"branch": "refs/for/main"}}})
+    assert spec.post_execution_actions.git is not None
+    assert "refs/for/main" == spec.post_execution_actions.git.branch
+
+
+def test_base_needs_a_repository() -> None:
+    """Without a repository, there is no branch to compare with."""
+    assert {"gitBase": "gitBase needs gitRepo: it is a branch of that repository"} == field_errors("gitBase", "main")

@@ -49,12 +49,7 @@ from ccrun.lifecycle import finish, record_delivery, start
 from ccrun.names import active_name, payload_name, record_name
 from ccrun.seal import Purpose
 from ccrun.store import Store
-from ccrun.task import (
-    CallbackState,
-    Reason,
-    Status,
-    TaskRecord,
-)
+from ccrun.task import CallbackState, Reason, Status, TaskRecord
 from ccrun.unseal import unseal
 
 __all__ = ["blobs", "dispatcher", "jobs", "other_store", "owed", "store", "wrapper"]

@@ -35,10 +35,7 @@ from ccrun.errors import (
 from ccrun.names import payload_name
 from ccrun.seal import Purpose, Sealed
 from ccrun.store import Store
-from ccrun.task import (
-    TASK_ID_PATTERN,
-    Status,
-)
+from ccrun.task import TASK_ID_PATTERN, Status
 from ccrun.unseal import unseal
 
 __all__ = ["blobs", "dispatcher", "jobs", "other_store", "owed", "store", "wrapper"]

@@ -6,10 +6,20 @@ from typing import Any
 import pytest
 from helpers.request import MINIMAL, errors_of, field_errors, parse
 
-from ccrun import codec, javascript_json, task
+from ccrun import codec, javascript_json
 from ccrun.api import checks
 from ccrun.api.request import MAX_CONFIG_FILES, MAX_MCP_CONFIG_BYTES, Defaults, request_fields
-from ccrun.task import ConfigFile, GitAction, GitToken, PostRunActions, Secret, TaskId, TaskSpec, TaskType, UploadAction
+from ccrun.spec import (
+    MAX_METADATA_BYTES,
+    MAX_PROMPT_BYTES,
+    ConfigFile,
+    GitAction,
+    GitToken,
+    PostRunActions,
+    TaskSpec,
+    UploadAction,
+)
+from ccrun.task import Secret, TaskId, TaskType
 from ccrun.urls import parse_git_url
 
 # --- the fields of a body --------------------------------------------------------------------------------------------
@@ -300,8 +310,8 @@ def test_errors_do_not_repeat_secrets() -> None:
 def test_sizes_are_limited_in_bytes() -> None:
     """Each string, list and object has a limit, and a value of exactly that size is valid."""
     limits: dict[str, tuple[Any, Any]] = {
-        "prompt": ("é" * (task.MAX_PROMPT_BYTES // 2), "é" * (task.MAX_PROMPT_BYTES // 2) + "x"),
-        "systemPrompt": ("x" * task.MAX_PROMPT_BYTES, "x" * (task.MAX_PROMPT_BYTES + 1)),
+        "prompt": ("é" * (MAX_PROMPT_BYTES // 2), "é" * (MAX_PROMPT_BYTES // 2) + "x"),
+        "systemPrompt": ("x" * MAX_PROMPT_BYTES, "x" * (MAX_PROMPT_BYTES + 1)),
         "allowedTools": (["x"] * checks.MAX_LIST_ITEMS, ["x"] * (checks.MAX_LIST_ITEMS + 1)),
         "disallowedTools": (["x" * 4000] * 32, ["x" * 4000] * 33),
         "environmentSecrets": (
@@ -309,8 +319,8 @@ def test_sizes_are_limited_in_bytes() -> None:
             {f"A{number}": "x" * 100_000 for number in range(6)},
         ),
         "metadata": (
-            {"a": "x" * (task.MAX_METADATA_BYTES - 8)},
-            {"a": "x" * (task.MAX_METADATA_BYTES - 7)},
+            {"a": "x" * (MAX_METADATA_BYTES - 8)},
+            {"a": "x" * (MAX_METADATA_BYTES - 7)},
         ),
         "taskId": ("x" * 128, "x" * 129),
         "slashCommands": (

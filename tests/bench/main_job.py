@@ -26,7 +26,8 @@ from helpers.service import MADE_UP_KEY, WAIT_SECONDS, read_events, serve_proces
 
 from ccrun.claude_cli import find_cli
 from ccrun.process.child import spawn
-from ccrun.task import Secret, TaskId, TaskSpec, TaskType
+from ccrun.spec import TaskSpec
+from ccrun.task import Secret, TaskId, TaskType
 from ccrun.testing.model import Say, ScriptedModel, sequence
 from ccrun.worker import claude
 

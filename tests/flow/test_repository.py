@@ -108,7 +108,7 @@ async def test_rejected_ssh_key_fails_the_task(
     async with start_service() as service:
         events = await service.run(gitRepo=ssh.url("org/code"), sshKey=key_pair(number=1).openssh)
     error = {event.name: event.data for event in events}["error"]
-    assert "127.0.0.1 refused the SSH login: check sshKey." == error["error"]
+    assert "127.0.0.1 rejected the SSH login: check sshKey." == error["error"]
     assert "prepare_failed" == events[-1].data["status"] or "failed" == events[-1].data["status"]
 
 

@@ -17,17 +17,9 @@ from ccrun.errors import (
 )
 from ccrun.jobs import ExecutionState
 from ccrun.lifecycle import finish, start
+from ccrun.spec import TaskSpec
 from ccrun.store import Store
-from ccrun.task import (
-    Outcome,
-    Reason,
-    Secret,
-    Status,
-    TaskId,
-    TaskRecord,
-    TaskSpec,
-    TaskType,
-)
+from ccrun.task import Outcome, Reason, Secret, Status, TaskId, TaskRecord, TaskType
 
 TASK = TaskId("t-1")
 NOW = dt.datetime(2025, 3, 4, 5, 6, 7, tzinfo=dt.UTC)

@@ -14,7 +14,8 @@ from standins.gitssh import GitSsh, KeyPair, key_pair
 from standins.repos import Repos
 
 from ccrun.process.user import User, find_user
-from ccrun.task import GitToken, Secret
+from ccrun.spec import GitToken
+from ccrun.task import Secret
 from ccrun.urls import parse_git_url
 from ccrun.worker.git import run
 from ccrun.worker.git.clone import Clone, clone
@@ -67,12 +68,26 @@ class GitSetup:
         return self.folder / "repository"
 
     async def clone(
-        self, access: Access, *, revision: str | None = None, depth: int = 1, submodules: bool = False
+        self,
+        access: Access,
+        *,
+        revision: str | None = None,
+        depth: int = 1,
+        submodules: bool = False,
+        review_base: str | None = None,
     ) -> Clone:
         """Clone as the worker does."""
         self.into.mkdir(parents=True, exist_ok=True)
         return await clone(
-            self.git, access, self.into, revision=revision, depth=depth, submodules=submodules, seconds=SECONDS
+            self.git,
+            access,
+            self.into,
+            revision=revision,
+            depth=depth,
+            submodules=submodules,
+            review_base=review_base,
+            seconds=SECONDS,
+            pauses=(0.01, 0.02),
         )
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from ccrun.api.request import Defaults, parse_request
 from ccrun.errors import InvalidRequest
-from ccrun.task import TaskId, TaskSpec, TaskType
+from ccrun.spec import TaskSpec
+from ccrun.task import TaskId, TaskType
 
 #: A valid body with no more fields than `/run-async` requires.
 MINIMAL: Final[Mapping[str, Any]] = {

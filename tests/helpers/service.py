@@ -16,6 +16,7 @@ from typing import IO, Any, Final, Protocol
 
 import aiohttp
 import attrs
+import psutil
 from standins.cloudrun import CloudRun
 from standins.gcs import BUCKET, Gcs
 from standins.kms import PROJECT, Kms
@@ -26,6 +27,7 @@ from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.server import sweep_once
 from ccrun.store import Store
 from ccrun.task import TaskId, TaskRecord
+from ccrun.task_directories import remove_leftovers
 from ccrun.testing.model import Script, ScriptedModel
 
 #: Seconds. The longest wait of a test, with room for a busy machine.
@@ -245,11 +247,30 @@ class ServeProcess:
         await self.process.wait()
 
 
+def remove_workers(data_dir: Path) -> None:
+    """Kill the workers that a local service has left running, and remove their workspaces. Blocks."""
+    killed = []
+    for worker in psutil.process_iter():
+        # A process may exit at any time, and others may belong to another user.
+        with contextlib.suppress(psutil.Error):
+            environment = worker.environ()
+            if environment.get("CCRUN_DATA_DIR") == str(data_dir) and "TASK_ID" in environment:
+                killed += [
+                    (TaskId(environment["TASK_ID"]), each) for each in (*worker.children(recursive=True), worker)
+                ]
+    for _, process in killed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs([process for _, process in killed], timeout=WAIT_SECONDS)
+    for task_id in {task_id for task_id, _ in killed}:
+        remove_leftovers(task_id)
+
+
 @contextlib.asynccontextmanager
 async def serve_process(
     data_dir: Path, log_file: Path | None = None, *, open_files: int | None = None, **settings: str
 ) -> AsyncIterator[ServeProcess]:
-    """Start `ccrun serve` and wait until it listens; send SIGTERM when the context exits.
+    """Start `ccrun serve` and wait until it listens; send SIGTERM when the context exits. Its workers keep running.
 
     Args:
         open_files: The maximum number of its open files, None for that of this process.

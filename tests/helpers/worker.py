@@ -23,8 +23,9 @@ from ccrun.claude_cli import find_cli
 from ccrun.errors import ConfigError
 from ccrun.jobs import ExecutionState
 from ccrun.process.user import User, find_user
+from ccrun.spec import TaskSpec
 from ccrun.store import Store
-from ccrun.task import Secret, TaskId, TaskRecord, TaskSpec, TaskType
+from ccrun.task import Secret, TaskId, TaskRecord, TaskType
 from ccrun.testing.model import Script, ScriptedModel
 from ccrun.urls import parse_git_url
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts

@@ -93,6 +93,8 @@ class GitHttp:
         self.mode = Mode.SERVE
         #: If set, the status of every response, such as 403 or 503. Its body is `message`.
         self.status: int | None = None
+        #: How many responses have that status; None for all.
+        self.status_times: int | None = None
         self.message = "Requested by the test."
         #: The headers of such a response.
         self.headers: dict[str, str] = {}
@@ -175,7 +177,9 @@ class GitHttp:
             return web.Response(
                 status=self.redirect.status, headers={"Location": self.redirect.base + request.raw_path}
             )
-        if self.status is not None:
+        if self.status is not None and self.status_times != 0:
+            if self.status_times is not None:
+                self.status_times -= 1
             return web.Response(status=self.status, headers=self.headers, text=self.message)
         return await self._serve(request)
 

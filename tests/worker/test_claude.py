@@ -21,7 +21,8 @@ from ccrun.claude_cli import find_cli
 from ccrun.errors import CcrunError
 from ccrun.process.child import spawn
 from ccrun.process.exit import Exit
-from ccrun.task import ConfigFile, Outcome, Reason, Secret, Status, TaskId, TaskSpec, TaskType, is_reserved_variable
+from ccrun.spec import ConfigFile, TaskSpec, is_reserved_variable
+from ccrun.task import Outcome, Reason, Secret, Status, TaskId, TaskType
 from ccrun.testing.model import Fail, Hang, RecordedRequest, Say, Script, ScriptedModel, UseTool, sequence
 from ccrun.worker.claude import MAX_TEMPORARY_PATH_BYTES, argv, environment, option_files
 from ccrun.worker.transcript import (

@@ -12,7 +12,8 @@ import pytest
 from helpers.worker import PRELUDE, FakeCli, WorkerSetup, serve_model, worker_setup
 
 from ccrun.results import ApiError, BackgroundTask, McpServer
-from ccrun.task import EXIT_TIMEOUT, PostRunActions, Reason, Status, TaskRecord, UploadAction
+from ccrun.spec import PostRunActions, UploadAction
+from ccrun.task import EXIT_TIMEOUT, Reason, Status, TaskRecord
 from ccrun.testing.model import Conversation, Fail, Reply, Say, UseTool
 
 __all__ = ["serve_model", "worker_setup"]

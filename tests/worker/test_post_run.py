@@ -18,8 +18,9 @@ from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.errors import StorageError
 from ccrun.process.user import User
 from ccrun.results import ActionError, GitCommit, Recovery
+from ccrun.spec import GitAction, GitToken, PostRunActions, UploadAction
 from ccrun.store import Store
-from ccrun.task import GitAction, GitToken, PostRunActions, Reason, Secret, Status, TaskRecord, UploadAction
+from ccrun.task import Reason, Secret, Status, TaskRecord
 from ccrun.worker.dependencies import PostRunLimits, WorkerTimeouts
 
 __all__ = ["agent", "agent_user", "git_setup", "worker_setup"]

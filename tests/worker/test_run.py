@@ -26,8 +26,9 @@ from ccrun.callbacks import deliver, guard
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.claude_cli import find_cli
 from ccrun.errors import StorageError
+from ccrun.spec import ConfigFile
 from ccrun.store import Store
-from ccrun.task import CallbackState, ConfigFile, Reason, Secret, Status, TaskId
+from ccrun.task import CallbackState, Reason, Secret, Status, TaskId
 from ccrun.testing.model import Fail, Say, UseTool, sequence
 
 __all__ = ["serve_model", "worker_setup"]

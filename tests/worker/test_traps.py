@@ -17,7 +17,8 @@ from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Repository, environment, run_git
 
 from ccrun.process.user import User
-from ccrun.task import GitAction, GitToken, PostRunActions, Secret, Status, UploadAction
+from ccrun.spec import GitAction, GitToken, PostRunActions, UploadAction
+from ccrun.task import Secret, Status
 
 __all__ = ["agent", "agent_user", "git_setup", "worker_setup"]
 pytestmark = needs_ssh

@@ -20,8 +20,9 @@ from ccrun.blobs import MAX_NAME_BYTES
 from ccrun.errors import StorageError
 from ccrun.removal import remove_tree
 from ccrun.results import UploadedFile
+from ccrun.spec import UploadAction
 from ccrun.store import Store
-from ccrun.task import TaskId, UploadAction
+from ccrun.task import TaskId
 from ccrun.worker import uploads
 from ccrun.worker.uploads import MAX_FILES, MAX_UPLOAD_ERRORS, PARALLEL_UPLOADS, Uploads, upload_files
 
@@ -545,7 +546,8 @@ import asyncio, resource, sys
 from pathlib import Path
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.store import Store
-from ccrun.task import TaskId, UploadAction
+from ccrun.spec import UploadAction
+from ccrun.task import TaskId
 from ccrun.worker.uploads import upload_files
 
 def peak():

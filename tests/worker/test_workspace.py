@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ccrun.process.user import find_user
-from ccrun.task import ConfigFile, TaskId
+from ccrun.spec import ConfigFile
+from ccrun.task import TaskId
 from ccrun.worker.git.run import SYSTEM_PATH
 from ccrun.worker.workspace import (
     Workspace,

@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 
 from ccrun.process.user import User
-from ccrun.task import TaskSpec
+from ccrun.spec import TaskSpec
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes
 from ccrun.worker.git.changes import Changes
@@ -111,6 +111,7 @@ async def check_out(
             access,
             workspace.repository,
             revision=spec.git_branch,
+            review_base=spec.git_base,
             depth=spec.git_depth,
             submodules=spec.git_submodules,
             seconds=deps.timeouts.clone,

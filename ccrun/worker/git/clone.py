@@ -13,11 +13,18 @@ from typing import IO, Final, Self
 import attrs
 
 from ccrun.process.capture import ProcessResult
-from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
+from ccrun.worker.git.host_errors import RemoteError, network_error, refusal
+from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError
 
 #: A complete commit ID of SHA-1 or SHA-256.
 COMMIT: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+#: Seconds between the attempts of an exchange with a server whose error may be gone soon: three attempts within the timeout.
+RETRY_PAUSES: Final = (1.0, 4.0)
+#: Commits by which the history is deepened until the common ancestor with the base is found; then it is fetched completely.
+DEEPEN_STEPS: Final = (50, 500, 5000)
+#: Branches that an error names.
+MAX_NAMED_BRANCHES: Final = 10
 #: Bytes that are copied in one step.
 _COPY_BYTES: Final = 1024 * 1024
 
@@ -36,26 +43,47 @@ class Clone:
 
 
 async def clone(
-    git: Git, access: Access, into: Path, *, revision: str | None, depth: int, submodules: bool, seconds: float
+    git: Git,
+    access: Access,
+    into: Path,
+    *,
+    revision: str | None,
+    depth: int,
+    submodules: bool,
+    review_base: str | None = None,
+    seconds: float,
+    pauses: Sequence[float] = RETRY_PAUSES,
 ) -> Clone:
     """Clone into an empty directory.
 
     Args:
         git: git with an empty current directory.
-        revision: A branch, a tag or a complete commit ID; None for the HEAD of the server.
+        revision: A branch, a tag, a complete commit ID, or a ref that starts with `refs/`; None for the HEAD of the server.
         depth: The number of commits from the tip.
         submodules: Whether to clone submodules, with the same depth.
+        review_base: A branch that is fetched as `origin/{review_base}`, with the history down to the common ancestor.
         seconds: The timeout.
+        pauses: Seconds between the attempts.
 
     Raises:
         GitError: The repository cannot be cloned.
     """
     try:
         async with asyncio.timeout(seconds), access.opened(git) as opened:
-            if revision is not None and COMMIT.fullmatch(revision):
-                await _fetch_commit(opened, access, into, revision, depth, submodules=submodules)
-            else:
-                await _clone(opened, access, into, revision, depth, submodules=submodules)
+            for pause in (*pauses, None):
+                try:
+                    if revision is not None and (COMMIT.fullmatch(revision) or revision.startswith("refs/")):
+                        await _fetch(opened, access, into, revision, depth, submodules=submodules)
+                    else:
+                        await _clone(opened, access, into, revision, depth, submodules=submodules)
+                    if review_base is not None:
+                        await _fetch_base(opened.at(into), access, review_base, depth)
+                    break
+                except RemoteError as error:
+                    if not error.is_transient or pause is None:
+                        raise
+                    await asyncio.to_thread(_empty, into)
+                    await asyncio.sleep(pause)
     except TimeoutError:
         raise network_error(access.remote, "cloned", seconds) from None
     here = git.at(into)
@@ -73,40 +101,84 @@ async def _clone(git: Git, access: Access, into: Path, revision: str | None, dep
     ]
     chosen = [] if revision is None else [f"--branch={revision}"]
     ran = await _ask(git, "clone", *options, *chosen, "--", access.remote.url, str(into))
+    here = git.at(into)
     if ran.exit.ok:
+        if revision is None and not (await here.run("rev-parse", "--verify", "--quiet", "HEAD")).exit.ok:
+            await _check_empty(
+                git, access, "The HEAD of the repository names a branch that does not exist: give gitBranch."
+            )
         return
     if revision is None or b"Remote branch " not in ran.stderr:
         raise refusal(access.remote, ran, access, "cloned")
+    await _check_empty(git, access, f"The repository has no branch or tag of the name in gitBranch: {revision}.")
     # An empty repository has no branch yet, so the first may have any name.
     await asyncio.to_thread(_empty, into)
     ran = await _ask(git, "clone", *options, "--", access.remote.url, str(into))
     if not ran.exit.ok:
         raise refusal(access.remote, ran, access, "cloned")
-    here = git.at(into)
-    if (await here.run("rev-parse", "--verify", "--quiet", "HEAD")).exit.ok or await here("for-each-ref", "--count=1"):
-        raise RemoteError(f"The repository has no branch or tag of the name in gitBranch: {revision}.")
     await here("symbolic-ref", "HEAD", f"refs/heads/{revision}")
 
 
-async def _fetch_commit(git: Git, access: Access, into: Path, commit: str, depth: int, *, submodules: bool) -> None:
+async def _check_empty(git: Git, access: Access, error: str) -> None:
+    """Check that the repository has no branches and tags.
+
+    Raises:
+        RemoteError: It has. The message is the error, with the names of branches.
+    """
+    ran = await _ask(git, "ls-remote", "--quiet", "--heads", "--tags", "--", access.remote.url)
+    if not ran.exit.ok:
+        raise refusal(access.remote, ran, access, "cloned")
+    refs = [line.partition("\t")[2] for line in ran.stdout.decode(errors="replace").splitlines()]
+    if refs:
+        branches = [ref.removeprefix("refs/heads/") for ref in refs if ref.startswith("refs/heads/")]
+        more = ", …" if len(branches) > MAX_NAMED_BRANCHES else ""
+        names = f" Its branches: {', '.join(branches[:MAX_NAMED_BRANCHES])}{more}." if branches else ""
+        raise RemoteError(f"{error}{names}")
+
+
+async def _fetch(git: Git, access: Access, into: Path, revision: str, depth: int, *, submodules: bool) -> None:
+    """Check out a commit or a ref that is no branch or tag."""
     here = git.at(into)
     await here("init", "--quiet", "--template=")
     await here("remote", "add", "--", "origin", access.remote.url)
-    ran = await _ask(here, "fetch", "--quiet", f"--depth={depth}", "--", access.remote.url, commit)
+    ran = await _ask(here, "fetch", "--quiet", f"--depth={depth}", "--", access.remote.url, revision)
     if not ran.exit.ok:
-        if re.search(rb"not our ref|unadvertised object|upload-pack: not our|couldn't find remote ref", ran.stderr):
-            raise RemoteError(f"The repository has no commit {commit}, or does not serve it by its ID.")
+        if _NO_SUCH_REF.search(ran.stderr):
+            kind = "ref" if revision.startswith("refs/") else "commit"
+            raise RemoteError(f"The repository has no {kind} {revision}, or does not serve it.")
         raise refusal(access.remote, ran, access, "cloned")
-    await here("checkout", "--quiet", "--detach", commit, "--")
+    await here("checkout", "--quiet", "--detach", "FETCH_HEAD", "--")
     if submodules:
         ran = await _ask(here, "submodule", "--quiet", "update", "--init", "--recursive", "--depth=1")
         if not ran.exit.ok:
             raise refusal(access.remote, ran, access, "cloned")
 
 
+async def _fetch_base(here: Git, access: Access, branch: str, depth: int) -> None:
+    """Fetch a branch, and both histories down to the common ancestor if there is one."""
+    ref = f"refs/remotes/origin/{branch}"
+    wanted = ("--", access.remote.url, f"+refs/heads/{branch}:{ref}")
+    ran = await _ask(here, "fetch", "--quiet", "--no-tags", f"--depth={depth}", *wanted)
+    if not ran.exit.ok and _NO_SUCH_REF.search(ran.stderr):
+        raise RemoteError(f"The repository has no branch of the name in gitBase: {branch}.")
+    head = (await here("rev-parse", "HEAD")).decode().strip()
+    for deeper in (*(f"--deepen={commits}" for commits in DEEPEN_STEPS), "--unshallow"):
+        if not ran.exit.ok:
+            raise refusal(access.remote, ran, access, "cloned")
+        is_shallow = (await here("rev-parse", "--is-shallow-repository")).strip() == b"true"
+        if not is_shallow or (await here.run("merge-base", head, ref)).exit.ok:
+            return
+        ran = await _ask(here, "fetch", "--quiet", "--no-tags", deeper, *wanted, head)
+    if not ran.exit.ok:
+        raise refusal(access.remote, ran, access, "cloned")
+
+
 async def _ask(git: Git, *arguments: str) -> ProcessResult:
     """Run a command that connects to the server. The caller has the timeout."""
     return await git.run(*arguments, seconds=None)
+
+
+_NO_SUCH_REF: Final = re.compile(rb"not our ref|unadvertised object|upload-pack: not our|couldn't find remote ref")
 
 
 def _read(path: Path) -> bytes:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
@@ -17,12 +18,12 @@ import attrs
 
 from ccrun.results import Recovery
 from ccrun.worker.git.changes import Identity
-from ccrun.worker.git.clone import COMMIT, Clone, PackSnapshot
-from ccrun.worker.git.remote import Access, RemoteError, network_error, refusal
+from ccrun.worker.git.clone import COMMIT, RETRY_PAUSES, Clone, PackSnapshot
+from ccrun.worker.git.gerrit import REVIEW_PREFIX, with_change_ids
+from ccrun.worker.git.host_errors import RemoteError, network_error, refusal, server_words
+from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError, first_error, last_error, shortened
 
-#: Attempts when others push to the branch at the same time.
-PUSH_ATTEMPTS: Final = 3
 #: Commits of a moved branch that are fetched, to find out whether the agent's work is based on its tip.
 ANCESTRY_COMMITS: Final = 100
 #: Commits that are rebased at most, one by one.
@@ -61,7 +62,7 @@ class Push:
     """What to push, and to which branch.
 
     Args:
-        branch: The name without `refs/heads/`.
+        branch: The name without `refs/heads/`, or `refs/for/BRANCH` for reviews on a Gerrit server.
         base: The commit that was cloned, None when there was none.
         identity: The committer of rebased commits.
         rebases: Whether to rebase onto a moved branch; otherwise it is an error.
@@ -75,7 +76,12 @@ class Push:
     @property
     def ref(self) -> str:
         """The complete name of the branch."""
-        return f"refs/heads/{self.branch}"
+        return self.branch if self.is_review else f"refs/heads/{self.branch}"
+
+    @property
+    def is_review(self) -> bool:
+        """Whether the commits become reviews. No branch moves then."""
+        return self.branch.startswith(REVIEW_PREFIX)
 
 
 async def import_commit(
@@ -130,9 +136,15 @@ async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pus
     try:
         async with asyncio.timeout(seconds), access.opened(git) as opened:
             exchange = _Exchange(local=git, server=opened, access=access, wanted=wanted)
-            for _ in range(PUSH_ATTEMPTS):
-                if (pushed := await exchange.once()) is not None:
-                    return pushed
+            for pause in (*RETRY_PAUSES, None):
+                try:
+                    if (pushed := await exchange.once()) is not None:
+                        return pushed
+                except RemoteError as error:
+                    # If only the response to a push was lost, the next attempt finds its commit at the server.
+                    if not error.is_transient or pause is None:
+                        raise
+                    await asyncio.sleep(pause)
     except TimeoutError:
         raise network_error(access.remote, "pushed", seconds) from None
     raise RemoteError(f"{wanted.branch} was changed by others at each attempt, so nothing could be pushed.")
@@ -150,19 +162,19 @@ class _Exchange:
     async def once(self) -> Pushed | None:
         """Make one attempt. Return None when another push was faster."""
         result = (await self.local("rev-parse", RESULT)).decode().strip()
+        if self.wanted.is_review:
+            result = await with_change_ids(self.local, result, self.wanted.base)
+            await self._send(result, ())
+            return Pushed(sha=result)
         seen = await self._tip()
         if seen == result:
             return Pushed(sha=result)
         if seen is None or await self._is_ancestor(seen, result):
-            return Pushed(sha=result) if await self._send(result, seen) else None
+            return Pushed(sha=result) if await self._send(result, self._lease(seen)) else None
         if not self.wanted.rebases:
             raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]} meanwhile, so nothing was pushed.")
-        try:
-            sha, conflicts = await _rebased(self.local, self.wanted, seen, result)
-            recovery = Recovery(method="rebase", remote_sha=seen, conflict_files=conflicts)
-        except GitError:
-            sha, recovery = result, Recovery(method="force-with-lease", remote_sha=seen)
-        return Pushed(sha=sha, recovery=recovery) if await self._send(sha, seen) else None
+        rebased = await _rebased(self.local, self.wanted, seen, result)
+        return rebased if await self._send(rebased.sha, self._lease(seen)) else None
 
     async def _tip(self) -> str | None:
         """Return the commit of the branch at the server, None when it has no such branch."""
@@ -184,7 +196,11 @@ class _Exchange:
                 await self._fetch(*filter(None, commits))
         if not await self._has(seen):
             raise RemoteError(f"The server does not serve {seen[:12]}, the commit of {self.wanted.branch}.")
-        return (await self.local.run("merge-base", "--is-ancestor", seen, result)).exit.ok
+        ran = await self.local.run("merge-base", "--is-ancestor", seen, result)
+        # 1 means no; anything else is an error, which must not count as a branch that has moved.
+        if ran.exit.code not in (0, 1):
+            raise GitError(f"git merge-base failed: {last_error(ran.stderr)}")
+        return ran.exit.ok
 
     async def _has(self, commit: str) -> bool:
         return (await self.local.run("cat-file", "-e", f"{commit}^{{commit}}")).exit.ok
@@ -193,18 +209,20 @@ class _Exchange:
         options = (*_QUIETLY, f"--depth={ANCESTRY_COMMITS}")
         await self.server.run("fetch", *options, "--", self.access.remote.url, *commits, seconds=None)
 
-    async def _send(self, commit: str, seen: str | None) -> bool:
-        """Push a commit with a lease on the commit that was seen. Return False when another push was faster."""
+    def _lease(self, seen: str | None) -> tuple[str]:
+        return (f"--force-with-lease={self.wanted.ref}:{seen or ''}",)
+
+    async def _send(self, commit: str, lease: tuple[str, ...]) -> bool:
+        """Push a commit, with a lease on the commit that was seen. Return False when another push was faster."""
         ref = self.wanted.ref
         options = ("--porcelain", "--no-verify", "--no-follow-tags", "--recurse-submodules=no")
-        lease = f"--force-with-lease={ref}:{seen or ''}"
         ran = await self.server.run(
-            "push", *options, lease, "--", self.access.remote.url, f"{commit}:{ref}", seconds=None
+            "push", *options, *lease, "--", self.access.remote.url, f"{commit}:{ref}", seconds=None
         )
         if ran.exit.ok:
             return True
         output = ran.stdout.decode(errors="replace")
-        if _LEASE_LOST.search(output):
+        if lease and _LEASE_LOST.search(output):
             return False
         if "rejected]" in output:
             raise RemoteError(f"The server rejected the push to {self.wanted.branch}: {_reason(output, ran.stderr)}")
@@ -221,12 +239,7 @@ _QUIETLY: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-m
 
 def _reason(output: str, stderr: bytes) -> str:
     """Return why the server has rejected a push, with its own message if there is one."""
-    own = [
-        re.sub(r"^remote:\s*(?:error:\s*|fatal:\s*)?", "", line).strip()
-        for line in stderr.decode(errors="replace").splitlines()
-        if line.startswith("remote:")
-    ]
-    words = " ".join(line for line in own if line)
+    words = server_words(stderr)
     short = re.search(r"\[(?:remote )?rejected\] \((.*)\)", output)
     reason = f"{words} ({short[1]})" if words and short else words or (short[1] if short else last_error(stderr))
     return shortened(reason)
@@ -235,27 +248,33 @@ def _reason(output: str, stderr: bytes) -> str:
 # --- rebasing ----------------------------------------------------------------------------------------------------------
 
 
-async def _rebased(git: Git, wanted: Push, onto: str, result: str) -> tuple[str, tuple[str, ...]]:
-    """Rebase the agent's commits onto another one. Return the last of them, and the paths in which the agent's side has won.
+async def _rebased(git: Git, wanted: Push, onto: str, result: str) -> Pushed:
+    """Rebase the agent's commits onto another one, or merge them if they are too many.
 
-    No hook, filter or merge driver runs, since all of them need a configuration.
+    The branch is replaced only if a merge has conflicts: any other error leaves it as it is. No hook, filter or merge driver
+    runs, since all of them need a configuration.
 
     Raises:
-        GitError: The commits cannot be rebased.
+        GitError: The commits can be neither rebased nor merged, for another reason than a conflict.
     """
     beyond = ("--not", wanted.base) if wanted.base else ()
     listed = await git(
         "rev-list", "--reverse", "--topo-order", "--no-merges", f"--max-count={MAX_REBASED + 1}", result, *beyond
     )
     commits = listed.decode().split()
-    if not commits or len(commits) > MAX_REBASED:
-        raise GitError("The agent's history is too long to be rebased.")
     conflicts: set[str] = set()
     async with _worktree(git, onto, wanted.identity) as tree:
-        for commit in commits:
-            conflicts |= await _pick(tree, commit)
-        rebased = (await tree("rev-parse", "HEAD")).decode().strip()
-    return rebased, tuple(sorted(conflicts)[:MAX_CONFLICT_FILES])
+        if commits and len(commits) <= MAX_REBASED:
+            for commit in commits:
+                conflicts |= await _pick(tree, commit, wanted.identity)
+            recovery = Recovery(
+                method="rebase", remote_sha=onto, conflict_files=tuple(sorted(conflicts)[:MAX_CONFLICT_FILES])
+            )
+        elif await _merge(tree, result):
+            recovery = Recovery(method="merge", remote_sha=onto)
+        else:
+            return Pushed(sha=result, recovery=Recovery(method="force-with-lease", remote_sha=onto))
+        return Pushed(sha=(await tree("rev-parse", "HEAD")).decode().strip(), recovery=recovery)
 
 
 @contextlib.asynccontextmanager
@@ -264,37 +283,71 @@ async def _worktree(git: Git, commit: str, identity: Identity) -> AsyncIterator[
     folder = git.cwd.with_name(f"{git.cwd.name}-tree")
     await git("worktree", "add", "--quiet", "--detach", str(folder), commit)
     try:
-        yield git.at(folder, "merge.conflictStyle=merge", **identity.environment(), **_NO_EDITOR)
+        yield git.at(folder, **identity.environment())
     finally:
         await git.run("worktree", "remove", "--force", str(folder))
 
 
-_NO_EDITOR: Final[Mapping[str, str]] = {"GIT_EDITOR": "true", "GIT_MERGE_AUTOEDIT": "no"}
+async def _merge(tree: Git, commit: str) -> bool:
+    """Merge a commit. Return False if there are conflicts."""
+    ran = await tree.run("merge", "--quiet", "--no-ff", "--no-edit", "-m", "Merge the commits of the agent", commit)
+    if not ran.exit.ok and not await _unmerged(tree):
+        raise GitError(f"The agent's commits cannot be merged into the branch: {last_error(ran.stderr)}")
+    return ran.exit.ok
 
 
-async def _pick(tree: Git, commit: str) -> set[str]:
-    """Cherry-pick one commit. Return the paths in which its side has won."""
-    arguments = ("cherry-pick", "--allow-empty", "--keep-redundant-commits")
-    if (await tree.run(*arguments, commit)).exit.ok:
-        return set()
-    conflicts = await _unmerged(tree)
-    # Again from the start, with the agent's side for conflicting lines.
-    await tree.run("cherry-pick", "--abort")
-    await tree("reset", "--quiet", "--hard")
-    if (await tree.run(*arguments, "--strategy-option=theirs", commit)).exit.ok:
-        return set(conflicts)
-    # The other conflicts are not about lines: one side has removed what the other has changed, or both have added it.
-    left = await _unmerged(tree)
-    if not left:
-        raise GitError("A commit of the agent cannot be rebased onto the branch.")
-    for path in left:
-        pathspec = f":(top,literal){path}"
-        if not (await tree.run("checkout", "--quiet", "--theirs", "--", pathspec)).exit.ok:
-            await tree("rm", "--quiet", "--force", "--cached", "--", pathspec)
-        else:
-            await tree("add", "--force", "--", pathspec)
-    await tree("cherry-pick", "--continue")
-    return {*conflicts, *left}
+async def _pick(tree: Git, commit: str, identity: Identity) -> set[str]:
+    """Apply one commit to HEAD and commit the result. Return the paths in which its side has won.
+
+    Raises:
+        GitError: It cannot be applied, for another reason than a conflict.
+    """
+    conflicts: set[str] = set()
+    if not (await tree.run("cherry-pick", "--no-commit", commit)).exit.ok:
+        conflicts.update(await _conflicts(tree, commit))
+        # Again from the start, with the agent's side for conflicting lines.
+        await tree("reset", "--quiet", "--hard")
+        if not (await tree.run("cherry-pick", "--no-commit", "--strategy-option=theirs", commit)).exit.ok:
+            # The other conflicts are not about lines: one side has removed what the other has changed, or both have added it.
+            for path in await _conflicts(tree, commit):
+                conflicts.add(path)
+                pathspec = f":(top,literal){path}"
+                if not (await tree.run("checkout", "--quiet", "--theirs", "--", pathspec)).exit.ok:
+                    await tree("rm", "--quiet", "--force", "--cached", "--", pathspec)
+                else:
+                    await tree("add", "--force", "--", pathspec)
+    await _commit_as(tree, commit, identity)
+    return conflicts
+
+
+async def _conflicts(tree: Git, commit: str) -> list[str]:
+    """Return the paths in conflict after a commit could not be applied.
+
+    Raises:
+        GitError: There are none, so the reason was another one.
+    """
+    if not (paths := await _unmerged(tree)):
+        raise GitError(f"The agent's commit {commit[:12]} cannot be applied to the branch.")
+    return paths
+
+
+async def _commit_as(tree: Git, commit: str, identity: Identity) -> None:
+    """Commit the index with the author and the message of a commit, byte for byte.
+
+    `git commit` would clean up the message: it takes a line that starts with `#` for a comment.
+    """
+    headers, _, message = (await tree("cat-file", "commit", commit)).partition(b"\n\n")
+    kept = {line.partition(b" ")[0]: line for line in headers.split(b"\n")}
+    new = [
+        b"tree " + (await tree("write-tree")).strip(),
+        b"parent " + (await tree("rev-parse", "HEAD")).strip(),
+        kept[b"author"],
+        f"committer {identity.name} <{identity.email}> {time.time():.0f} +0000".encode(),
+        *([kept[b"encoding"]] if b"encoding" in kept else []),
+    ]
+    content = b"\n".join(new) + b"\n\n" + message
+    made = await tree("hash-object", "-t", "commit", "-w", "--stdin", stdin=content)
+    await tree("reset", "--quiet", "--hard", made.decode().strip())
 
 
 async def _unmerged(tree: Git) -> list[str]:

@@ -1,4 +1,4 @@
-"""Access to the server of a repository, and what its errors mean.
+"""Access to the server of a repository.
 
 Secrets are in the memory of this process, of ssh-agent and of git's helpers while git is connected; never in a URL, an
 argument, a configuration or a file. No process of the task may run meanwhile.
@@ -7,8 +7,8 @@ argument, a configuration or a file. No process of the task may run meanwhile.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
-import re
 import shlex
 import tempfile
 from collections.abc import AsyncIterator
@@ -19,13 +19,13 @@ import attrs
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
-from ccrun.process.capture import ProcessResult
 from ccrun.process.child import spawn
 from ccrun.removal import remove_tree
-from ccrun.task import GitToken, Secret
+from ccrun.spec import GitToken
+from ccrun.task import Secret
 from ccrun.urls import GitUrl
 from ccrun.worker.git import known_hosts
-from ccrun.worker.git.run import Git, GitError, last_error
+from ccrun.worker.git.run import Git, GitError
 
 #: Seconds for ssh-agent to start, and to accept a key.
 AGENT_SECONDS: Final = 10.0
@@ -71,11 +71,18 @@ class Access:
                 yield opened
         elif self.git_token is not None and self.remote.scheme in ("https", "http"):
             # For this server only: a redirect to another server does not get it.
-            settings = f"credential.{self.remote.origin}.helper={_CREDENTIAL_HELPER}"
+            settings = (f"credential.{self.remote.origin}.helper={_CREDENTIAL_HELPER}", *self._submodule_settings())
             user = self.git_token.user or _TOKEN_USERS.get(self.remote.host, _DEFAULT_USER)
-            yield git.at(git.cwd, settings, CCRUN_GIT_USER=user, CCRUN_GIT_TOKEN=self.git_token.token.reveal())
+            yield git.at(git.cwd, *settings, CCRUN_GIT_USER=user, CCRUN_GIT_TOKEN=self.git_token.token.reveal())
         else:
             yield git
+
+    def _submodule_settings(self) -> tuple[str, ...]:
+        """Return settings with which submodules on the same host use this access, whichever form their URLs have."""
+        host = self.remote.host
+        if self.remote.is_ssh:
+            return (f"url.ssh://git@{self.remote.ssh_address}/.insteadOf=https://{host}/",)
+        return tuple(f"url.{self.remote.origin}/.insteadOf={form}" for form in (f"git@{host}:", f"ssh://git@{host}/"))
 
     @contextlib.asynccontextmanager
     async def _over_ssh(self, git: Git) -> AsyncIterator[Git]:
@@ -92,7 +99,8 @@ class Access:
                     key = _private_key(self.ssh_key)
                     await stack.enter_async_context(_ssh_agent(git, socket, key))
                 command = f"ssh -F {shlex.quote(str(config))}"
-                yield git.at(git.cwd, GIT_SSH_COMMAND=command, GIT_SSH_VARIANT="ssh")
+                settings = self._submodule_settings() if self.ssh_key is not None else ()
+                yield git.at(git.cwd, *settings, GIT_SSH_COMMAND=command, GIT_SSH_VARIANT="ssh")
                 self._seen = await asyncio.to_thread(seen.read_bytes)
         finally:
             await asyncio.shield(asyncio.to_thread(remove_tree, room))
@@ -100,11 +108,15 @@ class Access:
 
 def _private_key(secret: Secret) -> bytes:
     """Return the key in the OpenSSH format, from any format and line ends. Raise `GitError` when it is not a key."""
-    text = secret.reveal().replace("\r\n", "\n").replace("\r", "\n").strip() + "\n"
-    if "\n" not in text.strip():
+    text = secret.reveal().strip()
+    if "-----BEGIN" not in text:
+        # CI systems keep secrets of one line, so that some people encode their keys.
+        with contextlib.suppress(ValueError):
+            text = base64.b64decode("".join(text.split()), validate=True).decode("ascii").strip()
+    if "\n" not in text and "\r" not in text:
         # Some tools write a line break as two characters.
-        text = text.replace("\\n", "\n")
-    content = text.encode()
+        text = text.replace("\\r", "\r").replace("\\n", "\n")
+    content = (text.replace("\r\n", "\n").replace("\r", "\n") + "\n").encode()
     try:
         load = serialization.load_ssh_private_key if b"BEGIN OPENSSH" in content else serialization.load_pem_private_key
         key = load(content, password=None)
@@ -172,84 +184,3 @@ def _ssh_config(host: str, seen: Path, agent: Path | None) -> str:
         "UserKnownHostsFile": f'"{seen}"',
     }
     return "Host *\n" + "".join(f"  {name} {value}\n" for name, value in options.items())
-
-
-# --- errors ------------------------------------------------------------------------------------------------------------
-
-
-class RemoteError(GitError):
-    """The server of the repository rejected a request, or could not be reached."""
-
-
-def refusal(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> RemoteError:
-    """Return the error for a failed exchange with the server.
-
-    Args:
-        doing: What failed: `cloned` or `pushed`.
-    """
-    text = ran.stderr.decode(errors="replace")
-    host = remote.host or "this machine"
-    for pattern, sentence in _ERROR_MESSAGES:
-        if pattern.search(text):
-            hint = _credential_hint(remote, access)
-            return RemoteError(sentence.format(host=host, hint=hint))
-    words = last_error(ran.stderr) or f"git ended with exit code {ran.exit.code}"
-    return RemoteError(f"The repository could not be {doing}: {words}")
-
-
-def _credential_hint(remote: GitUrl, access: Access) -> str:
-    name, given = ("sshKey", access.ssh_key) if remote.is_ssh else ("gitToken", access.git_token)
-    return f"check {name}" if given is not None else f"the request brings no {name}"
-
-
-#: Messages of git and ssh (in the locale C), and what they mean. The first that matches counts.
-_ERROR_MESSAGES: Final = (
-    (
-        re.compile(r"Could not resolve host(?:name)?|Name or service not known|Temporary failure in name resolution"),
-        "The host of gitRepo was not found: {host}.",
-    ),
-    (
-        re.compile(r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|No .* host key is known"),
-        "The SSH host key of {host} is not the known one, so nothing was sent to it.",
-    ),
-    (re.compile(r"Permission denied \("), "{host} refused the SSH login: {hint}."),
-    (
-        re.compile(
-            r"Authentication failed|could not read (?:Username|Password)|returned error: 401|HTTP Basic: Access denied"
-        ),
-        "{host} refused the login: {hint}.",
-    ),
-    (re.compile(r"returned error: 403"), "{host} does not allow this: {hint}."),
-    (
-        re.compile(
-            r"[Rr]epository .*not found|returned error: 404|does not appear to be a git repository|Repository not found"
-            r"|project you were looking for could not be found|not a git repository|does not exist"
-        ),
-        "{host} does not have the repository in gitRepo, or not for this login: {hint}.",
-    ),
-    (
-        re.compile(
-            r"SSL certificate problem|server certificate verification failed|certificate (?:verify|has expired)"
-        ),
-        "The certificate of {host} is not trusted.",
-    ),
-    (
-        re.compile(
-            r"Connection (?:refused|timed out|reset|closed)|Failed to connect|No route to host|Network is unreachable"
-            r"|Operation timed out|Could not connect|kex_exchange_identification|Timeout, server"
-        ),
-        "{host} could not be reached, or closed the connection.",
-    ),
-    (
-        re.compile(r"transport '.*' not allowed"),
-        "gitRepo names a protocol that is not allowed.",
-    ),
-)
-
-
-def network_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
-    """Return the error for an exchange that timed out."""
-    bound = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
-    return RemoteError(
-        f"The repository was not {doing} within {bound}: {remote.host or 'this machine'} is too slow or does not respond."
-    )

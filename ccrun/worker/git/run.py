@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -180,7 +181,11 @@ def _command(arguments: tuple[str | bytes, ...]) -> str:
     return os.fsdecode(arguments[0])
 
 
-_PREFIX: Final = re.compile(r"(?:(?:remote|fatal|error):\s*)+", re.IGNORECASE)
+#: Directories of a task. They say nothing to a caller.
+_OUR_PATHS: Final = re.compile(
+    rf"{re.escape(tempfile.gettempdir())}/(?:ws-|ccrun-)[^/\s'\"]*(?:/repository(?![^/\s'\"]))?/?"
+)
+_PREFIX: Final = re.compile(r"^(?:(?:remote|fatal|error):\s*)+", re.IGNORECASE)
 
 
 def last_error(stderr: bytes) -> str:
@@ -194,7 +199,7 @@ def first_error(stderr: bytes) -> str:
 
 
 def _error_messages(stderr: bytes) -> list[str]:
-    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
+    lines = [line.strip() for line in _OUR_PATHS.sub("", stderr.decode(errors="replace")).splitlines()]
     messages = [line for line in lines if line and not line.startswith(("hint:", "warning:", "Cloning into"))]
     errors = [line for line in messages if line.startswith(("fatal:", "error:"))]
     return [shortened(_PREFIX.sub("", line)) for line in errors or messages or [""]]

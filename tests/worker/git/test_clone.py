@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import contextlib
 import tempfile
 from pathlib import Path
 
+import attrs
 import pytest
 from helpers.git import GitSetup, git_setup, http, http_access, ssh, ssh_access
 from standins.githttp import TOKEN, GitHttp, Redirect
@@ -96,6 +98,60 @@ async def test_revision_is_a_branch_a_tag_or_a_commit(git_setup: GitSetup, ssh: 
     assert expected == await git_output(git_setup, "rev-parse", "--abbrev-ref", "HEAD")
 
 
+@pytest.mark.parametrize("ref", ["refs/tags/v1", "refs/pull/7/head", "refs/merge-requests/7/head"])
+async def test_revision_is_a_ref(git_setup: GitSetup, ssh: GitSsh, ref: str) -> None:
+    """A pull request is checked out by its ref, which is no branch."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    sha = await repository.commit({"a.txt": "changed"}, branch="topic")
+    await repository.git("update-ref", ref, sha)
+    cloned = await git_setup.clone(ssh_access(ssh.url("demo")), revision=ref)
+    assert (sha, "changed") == (cloned.base, (git_setup.into / "a.txt").read_text())
+    with pytest.raises(GitError, match=r"^The repository has no ref refs/pull/8/head, or does not serve it\.$"):
+        await attrs.evolve(git_setup, folder=git_setup.folder / "other").clone(
+            ssh_access(ssh.url("demo")), revision="refs/pull/8/head"
+        )
+
+
+@pytest.mark.parametrize("commits", [0, 3, 120])
+@pytest.mark.parametrize("by_ref", [False, True])
+async def test_base_is_fetched_with_the_common_history(
+    git_setup: GitSetup, ssh: GitSsh, commits: int, by_ref: bool
+) -> None:
+    """The agent can compare a branch with its base, although the clone is shallow and both have moved on."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    ancestor = await repository.sha()
+    await repository.make_branch("topic")
+    history = "".join(
+        f"commit refs/heads/{branch}\ncommitter a <a@b> {1_700_000_000 + number} +0000\ndata 1\nx\n"
+        + (f"from refs/heads/{branch}^0\n" if number == 0 else "")
+        + f"M 100644 inline {branch}.txt\ndata {len(str(number))}\n{number}\n"
+        for branch in ("main", "topic")
+        for number in range(commits)
+    )
+    await repository.git("fast-import", "--quiet", stdin=history.encode())
+    await repository.git("update-ref", "refs/pull/7/head", "topic")
+    revision = "refs/pull/7/head" if by_ref else "topic"
+    await git_setup.clone(ssh_access(ssh.url("demo")), revision=revision, review_base="main")
+    assert ancestor == await git_output(git_setup, "merge-base", "HEAD", "origin/main")
+    changed = await git_output(git_setup, "diff", "--name-only", "origin/main...HEAD")
+    assert ("topic.txt" if commits else "") == changed
+
+
+async def test_base_without_common_history_is_fetched(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """Unrelated branches have no common ancestor; the task starts nevertheless."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    await repository.commit({"b.txt": "other"}, branch="unrelated")
+    await git_setup.clone(ssh_access(ssh.url("demo")), review_base="unrelated")
+    assert "b.txt" == await git_output(git_setup, "ls-tree", "--name-only", "origin/unrelated")
+
+
+async def test_error_names_a_missing_base(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """The error has the name of the field and of the branch."""
+    await git_setup.repos.create("demo", {"a.txt": "one"})
+    with pytest.raises(GitError, match=r"^The repository has no branch of the name in gitBase: missing\.$"):
+        await git_setup.clone(ssh_access(ssh.url("demo")), review_base="missing")
+
+
 async def test_depth_limits_the_history(git_setup: GitSetup, ssh: GitSsh) -> None:
     """A depth of two fetches two of four commits. A large depth fetches all, and the clone is not shallow."""
     repository = await git_setup.repos.create("demo", {"a.txt": "1"})
@@ -140,9 +196,9 @@ async def test_links_and_non_ascii_names_are_checked_out(git_setup: GitSetup, ss
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
 @pytest.mark.parametrize("form", ["openssh", "pkcs8"])
-@pytest.mark.parametrize("newlines", ["original", "no final", "crlf", "escaped"])
+@pytest.mark.parametrize("newlines", ["original", "no final", "crlf", "escaped", "escaped crlf", "base64"])
 async def test_key_formats(git_setup: GitSetup, kind: str, form: str, newlines: str) -> None:
-    """A key may be PEM or OpenSSH, without a final newline, with CRLF, or with escaped newlines."""
+    """A key may be PEM or OpenSSH, without a final newline, with CRLF, with escaped newlines, or encoded in base64."""
     pair = key_pair(kind)
     text = str(getattr(pair, form))
     text = {
@@ -150,6 +206,8 @@ async def test_key_formats(git_setup: GitSetup, kind: str, form: str, newlines: 
         "no final": text.rstrip("\n"),
         "crlf": text.replace("\n", "\r\n"),
         "escaped": text.strip().replace("\n", "\\n"),
+        "escaped crlf": text.strip().replace("\n", "\\r\\n"),
+        "base64": base64.encodebytes(text.encode()).decode(),
     }[newlines]
     await git_setup.repos.create("demo", {"a.txt": "one"})
     async with GitSsh(git_setup.repos, authorized=(pair.public,)) as server:
@@ -198,7 +256,7 @@ async def test_credential_is_not_sent_to_a_redirect_target(git_setup: GitSetup) 
     await git_setup.repos.create("demo", {"a.txt": "one"})
     async with GitHttp(git_setup.repos) as other_host, GitHttp(git_setup.repos) as server:
         server.redirect = Redirect(base=other_host.base, status=302)
-        with pytest.raises(GitError, match="refused the login"):
+        with pytest.raises(GitError, match="rejected the login"):
             await git_setup.clone(http_access(server.url("demo")))
         assert {None} == {request.credential for request in other_host.requests}
 
@@ -208,9 +266,20 @@ async def test_credential_is_not_sent_to_a_redirect_target(git_setup: GitSetup) 
 
 async def test_error_names_a_missing_branch(git_setup: GitSetup, ssh: GitSsh) -> None:
     """The repository is not considered empty."""
-    await git_setup.repos.create("demo", {"a.txt": "one"})
-    with pytest.raises(GitError, match=r"^The repository has no branch or tag of the name in gitBranch: missing\.$"):
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    await repository.make_branch("dev")
+    message = r"^The repository has no branch or tag of the name in gitBranch: missing\. Its branches: dev, main\.$"
+    with pytest.raises(GitError, match=message):
         await git_setup.clone(ssh_access(ssh.url("demo")), revision="missing")
+
+
+async def test_head_of_a_missing_branch_is_an_error(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """The agent would find an empty directory. The error names the branches that there are."""
+    repository = await git_setup.repos.create("demo", {"a.txt": "one"})
+    await repository.git("symbolic-ref", "HEAD", "refs/heads/gone")
+    message = r"^The HEAD of the repository names a branch that does not exist: give gitBranch\. Its branches: main\.$"
+    with pytest.raises(GitError, match=message):
+        await git_setup.clone(ssh_access(ssh.url("demo")))
 
 
 async def test_error_names_a_missing_commit(git_setup: GitSetup, ssh: GitSsh) -> None:
@@ -232,7 +301,7 @@ async def test_missing_repository_is_reported(git_setup: GitSetup, ssh: GitSsh, 
 async def test_rejected_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None:
     """The error names the field to check."""
     await git_setup.repos.create("demo", {"a.txt": "one"})
-    with pytest.raises(GitError, match=r"^127\.0\.0\.1 refused the SSH login: check sshKey\.$"):
+    with pytest.raises(GitError, match=r"^127\.0\.0\.1 rejected the SSH login: check sshKey\.$"):
         await git_setup.clone(ssh_access(ssh.url("demo"), key_pair(number=1)))
 
 
@@ -241,7 +310,7 @@ async def test_missing_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None
     await git_setup.repos.create("demo", {"a.txt": "one"})
     access = ssh_access(ssh.url("demo"))
     access.ssh_key = None
-    with pytest.raises(GitError, match=r"^127\.0\.0\.1 refused the SSH login: the request brings no sshKey\.$"):
+    with pytest.raises(GitError, match=r"^127\.0\.0\.1 rejected the SSH login: the request has no sshKey\.$"):
         await git_setup.clone(access)
 
 
@@ -249,8 +318,10 @@ async def test_missing_key_is_reported(git_setup: GitSetup, ssh: GitSsh) -> None
 async def test_rejected_token_is_reported(git_setup: GitSetup, http: GitHttp, token: str | None) -> None:
     """A token is wrong or missing. git does not prompt for another."""
     await git_setup.repos.create("demo", {"a.txt": "one"})
-    hint = "check gitToken" if token else "the request brings no gitToken"
-    with pytest.raises(GitError, match=rf"^127\.0\.0\.1 refused the login: {hint}\.$"):
+    hint = "check gitToken" if token else "the request has no gitToken"
+    with pytest.raises(
+        GitError, match=rf"^127\.0\.0\.1 rejected the login: {hint}\.( The server says: Authentication required\.)?$"
+    ):
         await git_setup.clone(http_access(http.url("demo"), token))
 
 
@@ -344,3 +415,40 @@ async def test_snapshot_restores_the_objects_of_the_clone(git_setup: GitSetup, s
     git = git_setup.git.at(restored)
     await git("fsck", "--connectivity-only", str(cloned.base))
     assert b"one" == await git("cat-file", "-p", f"{cloned.base}:a.txt")
+
+
+async def test_clone_is_retried_after_a_transient_error(git_setup: GitSetup, http: GitHttp) -> None:
+    """A host that responds with 503 once does not fail the task."""
+    await git_setup.repos.create("demo", {"a.txt": "a"})
+    http.status, http.status_times = 503, 1
+    await git_setup.clone(http_access(http.url("demo")))
+    assert "a" == (git_setup.into / "a.txt").read_text()
+
+
+async def test_lasting_error_is_reported_after_three_attempts(git_setup: GitSetup, http: GitHttp) -> None:
+    """The error of the last attempt has the words of the server."""
+    http.status, http.message, http.headers = 503, "Down for maintenance.", {"Content-Type": "text/plain"}
+    with pytest.raises(GitError, match=r"returned error: 503\. The server says: Down for maintenance\.$"):
+        await git_setup.clone(http_access(http.url("demo")))
+    assert 3 == len(http.requests)
+
+
+@pytest.mark.parametrize("form", ["git@127.0.0.1:lib.git", "ssh://git@127.0.0.1/lib.git"])
+async def test_token_opens_submodules_with_an_ssh_url(git_setup: GitSetup, http: GitHttp, form: str) -> None:
+    """A submodule on the same host is cloned with the token, whichever form its URL has."""
+    library = await git_setup.repos.create("lib", {"lib.txt": "lib"})
+    sha = await library.sha()
+    assert sha is not None
+    await git_setup.repos.create("demo", {"lib": Submodule(url=form, sha=sha)})
+    await git_setup.clone(http_access(http.url("demo")), submodules=True)
+    assert "lib" == (git_setup.into / "lib" / "lib.txt").read_text()
+
+
+async def test_key_opens_submodules_with_an_https_url(git_setup: GitSetup, ssh: GitSsh) -> None:
+    """A submodule on the same host is cloned with the key."""
+    library = await git_setup.repos.create("lib", {"lib.txt": "lib"})
+    sha = await library.sha()
+    assert sha is not None
+    await git_setup.repos.create("demo", {"lib": Submodule(url="https://127.0.0.1/lib.git", sha=sha)})
+    await git_setup.clone(ssh_access(ssh.url("demo")), submodules=True)
+    assert "lib" == (git_setup.into / "lib" / "lib.txt").read_text()

@@ -1,4 +1,4 @@
-"""The messages for errors of git, and the configuration of SSH. `test_clone` tests access with real servers."""
+"""The configuration of SSH. `test_clone` tests access with real servers."""
 
 from __future__ import annotations
 
@@ -6,65 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ccrun.process.capture import ProcessResult
-from ccrun.process.exit import Exit
 from ccrun.task import Secret
 from ccrun.urls import parse_git_url
-from ccrun.worker.git.remote import Access, _ssh_config, network_error, refusal
-
-
-@pytest.mark.parametrize(
-    ("stderr", "message"),
-    [
-        (b"ssh: Could not resolve hostname h: Name or service not known", "The host of gitRepo was not found: h."),
-        (b"fatal: unable to access 'https://h/': Could not resolve host: h", "The host of gitRepo was not found: h."),
-        (
-            b"Host key verification failed.",
-            "The SSH host key of h is not the known one, so nothing was sent to it.",
-        ),
-        (b"git@h: Permission denied (publickey).", "h refused the SSH login: check sshKey."),
-        (
-            b"fatal: could not read Username for 'https://h': terminal prompts disabled",
-            "h refused the login: check sshKey.",
-        ),
-        (b"error: The requested URL returned error: 403", "h does not allow this: check sshKey."),
-        (
-            b"remote: Repository not found.",
-            "h does not have the repository in gitRepo, or not for this login: check sshKey.",
-        ),
-        (
-            b"ERROR: Repository not found.",
-            "h does not have the repository in gitRepo, or not for this login: check sshKey.",
-        ),
-        (b"SSL certificate problem: self-signed certificate", "The certificate of h is not trusted."),
-        (b"ssh: connect to host h port 22: Connection refused", "h could not be reached, or closed the connection."),
-        (b"fatal: transport 'ext' not allowed", "gitRepo names a protocol that is not allowed."),
-        (b"fatal: something new", "The repository could not be cloned: something new"),
-        (b"", "The repository could not be cloned: git ended with exit code 128"),
-    ],
-)
-def test_message_of_an_error(stderr: bytes, message: str) -> None:
-    """It states what to check, and has no URL."""
-    remote = parse_git_url("ssh://git@h/x")
-    access = Access(remote=remote, ssh_key=Secret("made-up"))
-    result = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=stderr)
-    assert message == refusal(remote, result, access, "cloned").message
-
-
-def test_message_names_the_missing_field() -> None:
-    """For HTTPS, this is the token."""
-    result = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=b"fatal: Authentication failed for 'x'")
-    remote = parse_git_url("https://h/x")
-    access = Access(remote=remote)
-    assert "h refused the login: the request brings no gitToken." == refusal(remote, result, access, "cloned").message
-
-
-@pytest.mark.parametrize(("seconds", "formatted"), [(300.0, "5 minutes"), (0.5, "0.5 s")])
-def test_message_of_a_timeout(seconds: float, formatted: str) -> None:
-    """It has the timeout and the host."""
-    remote = parse_git_url("https://h/x")
-    expected = f"The repository was not pushed within {formatted}: h is too slow or does not respond."
-    assert expected == network_error(remote, "pushed", seconds).message
+from ccrun.worker.git.remote import Access, _ssh_config
 
 
 @pytest.mark.parametrize(("host", "checking"), [("github.com", "yes"), ("git.example.com", "accept-new")])
