@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import aiohttp
 import attrs
@@ -35,7 +35,13 @@ AGE_SECONDS: Final = 3600.0
 
 
 class Platform(Protocol):
-    """The backend of a soak test."""
+    """The backend of a soak test.
+
+    Args:
+        max_unfinished: How many tasks a run submits before the first of them are final.
+    """
+
+    max_unfinished: ClassVar[int]
 
     @property
     def store(self) -> Store:
@@ -72,6 +78,8 @@ class Platform(Protocol):
 class LocalPlatform:
     """A data directory, with workers as local processes."""
 
+    #: Most of them are queued, and the queue is what a kill of the service loses.
+    max_unfinished: ClassVar[int] = 1_000
     directories: SoakDirectories
 
     @property
@@ -117,6 +125,8 @@ class LocalPlatform:
 class CloudPlatform:
     """The stand-ins of Google Cloud."""
 
+    #: Each has a worker immediately, and a worker needs a second of a core to start.
+    max_unfinished: ClassVar[int] = 8
     directories: SoakDirectories
     deployment: CloudDeployment
 
