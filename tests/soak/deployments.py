@@ -216,12 +216,13 @@ class SoakService:
         body = {"anthropicApiKey": MADE_UP_KEY, "timeoutMinutes": 5, **fields}
         async with asyncio.timeout(ANSWER_SECONDS):
             while True:
+                was_running = self._process is not None
                 answer = await self.request("POST", "/run-async", json=body, headers=headers)
                 if answer is not None and answer[0] == 202:
                     return TaskId(answer[1]["taskId"])
                 # 502: the launch has failed. 503: the first attempt is not stored yet, or the storage was not reached.
                 assert answer is None or answer[0] in (502, 503), answer
-                if key is None and answer is None and self._process is not None:
+                if key is None and answer is None and was_running:
                     return None
                 await asyncio.sleep(RETRY_SECONDS)
 
