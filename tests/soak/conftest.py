@@ -31,6 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--soak-seed", type=int, help="the seed of a run with kills (default random)")
     group.addoption("--soak-leak-tasks", type=int, help=f"tasks of the search for leaks (default {DEFAULT_LEAK_TASKS})")
+    group.addoption("--soak-figures", action="store_true", help="also measure stops and orphans, which takes minutes")
+
+
+@pytest.fixture
+def only_for_figures(request: pytest.FixtureRequest) -> None:
+    """Skip a test that takes minutes, unless `--soak-figures` is given."""
+    if not request.config.getoption("soak_figures", default=False):
+        pytest.skip("only with --soak-figures")
 
 
 @attrs.frozen(kw_only=True)

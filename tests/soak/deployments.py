@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import aiohttp
 import attrs
@@ -24,8 +24,8 @@ from ccrun.process import cgroup
 from ccrun.store import Store
 from ccrun.task import TaskId
 
-#: Seconds for one answer of the service, which may be just starting.
-ANSWER_SECONDS: Final = 60.0
+#: Seconds until a request is answered. The service may be killed several times before that, and a busy machine starts it slowly.
+ANSWER_SECONDS: Final = 180.0
 #: Seconds between two attempts of a request.
 RETRY_SECONDS: Final = 0.05
 #: Seconds between two sweeps in the cloud, where a schedule starts them.
@@ -35,7 +35,13 @@ AGE_SECONDS: Final = 3600.0
 
 
 class Platform(Protocol):
-    """The backend of a soak test."""
+    """The backend of a soak test.
+
+    Args:
+        max_unfinished: How many tasks a run submits before the first of them are final.
+    """
+
+    max_unfinished: ClassVar[int]
 
     @property
     def store(self) -> Store:
@@ -72,6 +78,8 @@ class Platform(Protocol):
 class LocalPlatform:
     """A data directory, with workers as local processes."""
 
+    #: Most of them are queued, and the queue is what a kill of the service loses.
+    max_unfinished: ClassVar[int] = 1_000
     directories: SoakDirectories
 
     @property
@@ -117,6 +125,8 @@ class LocalPlatform:
 class CloudPlatform:
     """The stand-ins of Google Cloud."""
 
+    #: Each has a worker immediately, and a worker needs a second of a core to start.
+    max_unfinished: ClassVar[int] = 8
     directories: SoakDirectories
     deployment: CloudDeployment
 
@@ -206,12 +216,13 @@ class SoakService:
         body = {"anthropicApiKey": MADE_UP_KEY, "timeoutMinutes": 5, **fields}
         async with asyncio.timeout(ANSWER_SECONDS):
             while True:
+                was_running = self._process is not None
                 answer = await self.request("POST", "/run-async", json=body, headers=headers)
                 if answer is not None and answer[0] == 202:
                     return TaskId(answer[1]["taskId"])
                 # 502: the launch has failed. 503: the first attempt is not stored yet, or the storage was not reached.
                 assert answer is None or answer[0] in (502, 503), answer
-                if key is None and answer is None and self._process is not None:
+                if key is None and answer is None and was_running:
                     return None
                 await asyncio.sleep(RETRY_SECONDS)
 

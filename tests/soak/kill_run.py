@@ -98,6 +98,10 @@ class KillRun:
     killed: set[TaskId] = attrs.field(factory=set)
     first_final: dict[TaskId, TaskRecord] = attrs.field(factory=dict)
     kills: Counter[str] = attrs.field(factory=Counter)
+    _gate: asyncio.Semaphore = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._gate = asyncio.Semaphore(self.service.platform.max_unfinished)
 
     @property
     def store(self) -> Store:
@@ -129,14 +133,19 @@ class KillRun:
 
     async def _submit(self, plan: Plan, *, after: float, key: str | None, cancel_after: float | None) -> None:
         await asyncio.sleep(after)
-        task_id = await self.service.submit(key=key, prompt=json.dumps(plan), callbackUrl=self.receiver.url)
-        if task_id is None:
-            return
-        self.plans[task_id] = plan
-        if cancel_after is not None:
-            await asyncio.sleep(cancel_after)
-            if await self.service.cancel(task_id):
-                self.cancelled.add(task_id)
+        async with self._gate:
+            task_id = await self.service.submit(key=key, prompt=json.dumps(plan), callbackUrl=self.receiver.url)
+            if task_id is None:
+                return
+            self.plans[task_id] = plan
+            if cancel_after is not None:
+                await asyncio.sleep(cancel_after)
+                if await self.service.cancel(task_id):
+                    self.cancelled.add(task_id)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_SECONDS):
+                    while task_id not in self.first_final:
+                        await asyncio.sleep(POLL_SECONDS)
 
     async def _kill(self) -> None:
         rng = random.Random(self.rng.random())
