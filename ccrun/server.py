@@ -24,7 +24,7 @@ from ccrun.api.listen import Listener
 from ccrun.api.request import Defaults
 from ccrun.api.server_log import server_logger
 from ccrun.backends.local.jobs import SubprocessJobs
-from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker
+from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker, services
 from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
 from ccrun.config import Config, environment
 from ccrun.errors import ConfigError
@@ -144,6 +144,7 @@ async def _open_jobs(
         command=(sys.executable, "-P", "-m", "ccrun.worker"),
         environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
         pid_files=pid_files(config.data_dir),
+        services=services(config.data_dir),
         marker=functools.partial(process_marker, config.data_dir),
         max_running=config.max_concurrent_tasks,
         on_worker_exit=on_worker_exit,
