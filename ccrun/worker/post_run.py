@@ -21,16 +21,21 @@ from ccrun.worker.git import push
 from ccrun.worker.git.changes import DOTENV, Changes, Staged
 from ccrun.worker.git.checkout import Checkout, Origin
 from ccrun.worker.git.clone import PackSnapshot
+from ccrun.worker.git.links import Link, unconfirmed
 from ccrun.worker.git.run import GitError
 from ccrun.worker.lines import worker_line
 from ccrun.worker.post_run_result import PostRunResult
 from ccrun.worker.redaction import Redactor
 from ccrun.worker.rescue import Rescue
-from ccrun.worker.uploads import upload_files
+from ccrun.worker.uploads import printable, upload_files
 from ccrun.worker.workspace import Workspace, private_directory
 
 #: Paths that one sentence names at most.
 MAX_NAMED_PATHS: Final = 5
+#: The part of the time for a push in which the servers of changed submodule links are asked: of five minutes, one.
+LINKS_SHARE: Final = 0.2
+#: The message of a commit that does nothing but leave out what the agent has committed.
+RESTORE_MESSAGE: Final = "Leave out submodule links to commits that are not on their server"
 
 
 @attrs.frozen(kw_only=True)
@@ -107,8 +112,16 @@ class PostRun:
         self._record_skipped(staged)
         identity = await found.identity()
         message = action.commit_message or f"Changes by Claude Code\n\nTask: {self.task_id}"
+        last = await found.tree_of(found.head)
+        if not action.commit or staged.is_empty:
+            # Then the only reason for a commit is a link that the agent has committed.
+            staged, message = attrs.evolve(staged, tree=last), RESTORE_MESSAGE
+        began = asyncio.get_running_loop().time()
+        if action.push and checkout.origin is not None:
+            staged = attrs.evolve(staged, tree=await self._with_known_links(checkout, checkout.origin, found, staged))
+        spent = asyncio.get_running_loop().time() - began
         commit = found.head
-        if action.commit and not staged.is_empty:
+        if staged.tree != last:
             commit = await found.commit(staged, message, identity)
             await self._log("git", f"Committed {commit[:12]}.", commit=commit)
         if commit is None or commit == found.base:
@@ -130,7 +143,8 @@ class PostRun:
         wanted = push.Push(
             branch=action.branch, base=found.base, identity=identity, rebases=action.conflict_strategy == "auto"
         )
-        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, wanted)
+        seconds = self.limits.push - spent
+        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, wanted, seconds=seconds)
         self.result.is_unpushed = False
         self.result.git_commit = attrs.evolve(git_commit, sha=pushed.sha, pushed=True, recovery=pushed.recovery)
         await self._log("git", f"Pushed {pushed.sha[:12]} to {action.branch}.", commit=pushed.sha)
@@ -143,6 +157,8 @@ class PostRun:
         found: Changes,
         commit: str,
         wanted: push.Push,
+        *,
+        seconds: float,
     ) -> push.Pushed:
         async with private_directory(self.task_id) as directory:
             pack = directory / "pack"
@@ -158,11 +174,31 @@ class PostRun:
                 snapshot=snapshot,
                 shallow=found.shallow,
             )
-            return await push.push(bare_repo, origin.access, wanted, seconds=self.limits.push)
+            return await push.push(bare_repo, origin.access, wanted, seconds=seconds)
+
+    async def _with_known_links(self, checkout: Checkout, origin: Origin, found: Changes, staged: Staged) -> str:
+        """Return the staged tree without the submodule links whose commit their server does not have."""
+        changed = await found.new_links(staged.tree)
+        if not changed:
+            return staged.tree
+        checked = [Link(path=entry.path, commit=entry.blob, url=url) for entry, url in changed]
+        seconds = self.limits.push * LINKS_SHARE
+        async with private_directory(self.task_id) as directory:
+            reasons = await unconfirmed(checkout.worker_git(directory), origin.access, checked, seconds=seconds)
+        left_out = [link for link in checked if link.path in reasons]
+        for link in left_out[:MAX_NAMED_PATHS]:
+            self.result.fail(
+                "git",
+                f"The submodule link {printable(link.path)} to {link.commit[:12]} was left out of the push, "
+                f"since its server did not confirm that commit: {reasons[link.path]}.",
+            )
+        if (others := len(left_out) - MAX_NAMED_PATHS) > 0:
+            self.result.fail("git", f"{others} other submodule links were left out of the push for such reasons.")
+        return await found.restored(staged.tree, [entry for entry, _ in changed if entry.path in reasons])
 
     def _record_skipped(self, staged: Staged) -> None:
         if staged.left_out:
-            paths = ", ".join(staged.left_out[:MAX_NAMED_PATHS])
+            paths = ", ".join(map(printable, staged.left_out[:MAX_NAMED_PATHS]))
             others = " and others" if len(staged.left_out) > MAX_NAMED_PATHS else ""
             self.result.fail("git", f"Repositories inside the repository were left out of the commit: {paths}{others}.")
         if staged.unreadable:
