@@ -14,8 +14,9 @@ import attrs
 from ccrun.errors import CcrunError
 from ccrun.globs import Globs
 from ccrun.results import GitCommit, UploadedFile
+from ccrun.spec import GitAction, TaskSpec, UploadAction
 from ccrun.store import Store
-from ccrun.task import GitAction, TaskId, TaskSpec, UploadAction
+from ccrun.task import TaskId
 from ccrun.worker.dependencies import PostRunLimits
 from ccrun.worker.git import push
 from ccrun.worker.git.changes import DOTENV, Changes, Staged

@@ -12,8 +12,9 @@ from standins.gitssh import GitSsh, key_pair
 from standins.repos import Repository
 
 from ccrun.process.user import User
+from ccrun.spec import GitAction, PostRunActions
 from ccrun.store import Store
-from ccrun.task import GitAction, PostRunActions, Secret, TaskRecord
+from ccrun.task import Secret, TaskRecord
 from helpers.git import GitSetup
 from helpers.worker import TASK, WorkerSetup
 

@@ -14,7 +14,8 @@ from helpers.worker import agent, agent_user, worker_setup
 from standins.gitssh import needs_ssh
 from standins.repos import Repository, Submodule
 
-from ccrun.task import GitAction, PostRunActions, TaskRecord
+from ccrun.spec import GitAction, PostRunActions
+from ccrun.task import TaskRecord
 
 __all__ = ["agent", "agent_user", "git_setup", "setup", "worker_setup"]
 pytestmark = needs_ssh

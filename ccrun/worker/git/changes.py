@@ -43,8 +43,9 @@ DOTENV: Final = ".env"
 #: The exit code of git when it has stopped early. After 1, it has only skipped files that it cannot read.
 FATAL: Final = 128
 
-#: The output that `_entries` parses.
+#: The output that `_entries` parses, see git-diff-index(1).
 _RAW: Final = ("--raw", "--no-renames", "-z")
+#: The modes of a submodule and of a missing path in that output.
 _GITLINK: Final = "160000"
 _MISSING: Final = "000000"
 
@@ -82,7 +83,7 @@ class TreeChange:
 
     @property
     def is_new_repository(self) -> bool:
-        """Whether it is a new repository inside the repository, of which only the name could be committed."""
+        """Whether it is a new repository inside the repository, whose files cannot be committed."""
         return self.is_link and self.old_mode != _GITLINK
 
 
@@ -127,8 +128,8 @@ class Changes:
         Raises:
             GitError: The tree cannot be read.
         """
-        complaint = await self._add()
-        entries = _entries(await self.git("diff-index", "--cached", *_RAW, await self._since(self.head)))
+        unreadable = await self._add()
+        entries = _entries(await self.git("diff-index", "--cached", *_RAW, await self._or_empty_tree(self.head)))
         modules = await self._modules() if any(entry.is_new_repository for entry in entries) else {}
         nested = [entry.path for entry in entries if entry.is_new_repository and entry.path not in modules]
         chosen = [entry for entry in entries if entry.path not in nested and (wanted is None or wanted(entry.path))]
@@ -137,17 +138,17 @@ class Changes:
         # A new index from the last commit and the chosen paths, without anything that the agent has staged.
         await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
         tree = await self._write_tree([(entry.path, entry.mode, entry.blob) for entry in chosen])
-        return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=complaint)
+        return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=unreadable)
 
     async def tree_of(self, commit: str | None) -> str:
         """Return the tree of a commit, the empty tree for None."""
-        since = await self._since(commit)
+        since = await self._or_empty_tree(commit)
         return since if commit is None else _commit(await self.git("rev-parse", "--verify", f"{commit}^{{tree}}"))
 
     async def new_links(self, tree: str) -> tuple[tuple[TreeChange, str | None], ...]:
         """Return the submodule links that differ from the base, each with its URL in `.gitmodules`."""
         # `.gitmodules` must not hide a link.
-        arguments = ("diff-tree", "-r", "--ignore-submodules=none", *_RAW, await self._since(self.base), tree)
+        arguments = ("diff-tree", "-r", "--ignore-submodules=none", *_RAW, await self._or_empty_tree(self.base), tree)
         found = [entry for entry in _entries(await self.git(*arguments)) if entry.is_link]
         modules = await self._modules(tree) if found else {}
         return tuple((entry, modules.get(entry.path)) for entry in found)
@@ -160,7 +161,7 @@ class Changes:
     async def _write_tree(self, entries: list[tuple[str, str, str]]) -> str:
         """Return the tree of the index with other entries, of path, mode and object."""
         # Deletions come first: a directory may have become a file.
-        entries.sort(key=lambda entry: entry[1] != _NOTHING)
+        entries.sort(key=lambda entry: entry[1] != _MISSING)
         lines = b"".join(os.fsencode(f"{mode} {blob}\t{path}") + b"\0" for path, mode, blob in entries)
         await self.git("update-index", "-z", "--index-info", stdin=lines)
         return (await self.git("write-tree")).decode().strip()
