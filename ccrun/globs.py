@@ -1,9 +1,9 @@
-"""Matching paths of a directory against glob patterns. Pure: it never reads the disk.
+"""Matches paths against glob patterns, without access to the disk.
 
 The syntax is that of wcmatch with GLOBSTAR, DOTGLOB, BRACE, NEGATE, NEGATEALL and CASE. wcmatch expands braces and translates
-single path segments. Segments are matched here one by one, because wcmatch translates a whole pattern to one regular expression,
-whose time multiplies with each `**` (six of them against a path of 60 directories took 38 s); and because a pattern that names a
-directory here means everything below it.
+single path segments. Segments are matched here one by one, because wcmatch translates a whole pattern to one regular expression
+whose time multiplies with each `**` (six of them against a path of 60 directories took 38 s), and because here a pattern that
+names a directory matches everything below it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAGIC: Final = re.compile(r"(?:[^\\*?\[]|\\.)*+[*?\[]", re.DOTALL)
 
 
 class BadPattern(CcrunError):
-    """A pattern is invalid. The message follows the name of the pattern: `may have at most …`."""
+    """A pattern is invalid. The message is a sentence without its subject: `may have at most …`."""
 
 
 def expand(pattern: str) -> list[str]:
@@ -47,9 +47,9 @@ def expand(pattern: str) -> list[str]:
     try:
         return bracex.expand(pattern, keep_escapes=True, limit=MAX_PATTERNS)
     except bracex.ExpansionLimitException:
-        raise BadPattern(f"may stand for at most {MAX_PATTERNS} patterns") from None
+        raise BadPattern(f"may expand to at most {MAX_PATTERNS} patterns") from None
     except (RecursionError, ValueError):
-        raise BadPattern("has braces that cannot be read") from None
+        raise BadPattern("has braces that cannot be parsed") from None
 
 
 def check_amount(expanded: Sequence[str]) -> None:
@@ -59,9 +59,7 @@ def check_amount(expanded: Sequence[str]) -> None:
         BadPattern: There are too many, or they are too long.
     """
     if len(expanded) > MAX_PATTERNS or sum(map(len, expanded)) > MAX_PATTERN_CHARS:
-        raise BadPattern(
-            f"may stand for at most {MAX_PATTERNS} patterns of {MAX_PATTERN_CHARS} characters in all, braces expanded"
-        )
+        raise BadPattern(f"may expand to at most {MAX_PATTERNS} patterns with {MAX_PATTERN_CHARS} characters in total")
 
 
 # --- one pattern -----------------------------------------------------------------------------------------------------
@@ -90,20 +88,21 @@ class _Segment:
 
 @attrs.frozen(eq=False)
 class _Pattern:
-    """A pattern without braces. A segment of None is `**`: any number of directories. It is never the last segment."""
+    """A parsed pattern without braces. A segment of None is `**`, any number of directories; it is never the last segment."""
 
     segments: tuple[_Segment | None, ...]
-    takes_away: bool
-    #: Whether it matches files, and whether it matches everything below directories.
-    file: bool
-    folder: bool
+    excludes: bool
+    #: Whether it matches files.
+    is_for_files: bool
+    #: Whether it matches everything below directories.
+    is_for_directories: bool
     #: Whether it has no wildcards.
     is_plain: bool
 
 
-def _read(text: str, known: dict[str, _Segment]) -> _Pattern | None:
+def _parse(text: str, segments_by_text: dict[str, _Segment]) -> _Pattern | None:
     """Return the parsed pattern, None for one that matches nothing."""
-    takes_away = text.startswith("!")
+    excludes = text.startswith("!")
     text = text.removeprefix("!")
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if not text:
@@ -111,18 +110,18 @@ def _read(text: str, known: dict[str, _Segment]) -> _Pattern | None:
     segments: list[_Segment | None] = []
     for part in parts:
         if part != "**":
-            segments.append(known.setdefault(part, _Segment(part)))
+            segments.append(segments_by_text.setdefault(part, _Segment(part)))
         elif segments[-1:] != [None]:
             segments.append(None)
-    whole_folder = not segments or segments[-1] is None or text.endswith(("/", "/."))
+    is_for_directories_only = not segments or segments[-1] is None or text.endswith(("/", "/."))
     while segments[-1:] == [None]:
         segments.pop()
     last = segments[-1] if segments else None
     return _Pattern(
         segments=tuple(segments),
-        takes_away=takes_away,
-        file=not whole_folder,
-        folder=whole_folder or (last is not None and last.name is not None),
+        excludes=excludes,
+        is_for_files=not is_for_directories_only,
+        is_for_directories=is_for_directories_only or (last is not None and last.name is not None),
         is_plain=all(segment is not None and segment.name is not None for segment in segments),
     )
 
@@ -131,63 +130,64 @@ def _read(text: str, known: dict[str, _Segment]) -> _Pattern | None:
 
 
 @attrs.frozen(eq=False)
-class Reach:
-    """The state of the patterns in one directory: which segments have been matched on the way there."""
+class Matcher:
+    """Matches the entries of one directory: holds which segments of the patterns the path of that directory has matched."""
 
+    #: Patterns, each with the index of the segment to match next.
     _steps: tuple[tuple[_Pattern, int], ...]
     #: Whether everything below matches, except for what negative patterns exclude.
     _is_whole: bool
 
-    def enter(self, name: str) -> Reach | None:
-        """Return the state in a subdirectory, None when nothing in it can match."""
+    def enter(self, name: str) -> Matcher | None:
+        """Return the matcher of a subdirectory, None when nothing in it can match."""
         steps: dict[tuple[_Pattern, int], None] = {}
         is_whole = self._is_whole
         for pattern, at in self._steps:
             segment = pattern.segments[at]
             if segment is None:
-                steps.update(dict.fromkeys(_from(pattern, at)))
+                steps.update(dict.fromkeys(_steps_at(pattern, at)))
             elif segment.matches(name):
                 if at + 1 < len(pattern.segments):
-                    steps.update(dict.fromkeys(_from(pattern, at + 1)))
-                elif pattern.folder and pattern.takes_away:
+                    steps.update(dict.fromkeys(_steps_at(pattern, at + 1)))
+                elif pattern.is_for_directories and pattern.excludes:
                     return None
-                elif pattern.folder:
+                elif pattern.is_for_directories:
                     is_whole = True
-        return _reach(steps, is_whole=is_whole)
+        return _matcher(steps, is_whole=is_whole)
 
-    def takes(self, name: str) -> bool:
+    def matches_file(self, name: str) -> bool:
         """Return whether a file in this directory matches."""
-        taken = self._is_whole
+        is_matched = self._is_whole
         for pattern, at in self._steps:
-            if (pattern.takes_away or not taken) and pattern.file and at + 1 == len(pattern.segments):
+            if (pattern.excludes or not is_matched) and pattern.is_for_files and at + 1 == len(pattern.segments):
                 segment = pattern.segments[at]
                 if segment is not None and segment.matches(name):
-                    if pattern.takes_away:
+                    if pattern.excludes:
                         return False
-                    taken = True
-        return taken
+                    is_matched = True
+        return is_matched
 
-    def names(self, name: str) -> bool:
-        """Return whether a pattern without wildcards names this entry of the directory or leads through it."""
+    def names_entry(self, name: str) -> bool:
+        """Return whether a pattern without wildcards names this entry of the directory, or something in it."""
         return any(
-            pattern.is_plain and not pattern.takes_away and (segment := pattern.segments[at]) and segment.name == name
+            pattern.is_plain and not pattern.excludes and (segment := pattern.segments[at]) and segment.name == name
             for pattern, at in self._steps
         )
 
 
-def _from(pattern: _Pattern, at: int) -> Iterable[tuple[_Pattern, int]]:
-    """Yield the positions of a pattern at a segment: `**` may match no directory at all."""
+def _steps_at(pattern: _Pattern, at: int) -> Iterable[tuple[_Pattern, int]]:
+    """Yield the steps of a pattern at a segment: two at `**`, which may also match no directory."""
     yield pattern, at
     if pattern.segments[at] is None:
         yield pattern, at + 1
 
 
-def _reach(steps: Iterable[tuple[_Pattern, int]], *, is_whole: bool) -> Reach | None:
+def _matcher(steps: Iterable[tuple[_Pattern, int]], *, is_whole: bool) -> Matcher | None:
     if is_whole:
         # No pattern can add more.
-        return Reach(tuple(step for step in steps if step[0].takes_away), is_whole)
+        return Matcher(tuple(step for step in steps if step[0].excludes), is_whole)
     found = tuple(steps)
-    return Reach(found, is_whole) if any(not pattern.takes_away for pattern, _ in found) else None
+    return Matcher(found, is_whole) if any(not pattern.excludes for pattern, _ in found) else None
 
 
 class Globs:
@@ -205,22 +205,22 @@ class Globs:
         for pattern in patterns:
             expanded.update(dict.fromkeys(expand(pattern)))
             check_amount(list(expanded))
-        known: dict[str, _Segment] = {}
-        read = [found for text in expanded if (found := _read(text, known))]
-        adds = [pattern for pattern in read if not pattern.takes_away]
+        segments_by_text: dict[str, _Segment] = {}
+        parsed = [found for text in expanded if (found := _parse(text, segments_by_text))]
+        included = [pattern for pattern in parsed if not pattern.excludes]
         # `.` and `**` match the whole directory.
-        is_whole = not all(pattern.segments for pattern in adds) or bool(read and not adds)
-        is_nothing = not read or not all(pattern.segments for pattern in read if pattern.takes_away)
-        steps = (step for pattern in read if pattern.segments for step in _from(pattern, 0))
-        #: The state in the directory itself, None when nothing in it can match.
-        self.root = None if is_nothing else _reach(steps, is_whole=is_whole)
+        is_whole = not all(pattern.segments for pattern in included) or bool(parsed and not included)
+        is_nothing = not parsed or not all(pattern.segments for pattern in parsed if pattern.excludes)
+        steps = (step for pattern in parsed if pattern.segments for step in _steps_at(pattern, 0))
+        #: The matcher of the directory itself, None when nothing in it can match.
+        self.root = None if is_nothing else _matcher(steps, is_whole=is_whole)
 
     def matches(self, path: str) -> bool:
         """Return whether a file matches, by its path relative to the directory."""
-        *folders, name = path.split("/")
-        reach = self.root
-        for folder in folders:
-            if reach is None:
+        *directories, name = path.split("/")
+        matcher = self.root
+        for directory in directories:
+            if matcher is None:
                 return False
-            reach = reach.enter(folder)
-        return reach is not None and reach.takes(name)
+            matcher = matcher.enter(directory)
+        return matcher is not None and matcher.matches_file(name)

@@ -1,4 +1,4 @@
-"""`ccrun serve` and `ccrun sweep`: builds the API, its workers and, on the local backend, the sweep in the same process."""
+"""`ccrun serve` and `ccrun sweep`: builds the API, its workers and, on the local backend, a sweep in the same process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ccrun.api.listen import Listener
 from ccrun.api.request import Defaults
 from ccrun.api.server_log import server_logger
 from ccrun.backends.local.jobs import SubprocessJobs
-from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker
+from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker, services
 from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
 from ccrun.config import Config, environment
 from ccrun.errors import ConfigError
@@ -36,9 +36,9 @@ from ccrun.sweep import Sweeper
 
 log = structlog.get_logger()
 
-#: Seconds between two sweeps. The exit of a worker that this service has started causes one immediately.
+#: Seconds between two sweeps. When a worker of this service exits, a sweep runs immediately.
 SWEEP_SECONDS: Final = 5.0
-#: Seconds that responses have at shutdown, after the streams are closed.
+#: Seconds that responses have to finish at shutdown, after the streams are closed.
 SHUTDOWN_SECONDS: Final = 1.0
 #: Seconds between two polls of a local directory while a task is active. `POLL_SECONDS` is the maximum while it is idle.
 LEAST_LOCAL_POLL_SECONDS: Final = 0.05
@@ -78,7 +78,7 @@ async def serve(config: Config) -> None:
             log.warning(
                 "api_unprotected", message="Anyone who can reach this address can run tasks; set CCRUN_API_TOKENS"
             )
-        await _told_to_end()
+        await _wait_for_stop_signal()
         log.info("service_stopping", message="Shutting down")
 
 
@@ -111,7 +111,7 @@ async def serving(
         )
         await runner.setup()
         try:
-            assert runner.server is not None  # noqa: S101 - `setup` has made it
+            assert runner.server is not None  # noqa: S101 - `setup` has created it
             async with listener.listening(runner.server, config.host, config.port) as port:
                 host = f"[{config.host}]" if ":" in config.host else config.host
                 yield f"http://{host}:{port}"
@@ -125,7 +125,7 @@ def _max_connections() -> int:
 
 @contextlib.asynccontextmanager
 async def _open_jobs(
-    config: Config, worker_environment: Mapping[str, str], worker_ended: Callable[[], None]
+    config: Config, worker_environment: Mapping[str, str], on_worker_exit: Callable[[], None]
 ) -> AsyncIterator[Jobs]:
     if not config.is_local:
         await load_modules("ccrun.backends.gcp.jobs")
@@ -144,9 +144,10 @@ async def _open_jobs(
         command=(sys.executable, "-P", "-m", "ccrun.worker"),
         environment={**worker_environment, "CCRUN_BACKEND": config.backend, "CCRUN_DATA_DIR": str(config.data_dir)},
         pid_files=pid_files(config.data_dir),
+        services=services(config.data_dir),
         marker=functools.partial(process_marker, config.data_dir),
         max_running=config.max_concurrent_tasks,
-        on_worker_exit=worker_ended,
+        on_worker_exit=on_worker_exit,
     )
     async with subprocesses:
         yield subprocesses
@@ -156,7 +157,7 @@ async def sweep_once(config: Config) -> None:
     """Settle lost tasks and deliver owed callbacks, once.
 
     Raises:
-        CcrunError: The storage does not answer.
+        CcrunError: The storage cannot be reached.
     """
     async with open_backend(config) as backend, _open_jobs(config, environment(), lambda: None) as jobs:
         # Here, no local worker is started: without the service, nothing limits their number.
@@ -220,7 +221,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _told_to_end() -> None:
+async def _wait_for_stop_signal() -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

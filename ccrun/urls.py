@@ -1,4 +1,4 @@
-"""The URLs that a request may name: one grammar for the request, the sealed payload and git. Pure."""
+"""The URLs that a request may contain: one grammar for the request, the sealed payload and git. Does no I/O."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ _SSH_HOSTS: Final = {"bitbucket.org": "ssh.bitbucket.org"}
 
 
 class InvalidGitUrl(ValueError):
-    """The URL is not one of a git repository. The message is the rule that it violates, and does not repeat the URL."""
+    """The URL is not one of a git repository. The message is the violated rule and does not repeat the URL."""
+
+
+class CredentialInGitUrl(InvalidGitUrl):
+    """The URL of a git repository contains a credential. The message names the field for it."""
 
 
 class ForbiddenInGitUrl(InvalidGitUrl):
@@ -54,7 +58,7 @@ class GitUrl:
 
     @property
     def origin(self) -> str:
-        """Scheme, host and port of a URL that is not in the `git@host:path` form: what a credential is limited to."""
+        """Scheme, host and port, which a credential is limited to. Not for a URL in the `git@host:path` form."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks a change in seconds: lint, format, types, import contracts, changed shell scripts and the tests of the changed
-# files, all at the same time.
+# files, concurrently.
 #   scripts/check.sh                what changed since the merge base with the upstream branch; without one, since HEAD
 #   scripts/check.sh REVISION       what changed since the merge base with this revision
 # Uncommitted and untracked files count as changed. The tests of a changed file are:
@@ -9,7 +9,7 @@
 #   tests/x/conftest.py    the test files in tests/x
 #   another tests/**.py    the test files that import it
 #   scripts/y.sh           tests/scripts/test_y.py, if there is such a file
-# Other files have no tests here. scripts/test.sh runs the whole suite, .ci/run all that a change must pass.
+# No tests are run for other files. scripts/test.sh runs the whole suite, .ci/run everything that a change must pass.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib.sh
@@ -27,13 +27,13 @@ base_commit() {
   fi
 }
 
-# Prints the files that changed since a commit and still exist, one a line.
+# Prints the files that changed since a commit and still exist, one on each line.
 changed_since() {
   git -c core.quotePath=false diff --name-only --no-renames --diff-filter=d "$1" --
   git -c core.quotePath=false ls-files --others --exclude-standard
 }
 
-# Prints the test files in a directory, without those in directories below it. Where there are none, those of its parent.
+# Prints the test files in a directory, not in its subdirectories. If there are none, those in its parent.
 tests_in() {
   local directory=$1 file found=""
   for file in "$directory"/test_*.py; do
@@ -78,7 +78,7 @@ tests_of() {
 tests() {
   local code=0
   "$VENV/bin/python" -P -m pytest -n logical --dist worksteal "$@" || code=$?
-  # 5: the files have tests, but only slow ones.
+  # Exit status 5: the files have slow tests only.
   [ "$code" = 0 ] || [ "$code" = 5 ]
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Puts the secrets of .env into Secret Manager, and lets those read them who need them: CLOUDRUN_CALLBACK_SECRET (worker and sweep;
-# one is made when there is none), and, where they are set, ANTHROPIC_API_KEY and CLAUDE_CODE_OAUTH_TOKEN (worker). The API reads none.
-# A value that differs becomes a new version; old versions stay. Can be run again at any time.
+# Stores the secrets of .env in Secret Manager and grants access to them: CLOUDRUN_CALLBACK_SECRET to the worker and the sweep
+# (generated if it does not exist), ANTHROPIC_API_KEY and CLAUDE_CODE_OAUTH_TOKEN, if set, to the worker. The API reads no secret.
+# A changed value becomes a new version; old versions are retained. Can be run again at any time.
 #   scripts/create-secrets.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -16,16 +16,16 @@ enable_api() {
   change services enable secretmanager.googleapis.com
 }
 
-# put NAME MEMBER…: what is set goes into Secret Manager; the members may read what is there.
-put() {
+# store NAME MEMBER…: stores the value if the setting has one, and lets the members read the secret.
+store() {
   local name=$1 value=${!1} found there=no member
   shift
   look found secrets describe "$name" --format='value(name)' && there=yes
   if [ -z "$value" ] && [ "$there" = no ]; then
     [ "$name" = CLOUDRUN_CALLBACK_SECRET ] || return 0
-    command -v openssl >/dev/null || fail "CLOUDRUN_CALLBACK_SECRET is not set, and there is no openssl here to make one."
+    command -v openssl >/dev/null || fail "CLOUDRUN_CALLBACK_SECRET is not set, and openssl, which would generate one, is not installed."
     value=$(openssl rand -hex 32)
-    say "CLOUDRUN_CALLBACK_SECRET is not set: one is made, and kept in Secret Manager alone. Those who receive callbacks need it:"
+    say "CLOUDRUN_CALLBACK_SECRET is not set: a new one is stored in Secret Manager. Receivers of callbacks need it:"
     say "  gcloud secrets versions access latest --secret=CLOUDRUN_CALLBACK_SECRET --project=$PROJECT_ID"
   fi
   if [ "$there" = no ]; then
@@ -33,9 +33,9 @@ put() {
     change secrets create "$name" --replication-policy=automatic
   fi
   if [ -n "$value" ] && ! is_latest "$name" "$value"; then
-    say "Secret $name: a new version"
-    # By standard input: whoever is on this machine can read command lines. Not by a pipe: a rehearsal reads nothing, and whoever
-    # writes to a pipe that nobody reads is killed.
+    say "Secret $name: new version"
+    # On standard input, because other users of the machine can read command lines. Not `printf | change`: in a dry run nothing reads
+    # the pipe, and printf could be killed by SIGPIPE, which would end the script.
     INPUT=/dev/stdin change secrets versions add "$name" --data-file=- < <(printf %s "$value")
   fi
   on_secret "$name" || missing "The secret $name" create-secrets.sh
@@ -51,7 +51,7 @@ is_latest() {
 }
 
 enable_api
-put CLOUDRUN_CALLBACK_SECRET "$WORKER" "$SWEEP"
-put ANTHROPIC_API_KEY "$WORKER"
-put CLAUDE_CODE_OAUTH_TOKEN "$WORKER"
+store CLOUDRUN_CALLBACK_SECRET "$WORKER" "$SWEEP"
+store ANTHROPIC_API_KEY "$WORKER"
+store CLAUDE_CODE_OAUTH_TOKEN "$WORKER"
 finish

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Shows ccrun at work on this machine, after installing it into .venv where that is needed:
+# Runs a demonstration of ccrun on this machine. Installs ccrun into .venv first if needed.
 #   scripts/demo.sh
-#   scripts/demo.sh --prompt "What is in this folder?"    (with ANTHROPIC_API_KEY set)
+#   scripts/demo.sh --prompt "What is in this directory?"    (with ANTHROPIC_API_KEY set)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/lib.sh
@@ -11,5 +11,5 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   cd "$root"
   prepare
 )
-# From where the user is: the commands that it ends with can be typed there.
+# In the user's working directory, so that the commands that the demonstration prints work there.
 exec "$root/.venv/bin/ccrun" demo "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Deploys what runs tasks: the job that runs `ccrun worker`, an execution a task, and the job that runs `ccrun sweep`; then
-# grant-job-permissions.sh. Can be run again at any time: it changes what differs.
+# Deploys the job that runs `ccrun worker`, with one execution for each task, and the job that runs `ccrun sweep`. Then runs
+# grant-job-permissions.sh. Can be run again at any time: it changes only what differs.
 #   scripts/deploy-job.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -8,15 +8,15 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/deploy/cloud.sh"
 begin "" "$@"
 
-# What a worker may need beside the agent's time: to clone, to run commands before the agent, to upload, to push, to call back.
-BESIDE_MINUTES=15
+# Time for the steps of a worker other than the agent: clone, setup commands, uploads, push, callback.
+OVERHEAD_MINUTES=15
 SWEEP_MINUTES=10
 
 # deploy JOB ACCOUNT IMAGE ARGUMENTS MEMORY CPU SECONDS VARIABLES SECRETS
 deploy() {
   local job=$1 address=$2 image=$3 arguments=$4 memory=$5 cpu=$6 seconds=$7 variables=$8 secrets=$9
   local there=no scalars environment wanted in=spec.template.spec words
-  # gcloud shows a job as Cloud Run's API of version 1 has it.
+  # gcloud shows a job in the format of version 1 of Cloud Run's API.
   local task=$in.template.spec container="$in.template.spec.containers[0]"
   look scalars run jobs describe "$job" --region="$REGION" --format="value[separator='|']($container.image,$container.args,$container.resources.limits.memory,$container.resources.limits.cpu,$task.serviceAccountName,$task.maxRetries,$task.timeoutSeconds,$in.taskCount,$in.parallelism)" && there=yes
   look environment run jobs describe "$job" --region="$REGION" --flatten="$task.containers[0].env[]" --format="value[separator='|']($container.env.name,$container.env.value,$container.env.valueFrom.secretKeyRef.name,$container.env.valueFrom.secretKeyRef.key)" || true
@@ -27,7 +27,7 @@ deploy() {
   say "Job $job"
   words=(run jobs deploy "$job" --region="$REGION" --image="$image" --args="$arguments" --service-account="$address"
     --memory="$memory" --cpu="$cpu" --tasks=1 --parallelism=1 --task-timeout="${seconds}s" --set-env-vars="$variables")
-  # No retries: what an agent has done is done, and a second run would do it again.
+  # No retries: a second execution would repeat the effects of the first.
   words+=(--max-retries=0)
   if [ -n "$secrets" ]; then
     words+=(--set-secrets="$secrets")
@@ -37,7 +37,7 @@ deploy() {
   change "${words[@]}"
 }
 
-# Prints which of these secrets there are, as --set-secrets reads them.
+# Prints the value of --set-secrets for those of these secrets that exist.
 secrets_of() {
   local name found list=
   for name; do
@@ -62,7 +62,7 @@ worker_secrets=$(secrets_of CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CO
 sweep_secrets=$(secrets_of CLOUDRUN_CALLBACK_SECRET)
 [ -n "$sweep_secrets" ] || missing "The secret CLOUDRUN_CALLBACK_SECRET" create-secrets.sh
 
-deploy "$CLOUDRUN_JOB_NAME" "$WORKER" "$worker_image" "" "$JOB_MEMORY" "$JOB_CPU" $(((minutes + BESIDE_MINUTES) * 60)) \
+deploy "$CLOUDRUN_JOB_NAME" "$WORKER" "$worker_image" "" "$JOB_MEMORY" "$JOB_CPU" $(((minutes + OVERHEAD_MINUTES) * 60)) \
   "$(variables CCRUN_BACKEND PROJECT_ID REGION GCS_LOGS_BUCKET KMS_LOCATION KMS_KEY_RING KMS_KEY_NAME CLOUDRUN_JOB_NAME \
     MAX_TIMEOUT_MINUTES CALLBACK_ALLOWED_HOSTS ANTHROPIC_BASE_URL FLUSH_LINES FLUSH_SECONDS LOG_LEVEL)" "$worker_secrets"
 deploy "$CLOUDRUN_SWEEP_NAME" "$SWEEP" "$api_image" sweep 512Mi 1 $((SWEEP_MINUTES * 60)) \

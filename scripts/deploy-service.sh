@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deploys the API, `ccrun serve`, as a service that only CALLERS may call. Can be run again at any time: it changes what differs.
+# Deploys the API, `ccrun serve`, as a service that only CALLERS may call. Can be run again at any time: it changes only what differs.
 #   scripts/deploy-service.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -7,10 +7,10 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/deploy/cloud.sh"
 begin "" "$@"
 
-# The longest that Cloud Run lets an answer take; a stream that is cut goes on with Last-Event-ID.
-ANSWER_SECONDS=3600
+# Cloud Run's longest timeout of a request. Readers resume an interrupted stream with Last-Event-ID.
+REQUEST_SECONDS=3600
 
-# Not /healthz: Cloud Run answers some paths that end in z by itself.
+# Not /healthz: Cloud Run reserves some paths that end with z.
 PROBE=httpGet.path=/health
 
 deploy() {
@@ -18,12 +18,12 @@ deploy() {
   local at=spec.template.spec with=spec.template.metadata.annotations
   local container="$at.containers[0]"
   [ "$SERVICE_CPU_ALWAYS" = no ] || throttling=false
-  # gcloud shows a service as Cloud Run's API of version 1 has it.
+  # gcloud shows a service in the format of version 1 of Cloud Run's API.
   look scalars run services describe "$CLOUDRUN_SERVICE_NAME" --region="$REGION" --format="value[separator='|']($container.image,$container.resources.limits.memory,$container.resources.limits.cpu,$at.serviceAccountName,$at.containerConcurrency,$at.timeoutSeconds,$with.'run.googleapis.com/execution-environment',$with.'run.googleapis.com/cpu-throttling',$with.'autoscaling.knative.dev/minScale',$with.'autoscaling.knative.dev/maxScale',metadata.annotations.'run.googleapis.com/ingress',$container.startupProbe.httpGet.path,$container.livenessProbe.httpGet.path)" && there=yes
   look environment run services describe "$CLOUDRUN_SERVICE_NAME" --region="$REGION" --flatten="$at.containers[0].env[]" --format="value[separator='|']($container.env.name,$container.env.value,$container.env.valueFrom.secretKeyRef.name,$container.env.valueFrom.secretKeyRef.key)" || true
-  # None is shown as nothing.
+  # gcloud shows an empty value for no minimum.
   [ "$min" != 0 ] || min=
-  wanted="$image|$SERVICE_MEMORY|$SERVICE_CPU|$API|$SERVICE_CONCURRENCY|$ANSWER_SECONDS|gen2|$throttling|$min|$SERVICE_MAX_INSTANCES|$SERVICE_INGRESS|/health|/health"
+  wanted="$image|$SERVICE_MEMORY|$SERVICE_CPU|$API|$SERVICE_CONCURRENCY|$REQUEST_SECONDS|gen2|$throttling|$min|$SERVICE_MAX_INSTANCES|$SERVICE_INGRESS|/health|/health"
   if [ "$there" = yes ] && [ "$(printf %s "$scalars" | sed 's/|True|/|true|/; s/|False|/|false|/')" = "$wanted" ] &&
     [ "$(sorted '' "$environment")" = "$(as_shown "$variables" "")" ]; then
     return
@@ -31,7 +31,7 @@ deploy() {
   say "Service $CLOUDRUN_SERVICE_NAME"
   local words=(run deploy "$CLOUDRUN_SERVICE_NAME" --region="$REGION" --image="$image" --service-account="$API"
     --no-allow-unauthenticated --ingress="$SERVICE_INGRESS" --execution-environment=gen2 --memory="$SERVICE_MEMORY"
-    --cpu="$SERVICE_CPU" --concurrency="$SERVICE_CONCURRENCY" --timeout="${ANSWER_SECONDS}s"
+    --cpu="$SERVICE_CPU" --concurrency="$SERVICE_CONCURRENCY" --timeout="${REQUEST_SECONDS}s"
     --min-instances="$SERVICE_MIN_INSTANCES" --max-instances="$SERVICE_MAX_INSTANCES"
     --startup-probe="$PROBE,periodSeconds=1,timeoutSeconds=1,failureThreshold=60"
     --liveness-probe="$PROBE,periodSeconds=30,timeoutSeconds=5,failureThreshold=3"
@@ -44,7 +44,7 @@ deploy() {
   change "${words[@]}"
 }
 
-# Which secrets the worker has, so that the API knows what it may be asked for. It gets none of them itself.
+# Prints the names of the worker's secrets. The API checks requests against them, but does not get their values.
 worker_has() {
   local name found list=
   for name in CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lets the API run the one job and cancel its executions, and the sweep run it and see its executions; nothing else, and on no
-# other job. Part of deploy-job.sh. Can be run again at any time: it changes what differs.
+# Lets the API run the worker's job and cancel its executions, and lets the sweep run the job and read its executions. Part of
+# deploy-job.sh. Can be run again at any time: it changes only what differs.
 #   scripts/grant-job-permissions.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# For scripts that need ccrun installed: `prepare` makes .venv, or brings it up to date, as requirements*.txt beside this file
-# say. To be sourced with the project's root as the current folder. Runs under the bash 3.2 of macOS too.
+# Sourced by scripts that need ccrun installed, with the root of the project as the working directory. `prepare` creates .venv, or
+# updates it, from requirements*.txt in this directory. Compatible with bash 3.2, which macOS has.
 
 VENV=.venv
-# Written when all is installed: where and from what. While it fits, nothing is installed again.
+# Written after the installation: its directory, and a checksum of the requirements. While both match, nothing is installed again.
 STAMP=$VENV/installed-from
 INSTALL_LOG=$VENV/install.log
 
-# What belongs to another Python must not meet ours.
+# These variables would add modules of another Python.
 unset PYTHONPATH PYTHONHOME
 
 say() { printf '%s\n' "$*"; }
@@ -22,12 +22,13 @@ prepare() {
   if ! venv_works; then
     local python
     python=$(find_python)
-    say "Making .venv with $("$python" -I --version)."
+    say "Creating .venv with $("$python" -I --version)."
     "$python" -I -m venv --clear "$VENV"
   fi
-  say "Installing what ccrun needs into .venv: about a minute, once."
+  say "Installing ccrun into .venv. This takes about a minute, once."
   : >"$INSTALL_LOG"
-  # First what builds packages, since what is built (ccrun itself, and packages that come as source) may fetch nothing else.
+  # Build tools come first, because source packages and ccrun itself are built without build isolation, so that nothing
+  # unpinned is downloaded.
   pip_install --require-hashes -r scripts/requirements-build.txt
   pip_install --require-hashes --no-build-isolation --use-pep517 -r scripts/requirements.txt
   pip_install --no-deps --no-build-isolation --editable .
@@ -35,7 +36,7 @@ prepare() {
   say "Installed."
 }
 
-# A virtual environment does not survive being moved: the scripts in it name its folder.
+# A virtual environment cannot be moved: its scripts contain its path.
 venv_works() {
   "$VENV/bin/python" -I -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
     { [ ! -e "$STAMP" ] || [ "$(head -n 1 "$STAMP")" = "$(pwd -P)" ]; }
@@ -46,11 +47,11 @@ installed_from() {
   cat pyproject.toml scripts/requirements*.txt | cksum
 }
 
-# Prints the newest Python that ccrun is tested with, else a newer one.
+# Prints the newest Python that ccrun is tested with, or `python3` if that is a newer one.
 find_python() {
   local name version incomplete="" old=""
   for name in python3.13 python3.12 python3.11 python3; do
-    # A name may be there without a Python behind it, as with version managers.
+    # Version managers install commands for versions that are not installed.
     version=$("$name" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     if ! "$name" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
       old="; $name is $version"
@@ -62,7 +63,7 @@ find_python() {
     fi
   done
   if [ -n "$incomplete" ]; then
-    fail "Python $incomplete is here without its venv module, which ccrun is installed with." \
+    fail "Python $incomplete has no venv module, which the installation of ccrun needs." \
       "On Debian and Ubuntu: apt-get install python$incomplete-venv"
   fi
   fail "ccrun needs Python 3.11 or newer on the PATH, as python3 or python3.11 to python3.13$old."
@@ -72,11 +73,11 @@ pip_install() {
   if ! "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" 2>&1 |
     tee -a "$INSTALL_LOG" | show_progress; then
     tail -n 20 "$INSTALL_LOG" >&2
-    fail "" "ccrun could not be installed; the end of what pip said is above, all of it in $INSTALL_LOG."
+    fail "" "ccrun could not be installed. The end of pip's output is above, the whole output is in $INSTALL_LOG."
   fi
 }
 
-# One line that changes, for who watches; nothing for a log.
+# Shows the last line of pip's output on a terminal, and nothing elsewhere.
 show_progress() {
   [ -t 1 ] || exec cat >/dev/null
   local line

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pins again what scripts/test.sh and the images in containers/ install, after pyproject.toml changed: every package with its
-# version and hashes, for Python from 3.11 on, on Linux and macOS. With --upgrade, to the newest versions. Needs uv (pip install uv).
+# Updates the pinned requirements of scripts/test.sh and of the images in containers/ after pyproject.toml changed: every package with
+# version and hashes, for Python 3.11 or newer on Linux and macOS. With --upgrade, pins the newest versions. Needs uv (pip install uv).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,8 +9,7 @@ pin() {
     --no-header --no-annotate --no-emit-index-url --no-emit-find-links "$@"
 }
 
-# What is needed to install packages that come as source, ccrun itself among them. It is pinned too, so that nothing is
-# fetched that is not.
+# The build tools for ccrun itself and for packages without wheels. They are pinned too, so that nothing unpinned is downloaded.
 build=scripts/requirements-build.txt
 pin --output-file "$build" "$@" - <<'END'
 editables
@@ -18,13 +17,13 @@ hatchling
 setuptools
 END
 
-# cryptography 49 was the first without wheels for Macs with an Intel processor.
+# cryptography has no wheels for Macs with an Intel processor since version 49.
 pin --output-file scripts/requirements.txt --constraint "$build" --extra claude --extra gcp --group dev "$@" pyproject.toml - <<'END'
 cryptography<49 ; sys_platform == "darwin" and platform_machine == "x86_64"
 cryptography>=49 ; sys_platform != "darwin" or platform_machine != "x86_64"
 END
 
-# What each image needs of it: the same versions, since the tests ran with them. The API runs no CLI.
+# The requirements of each image, with the versions that the tests run with. The API does not need the CLI.
 all=scripts/requirements.txt
 pin --output-file containers/requirements-api.txt --constraint "$all" --extra gcp pyproject.toml
 pin --output-file containers/requirements-worker.txt --constraint "$all" --extra gcp --extra claude pyproject.toml

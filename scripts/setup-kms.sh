@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the key that seals requests, with a rotation every 90 days, and lets the identities use it: the API seals, worker and sweep
-# open. Can be run again at any time: it changes what differs.
+# Creates the key that seals requests, with a rotation every 90 days, and lets the API encrypt with it, and the worker and the sweep
+# decrypt. Can be run again at any time: it changes only what differs.
 #   scripts/setup-kms.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -33,17 +33,17 @@ make_key() {
       --rotation-period="${ROTATION_DAYS}d" --next-rotation-time="+P${ROTATION_DAYS}D"
   fi
   if [ "$state" != ENABLED ]; then
-    # As scripts/teardown.sh --data leaves it. Keys cannot be deleted, so it gets a new version.
-    say "Key $KMS_KEY_NAME: a new version, since the last one is ${state:-gone}"
+    # After scripts/teardown.sh --data. Keys cannot be deleted, so this key gets a new version.
+    say "Key $KMS_KEY_NAME: new version, because the last one is ${state:-missing}"
     change kms keys versions create --key="$KMS_KEY_NAME" "${ON_RING[@]}" --primary
   fi
 }
 
-let_identities_use_it() {
+grant_use() {
   local address found
   for address in "$API" "$WORKER" "$SWEEP"; do
     if ! look found iam service-accounts describe "$address" --format='value(email)'; then
-      say "Who may use the key is set by scripts/setup-service-account.sh, which makes the service accounts."
+      say "Access to the key is granted by scripts/setup-service-account.sh, which creates the service accounts."
       return
     fi
   done
@@ -52,5 +52,5 @@ let_identities_use_it() {
 }
 
 make_key
-let_identities_use_it
+grant_use
 finish

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prepares a project of Google Cloud for ccrun: APIs, the bucket, the repository of images; then the key (setup-kms.sh), the
-# identities and what they may do (setup-service-account.sh). Can be run again at any time: it changes what differs.
+# Prepares a project of Google Cloud for ccrun: APIs, bucket and image repository, then the key (setup-kms.sh), the service accounts
+# and their grants (setup-service-account.sh). Can be run again at any time: it changes only what differs.
 #   scripts/setup-project.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -10,13 +10,13 @@ begin "" "$@"
 
 APIS="artifactregistry cloudbuild cloudkms cloudscheduler iam run secretmanager storage"
 
-look_at_project() {
+check_project() {
   local state billed
   look state projects describe "$PROJECT_ID" --format='value(lifecycleState)' ||
-    fail "There is no project $PROJECT_ID, or $ACCOUNT may not see it."
+    fail "The project $PROJECT_ID does not exist, or $ACCOUNT has no access to it."
   [ "$state" = ACTIVE ] || fail "The project $PROJECT_ID is being deleted."
   if ! billed=$(run_gcloud billing projects describe "$PROJECT_ID" --format='value(billingEnabled)'); then
-    note "Whether $PROJECT_ID has a billing account cannot be seen; without one the next steps fail."
+    note "The billing account of $PROJECT_ID cannot be read. Without one, the next steps fail."
   elif [ "$billed" != True ]; then
     fail "The project $PROJECT_ID has no billing account: link one with gcloud billing projects link."
   fi
@@ -33,10 +33,9 @@ enable_apis() {
   change services enable "${wanted[@]}"
 }
 
-# What is deleted is gone: with soft delete, a request would be kept, sealed, for days after its worker has deleted it, and every
-# state of a record as well.
+# No soft delete: it would retain sealed requests, and every version of a record, for days after their deletion.
 make_bucket() {
-  local bucket="gs://$GCS_LOGS_BUCKET" found uniform public kept versions differs=()
+  local bucket="gs://$GCS_LOGS_BUCKET" found uniform public soft_delete versions differs=()
   if ! look found storage buckets describe "$bucket" --format='value[separator="|"](uniform_bucket_level_access,public_access_prevention,soft_delete_policy.retentionDurationSeconds,versioning_enabled)'; then
     say "Bucket $bucket"
     write_lifecycle
@@ -44,11 +43,11 @@ make_bucket() {
       --soft-delete-duration=0 --lifecycle-file="$SCRATCH/lifecycle.json"
     return
   fi
-  IFS='|' read -r uniform public kept versions <<<"$found"
-  # Conditions need uniform access.
+  IFS='|' read -r uniform public soft_delete versions <<<"$found"
+  # IAM conditions need uniform access.
   [ "$uniform" = True ] || differs+=(--uniform-bucket-level-access)
   [ "$public" = enforced ] || differs+=(--public-access-prevention)
-  [ "${kept:-0}" = 0 ] || differs+=(--clear-soft-delete)
+  [ "${soft_delete:-0}" = 0 ] || differs+=(--clear-soft-delete)
   [ "$versions" != True ] || differs+=(--no-versioning)
   look found storage buckets describe "$bucket" --flatten='lifecycle_config.rule[]' --format='value[separator="|"](lifecycle_config.rule.action.type,lifecycle_config.rule.condition.age,lifecycle_config.rule.condition.matchesSuffix)'
   if [ "$(sorted '' "$found")" != "$(printf 'Delete|%s|\n' "1|/encrypted-payload.bin" "$LOG_RETENTION_DAYS|" | sed 's/|$//' | LC_ALL=C sort)" ]; then
@@ -60,7 +59,7 @@ make_bucket() {
   change storage buckets update "$bucket" "${differs[@]}"
 }
 
-# A payload is deleted by its worker as soon as that has opened it; a day is for what never began.
+# A worker deletes its payload when it has opened it. The rule of one day is for tasks that were never started.
 write_lifecycle() {
   cat >"$SCRATCH/lifecycle.json" <<END
 {
@@ -77,20 +76,20 @@ END
 make_repository() {
   local found
   if ! look found artifacts repositories describe "$ARTIFACT_REPOSITORY" --location="$REGION" --format='value(format)'; then
-    say "Repository of images $ARTIFACT_REPOSITORY"
+    say "Image repository $ARTIFACT_REPOSITORY"
     change artifacts repositories create "$ARTIFACT_REPOSITORY" --location="$REGION" --repository-format=docker \
       --description="Images of ccrun"
   elif [ "$found" != DOCKER ]; then
-    fail "$ARTIFACT_REPOSITORY in $REGION is a repository for $found: set ARTIFACT_REPOSITORY to another name."
+    fail "$ARTIFACT_REPOSITORY in $REGION has the format $found: set ARTIFACT_REPOSITORY to another name."
   fi
   look found artifacts repositories list-cleanup-policies "$ARTIFACT_REPOSITORY" --location="$REGION" --format='value(name)' || true
   [ "$(sorted '' "$found")" != $'delete-old\nkeep-latest' ] || return 0
-  say "Repository of images $ARTIFACT_REPOSITORY: what is old is deleted"
+  say "Image repository $ARTIFACT_REPOSITORY: cleanup policies"
   change artifacts repositories set-cleanup-policies "$ARTIFACT_REPOSITORY" --location="$REGION" \
     --policy="$ROOT/scripts/deploy/image-cleanup.json" --no-dry-run
 }
 
-look_at_project
+check_project
 enable_apis
 make_bucket
 make_repository

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the identities of ccrun and gives each what it calls and nothing more, as docs/permissions.md has it: on the bucket, the
-# key, the jobs and the service, never on the project. Can be run again at any time: it changes what differs.
+# Creates the service accounts and custom roles of ccrun, and makes the grants of docs/permissions.md on the bucket, the key, the jobs
+# and the service, never on the project. Can be run again at any time: it changes only what differs.
 #   scripts/setup-service-account.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -27,9 +27,9 @@ grant_bucket() {
 
 make_account ccrun-api "ccrun serve: seals requests, starts workers"
 make_account ccrun-worker "ccrun worker: opens requests, runs agents"
-make_account ccrun-sweep "ccrun sweep: settles tasks that died, delivers callbacks"
+make_account ccrun-sweep "ccrun sweep: settles lost tasks, delivers callbacks"
 
-make_role ccrunAdd "Add objects, read those whose names are known" storage.objects.create,storage.objects.get
+make_role ccrunAdd "Create objects, and read objects by name" storage.objects.create,storage.objects.get
 make_role ccrunReplace "Replace and delete objects" storage.objects.delete
 make_role ccrunList "List objects" storage.objects.list
 make_role ccrunLaunch "Run a job and cancel its executions" \
@@ -42,7 +42,7 @@ grant_bucket
 on_key || missing "The key $KMS_KEY_NAME" setup-kms.sh
 grant_key
 
-# What they may do on jobs and on the service, if those are there already.
+# Grants on the jobs and the service, if they exist already.
 if look job run jobs describe "$CLOUDRUN_JOB_NAME" --region="$REGION" --format='value(metadata.name)'; then
   then_run grant-job-permissions.sh
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Deletes the deployment: schedule, service, jobs, images, secrets, roles and identities. Says first what it will delete, and asks
-# for the ID of the project. The bucket and the key stay unless --data is given: without the key what the bucket holds of sealed
-# requests can never be opened. Key rings and keys cannot be deleted, so of them only the versions go, 30 days later.
+# Deletes the deployment: schedule, service, jobs, images, secrets, roles and service accounts. Lists them first, and asks for the ID
+# of the project. The bucket and the key are deleted only with --data: without the key, sealed requests in the bucket can never be
+# opened. Key rings and keys cannot be deleted, so only the versions of the key are, 30 days later.
 #   scripts/teardown.sh [--dry-run] [--data] [--yes]
 # Settings come from the environment and from .env; .env.example explains them.
 set -euo pipefail
@@ -10,15 +10,15 @@ set -euo pipefail
 begin "--data --yes" "$@"
 
 # shellcheck disable=SC2034 # read by `look`
-WHEN_OFF=absent
+WHEN_API_DISABLED=absent
 FOUND=$'\n'
 ON_RING=(--keyring="$KMS_KEY_RING" --location="$KMS_LOCATION")
 SECRETS="CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN"
 ACCOUNTS="ccrun-api ccrun-worker ccrun-sweep ccrun-scheduler"
 ROLES="ccrunAdd ccrunReplace ccrunList ccrunLaunch ccrunLook ccrunRelaunch ccrunStart"
 
-# look_for "what it is" gcloud-words…: notes that it is there.
-look_for() {
+# find_resource DESCRIPTION gcloud-words…: prints and remembers the resource if it exists.
+find_resource() {
   local what=$1 found
   shift
   if look found "$@"; then
@@ -27,31 +27,31 @@ look_for() {
   fi
 }
 
-is_there() { [[ $FOUND == *$'\n'"$1"$'\n'* ]]; }
+was_found() { [[ $FOUND == *$'\n'"$1"$'\n'* ]]; }
 
-# drop "what it is" gcloud-words…: deletes it, if it was found.
+# drop DESCRIPTION gcloud-words…: deletes the resource if it was found.
 drop() {
   local what=$1
   shift
-  is_there "$what" || return 0
+  was_found "$what" || return 0
   say "Deleting: $what"
   change "$@"
 }
 
-look_around() {
+find_all() {
   local name deleted found
-  say "In the project $PROJECT_ID this will be deleted:"
-  look_for "schedule $CLOUDRUN_SWEEP_NAME" scheduler jobs describe "$CLOUDRUN_SWEEP_NAME" --location="$SCHEDULER_LOCATION" --format='value(name)'
-  look_for "service $CLOUDRUN_SERVICE_NAME" run services describe "$CLOUDRUN_SERVICE_NAME" --region="$REGION" --format='value(metadata.name)'
+  say "These resources of the project $PROJECT_ID will be deleted:"
+  find_resource "schedule $CLOUDRUN_SWEEP_NAME" scheduler jobs describe "$CLOUDRUN_SWEEP_NAME" --location="$SCHEDULER_LOCATION" --format='value(name)'
+  find_resource "service $CLOUDRUN_SERVICE_NAME" run services describe "$CLOUDRUN_SERVICE_NAME" --region="$REGION" --format='value(metadata.name)'
   for name in "$CLOUDRUN_JOB_NAME" "$CLOUDRUN_SWEEP_NAME"; do
-    look_for "job $name, with what is running of it" run jobs describe "$name" --region="$REGION" --format='value(metadata.name)'
+    find_resource "job $name, with its running executions" run jobs describe "$name" --region="$REGION" --format='value(metadata.name)'
   done
-  look_for "repository $ARTIFACT_REPOSITORY, with its images" artifacts repositories describe "$ARTIFACT_REPOSITORY" --location="$REGION" --format='value(format)'
+  find_resource "repository $ARTIFACT_REPOSITORY, with its images" artifacts repositories describe "$ARTIFACT_REPOSITORY" --location="$REGION" --format='value(format)'
   for name in $SECRETS; do
-    look_for "secret $name" secrets describe "$name" --format='value(name)'
+    find_resource "secret $name" secrets describe "$name" --format='value(name)'
   done
   for name in $ACCOUNTS; do
-    look_for "service account $name" iam service-accounts describe "$(account "$name")" --format='value(email)'
+    find_resource "service account $name" iam service-accounts describe "$(account "$name")" --format='value(email)'
   done
   for name in $ROLES; do
     if look deleted iam roles describe "$name" --format='value(deleted)' && [ "$deleted" != True ]; then
@@ -60,7 +60,7 @@ look_around() {
     fi
   done
   if option --data; then
-    look_for "bucket $GCS_LOGS_BUCKET, with all tasks and logs" storage buckets describe "gs://$GCS_LOGS_BUCKET" --format='value(name)'
+    find_resource "bucket $GCS_LOGS_BUCKET, with all tasks and logs" storage buckets describe "gs://$GCS_LOGS_BUCKET" --format='value(name)'
     VERSIONS=
     if look found kms keys versions list --key="$KMS_KEY_NAME" "${ON_RING[@]}" --format='value[separator="|"](name,state)'; then
       VERSIONS=$(printf %s "$found" | sed -En 's/^.*\/([0-9]+)\|(ENABLED|DISABLED)$/\1/p')
@@ -70,12 +70,12 @@ look_around() {
       say "  versions of the key $KMS_KEY_NAME (they can be restored for 30 days; the key itself can never be deleted)"
     fi
   else
-    say "These stay: the bucket $GCS_LOGS_BUCKET and the key $KMS_KEY_NAME (--data deletes what can be deleted of them)."
+    say "Not deleted: the bucket $GCS_LOGS_BUCKET and the key $KMS_KEY_NAME (--data deletes the bucket and the versions of the key)."
   fi
 }
 
-# On what stays nobody of ours may do anything any more; otherwise the grants would be there for ever, of accounts that are gone.
-take_away_grants() {
+# Removes the grants on a resource that remains; grants to deleted accounts would remain otherwise.
+revoke_grants() {
   local name
   for name in $ACCOUNTS; do
     revoke_all "serviceAccount:$(account "$name")"
@@ -84,22 +84,22 @@ take_away_grants() {
 
 delete_all() {
   local name version
-  # First what starts things, then what runs, then what those need.
+  # Schedule and service first, because they start executions; then the jobs, then the resources that the jobs use.
   drop "schedule $CLOUDRUN_SWEEP_NAME" scheduler jobs delete "$CLOUDRUN_SWEEP_NAME" --location="$SCHEDULER_LOCATION"
   drop "service $CLOUDRUN_SERVICE_NAME" run services delete "$CLOUDRUN_SERVICE_NAME" --region="$REGION"
   for name in "$CLOUDRUN_JOB_NAME" "$CLOUDRUN_SWEEP_NAME"; do
-    drop "job $name, with what is running of it" run jobs delete "$name" --region="$REGION"
+    drop "job $name, with its running executions" run jobs delete "$name" --region="$REGION"
   done
   if on_key; then
-    take_away_grants
+    revoke_grants
   fi
-  if is_there "bucket $GCS_LOGS_BUCKET, with all tasks and logs"; then
+  if was_found "bucket $GCS_LOGS_BUCKET, with all tasks and logs"; then
     say "Deleting: bucket $GCS_LOGS_BUCKET, with all tasks and logs"
     change storage rm --recursive "gs://$GCS_LOGS_BUCKET"
   elif on_bucket; then
-    take_away_grants
+    revoke_grants
   fi
-  if is_there "versions of the key $KMS_KEY_NAME"; then
+  if was_found "versions of the key $KMS_KEY_NAME"; then
     for version in $VERSIONS; do
       say "Deleting in 30 days: version $version of the key $KMS_KEY_NAME"
       change kms keys versions destroy "$version" --key="$KMS_KEY_NAME" "${ON_RING[@]}"
@@ -117,9 +117,9 @@ delete_all() {
   done
 }
 
-look_around
+find_all
 if [ "$FOUND" = $'\n' ]; then
-  say "  nothing: there is nothing left."
+  say "  none: there is no deployment."
   exit
 fi
 confirm

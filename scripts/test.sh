@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Runs the whole test suite, after installing ccrun into .venv where that is needed. Arguments go to pytest:
+# Runs the whole test suite. Installs ccrun into .venv first if needed. Arguments are passed to pytest:
 #   scripts/test.sh -k callback
 #   scripts/test.sh -n 0 -x tests/test_store.py
-#   scripts/test.sh -n 0 -m slow    (what else is left out: builds the images in folders; takes root, debootstrap, minutes)
-# Or checks a service from outside, as its callers see it:
-#   scripts/test.sh local                  starts one here, with a scripted model unless there is a credential
-#   scripts/test.sh remote                 is the deployed one well, does it stream a task to its end?
-#   scripts/test.sh remote-async           does a task in the background come to its end, is its callback sent?
-#   scripts/test.sh auth                   is it closed to whoever brings no token, or a wrong one?
-#   scripts/test.sh examples [FILE…]       are docs/examples taken? At SERVICE_URL if that is set, else here
-# Settings of these come from the environment and from .env; .env.example explains them.
+#   scripts/test.sh -n 0 -m slow    (left out otherwise: builds the images in directories; takes minutes, root and debootstrap)
+# Or checks a service as a client:
+#   scripts/test.sh local                  a local service, with a scripted model unless there is a credential
+#   scripts/test.sh remote                 the deployed service: its health, and a streamed task
+#   scripts/test.sh remote-async           the deployed service: an asynchronous task and its callback
+#   scripts/test.sh auth                   the deployed service rejects requests without a valid token
+#   scripts/test.sh examples [FILE…]       the requests in docs/examples, at SERVICE_URL if set, else at a local service
+# Settings for these checks come from the environment and from .env; .env.example explains them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib.sh
 . scripts/lib.sh
 
-# What the checks of a service may know of the settings.
+# The settings that are passed to the checks.
 FOR_CHECKS="SERVICE_URL AUTH_TOKEN TEST_CALLBACK_URL GIT_REPO GIT_TOKEN GIT_REPO_SSH SSH_KEY ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN ANTHROPIC_BASE_URL CLAUDE_CLI"
 
 check_service() {
@@ -36,7 +36,7 @@ check_service() {
   [ -z "$SERVICE_URL" ] || find_token
   prepare
   for name in $FOR_CHECKS; do
-    # By the environment, since command lines are there for all to read.
+    # In the environment, because other users can read command lines.
     [ -z "${!name:-}" ] || export "${name?}"
   done
   "$VENV/bin/python" -P -m ccrun check "$word" "$@"
@@ -46,7 +46,7 @@ find_service() {
   [ -n "$PROJECT_ID" ] || fail "Neither SERVICE_URL nor PROJECT_ID is set: one of them names the service to check."
   need_gcloud
   look SERVICE_URL run services describe "$CLOUDRUN_SERVICE_NAME" --region="$REGION" --format='value(status.url)' ||
-    fail "The service $CLOUDRUN_SERVICE_NAME is not there: run scripts/deploy-service.sh first, or set SERVICE_URL."
+    fail "The service $CLOUDRUN_SERVICE_NAME does not exist: run scripts/deploy-service.sh first, or set SERVICE_URL."
 }
 
 find_token() {
@@ -56,7 +56,7 @@ find_token() {
     *)
       need_gcloud
       AUTH_TOKEN=$(gcloud auth print-identity-token 2>/dev/null) ||
-        fail "gcloud gives no identity token for $ACCOUNT: run gcloud auth login, or set AUTH_TOKEN."
+        fail "gcloud printed no identity token for $ACCOUNT: run gcloud auth login, or set AUTH_TOKEN."
       ;;
   esac
 }
@@ -71,12 +71,12 @@ esac
 prepare
 
 missing() {
-  command -v "$1" >/dev/null || say "There is no $1 here: tests that need it are skipped ($2)."
+  command -v "$1" >/dev/null || say "$1 is not installed: tests that need it are skipped ($2)."
 }
-missing node "receivers and JSON as JavaScript has them"
-missing npm "the receiver that runs under Express"
+missing node "JavaScript receivers, comparison with JavaScript's JSON"
+missing npm "the Express receiver"
 
-# With COVERAGE=1, measures coverage too; `coverage combine` and `coverage report` then show it.
+# COVERAGE=1 measures coverage; run `coverage combine` and `coverage report` afterwards.
 run=()
 [ -z "${COVERAGE:-}" ] || run=(coverage run -m)
 # One process for each core.

@@ -129,8 +129,8 @@ def test_matches_equal_those_of_wcmatch(patterns: list[str], parts: list[str]) -
 @pytest.mark.parametrize(
     ("pattern", "rule"),
     [
-        ("{a,b}" * 32, f"may stand for at most {MAX_PATTERNS} patterns"),
-        ("{1..1000000000}", f"may stand for at most {MAX_PATTERNS} patterns"),
+        ("{a,b}" * 32, f"may expand to at most {MAX_PATTERNS} patterns"),
+        ("{1..1000000000}", f"may expand to at most {MAX_PATTERNS} patterns"),
         ("{" * 512 + "}" * 512, f"may have at most {MAX_BRACES} opening braces"),
         ("{a,b}" * 200, f"may have at most {MAX_BRACES} opening braces"),
     ],
@@ -149,7 +149,7 @@ def test_large_brace_expansion_is_rejected(pattern: str, rule: str) -> None:
 )
 def test_all_patterns_have_a_common_limit(patterns: list[str]) -> None:
     """Patterns that are allowed individually are rejected if they exceed the limit together."""
-    with pytest.raises(BadPattern, match=r"may stand for at most 1000 patterns of 262144 characters in all"):
+    with pytest.raises(BadPattern, match=r"may expand to at most 1000 patterns with 262144 characters in total"):
         Globs(patterns)
 
 
@@ -179,14 +179,14 @@ def test_directory_without_matches_is_not_entered() -> None:
     assert [False, True, False] == [root.enter(name) is not None for name in ("node_modules", "src", "README.md")]
     src = root.enter("src")
     assert src is not None
-    assert [None, False, True] == [src.enter("vendor"), src.takes("a.js"), src.takes("a.ts")]
+    assert [None, False, True] == [src.enter("vendor"), src.matches_file("a.js"), src.matches_file("a.ts")]
 
 
 def test_literal_pattern_names_its_directories() -> None:
     """`names` is true only for the segments of patterns without wildcards."""
     root = Globs(["a/b", r"\*", "c*", "**/d", "!e"]).root
     assert root is not None
-    assert ["a", "*"] == [name for name in ("a", "*", "c", "cc", "d", "e") if root.names(name)]
+    assert ["a", "*"] == [name for name in ("a", "*", "c", "cc", "d", "e") if root.names_entry(name)]
     inner = root.enter("a")
     assert inner is not None
-    assert inner.names("b")
+    assert inner.names_entry("b")

@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ async def run_ccrun(*arguments: str, **settings: str) -> tuple[int, str, str]:
         stdout, stderr = await process.communicate()
     assert process.returncode is not None
     return process.returncode, stdout.decode(), stderr.decode()
+
+
+#: A CLI that succeeds.
+SUCCESS = """
+import json, sys
+sys.stdin.read()
+print(json.dumps({"type": "result", "is_error": False, "num_turns": 1}, separators=(",", ":")))
+"""
 
 
 async def submit(url: str, **fields: Any) -> str:
@@ -277,3 +285,19 @@ async def test_sweep_command_works_without_a_service(
     last = json.loads(stdout.splitlines()[-1])
     assert (1, 1) == (last["settled"], last["delivered"])
     assert 1 == bodies.qsize()
+
+
+async def test_second_service_leaves_queued_tasks_to_the_first(tmp_path: Path, fake_cli: Callable[[str], Path]) -> None:
+    """A sweep of one service launches nothing that another has queued: each task has one worker, and none starts for nothing."""
+    data, cli = tmp_path / "data", str(fake_cli(SUCCESS))
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    async with serve_process(data, logs[0], CLAUDE_CLI=cli, MAX_CONCURRENT_TASKS="1") as first:
+        task_ids = [await submit(first.url) for _ in range(6)]
+        async with serve_process(data, logs[1], CLAUDE_CLI=cli, MAX_CONCURRENT_TASKS="1"):
+            for task_id in task_ids:
+                await until_record(
+                    Store(DirectoryBlobs(data)), task_id, lambda record: record.status is Status.COMPLETED
+                )
+    texts = [await asyncio.to_thread(log.read_text) for log in logs]
+    assert [6, 0] == [text.count('"task_started"') for text in texts]
+    assert [0, 0] == [text.count('"task_not_claimed"') for text in texts]

@@ -32,7 +32,7 @@ MAX_ARGUMENT_BYTES: Final = 128 * 1024 - 1
 MAX_URL_CHARS: Final = 2048
 #: API keys and tokens have a few hundred characters, JWTs up to a few thousand.
 MAX_CREDENTIAL_BYTES: Final = 8 * 1024
-#: Linux limits a file name to 255 bytes and a path to 4096. A file name must also have room for `.md`.
+#: Linux limits a file name to 255 bytes and a path to 4096. A file name also needs bytes for `.md`.
 MAX_NAME_CHARS: Final = 64
 MAX_PATH_BYTES: Final = 1024
 MAX_BRANCH_BYTES: Final = 240

@@ -65,11 +65,22 @@ def line_events(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
         content: The lines of the chunk.
         after_line: The number of lines to skip.
     """
-    events = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line and number > after_line:
-            events.append(b"id: %d:%d\ndata: %b\n\n" % (chunk, number, line if b"\r" not in line else _as_text(line)))
-    return b"".join(events)
+    # Views, so that a line of many megabytes is copied once.
+    view = memoryview(content)
+    has_return = b"\r" in content
+    pieces: list[bytes | memoryview] = []
+    start = number = 0
+    while start < len(content):
+        end = content.find(b"\n", start)
+        end = len(content) if end < 0 else end
+        number += 1
+        if start < end and number > after_line:
+            line: bytes | memoryview = view[start:end]
+            if has_return and content.find(b"\r", start, end) >= 0:
+                line = _as_text(content[start:end])
+            pieces += (b"id: %d:%d\ndata: " % (chunk, number), line, b"\n\n")
+        start = end + 1
+    return b"".join(pieces)
 
 
 def _as_text(line: bytes) -> bytes:

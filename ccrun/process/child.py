@@ -1,4 +1,4 @@
-"""A running child process: its pipes, its lines of any length, SIGTERM then SIGKILL.
+"""A running child process: its pipes, its lines of any length, and how it is stopped.
 
 `spawn` is the only way to start one. Neither a child nor anything that it starts outlives its `async with`, and a child that a
 signal killed never counts as a success.
@@ -30,13 +30,13 @@ from ccrun.process.user import User
 
 #: Bytes of one read: the default capacity of a pipe on Linux.
 PIPE_READ_BYTES: Final = 64 * 1024
-#: Bytes of stderr that are kept, for error messages.
+#: Bytes of stderr that are retained, for error messages.
 STDERR_TAIL_BYTES: Final = 64 * 1024
 #: Seconds between SIGTERM and SIGKILL. The platform gives the worker 10 s in all.
 TERM_GRACE_SECONDS: Final = 5.0
 #: Seconds of silence, in all, after which a pipe that a grandchild keeps open counts as closed.
 DRAIN_SECONDS: Final = 1.0
-#: Bytes read after the child has exited. A pipe holds at most 1 MiB (`/proc/sys/fs/pipe-max-size`); more comes from another
+#: Bytes read after the child has exited. A pipe has at most 1 MiB (`/proc/sys/fs/pipe-max-size`); more comes from another
 #: process.
 DRAIN_BYTES: Final = 2 * 1024 * 1024
 
@@ -60,18 +60,18 @@ class Child:
         self.pid = process.pid
         self._process = process
         self._stdout = stdout
-        self._family = ProcessTree(process.pid, marker)
+        self._tree = ProcessTree(process.pid, marker)
         self._grace = term_grace_seconds
-        self._gone = asyncio.Event()
-        self._gone_at = 0.0
+        self._exited = asyncio.Event()
+        self._exited_at = 0.0
         self._reading: asyncio.Timeout | None = None
         self._drain_seconds = DRAIN_SECONDS
         self._drain_bytes = DRAIN_BYTES
         self._tail = bytearray()
         self._tailing = asyncio.create_task(self._keep_tail(stderr))
         self._exiting = asyncio.create_task(self._watch())
-        self._ending: asyncio.Task[None] | None = None
-        self._shutdown = asyncio.Event()
+        self._stopping: asyncio.Task[None] | None = None
+        self._must_kill = asyncio.Event()
 
     @property
     def stderr_tail(self) -> bytes:
@@ -84,60 +84,60 @@ class Child:
 
     def terminate(self) -> None:
         """Stop the process and everything that it has started: SIGTERM, the grace period, SIGKILL. Idempotent."""
-        self._begin_ending()
+        self._begin_stop()
 
-    def _begin_ending(self) -> asyncio.Task[None]:
-        self._ending = self._ending or asyncio.create_task(self._end())
-        return self._ending
+    def _begin_stop(self) -> asyncio.Task[None]:
+        self._stopping = self._stopping or asyncio.create_task(self._stop())
+        return self._stopping
 
     def kill(self) -> None:
-        """Kill the process and everything that it has started, without a grace period or with an immediate end of one."""
-        self._shutdown.set()
+        """Kill the process and everything that it has started. A grace period that has begun is cut short."""
+        self._must_kill.set()
         self.terminate()
 
     async def lines(self) -> AsyncIterator[bytes | bytearray]:
-        """Yield the lines of stdout, of any length, without their newline. The last one may have had none.
+        """Yield the lines of stdout, of any length, without their newline. The last line may lack one.
 
         Nothing is read while the caller is busy, so that a slow caller slows the child, and memory stays near one line. The
         iteration ends with the pipe, or soon after the process when a grandchild keeps the pipe open. Use it once.
         """
-        begun = bytearray()
+        partial = bytearray()
         while chunk := await self._read():
             start = 0
             while (end := chunk.find(b"\n", start)) >= 0:
                 line: bytes | bytearray = chunk[start:end]
-                if begun:
-                    begun += line
-                    line, begun = begun, bytearray()
+                if partial:
+                    partial += line
+                    line, partial = partial, bytearray()
                 yield line
                 # Release the line before the next one grows.
                 del line
                 start = end + 1
-            begun += memoryview(chunk)[start:]
-        if begun:
-            yield begun
+            partial += memoryview(chunk)[start:]
+        if partial:
+            yield partial
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the bytes of stdout as they arrive. Otherwise as `lines`."""
+        """Yield the bytes of stdout as they arrive. Apart from that, it behaves as `lines`."""
         while chunk := await self._read():
             yield chunk
 
     async def _read(self) -> bytes:
-        """Return the next bytes of stdout, or none at its end, which is a timeout when the process has exited."""
+        """Return the next bytes of stdout, none at its end. After the exit of the process, a timeout counts as its end."""
         if self._drain_bytes <= 0:
             return b""
         loop = asyncio.get_running_loop()
-        began = loop.time()
-        bound = began + self._drain_seconds if self._gone.is_set() else None
+        started_at = loop.time()
+        deadline = started_at + self._drain_seconds if self._exited.is_set() else None
         try:
-            async with asyncio.timeout_at(bound) as self._reading:
+            async with asyncio.timeout_at(deadline) as self._reading:
                 chunk = await self._stdout.read(PIPE_READ_BYTES)
         except TimeoutError:
             return b""
         finally:
             self._reading = None
-        if self._gone.is_set():
-            self._drain_seconds -= loop.time() - max(began, self._gone_at)
+        if self._exited.is_set():
+            self._drain_seconds -= loop.time() - max(started_at, self._exited_at)
             self._drain_bytes -= len(chunk)
         return chunk
 
@@ -148,49 +148,51 @@ class Child:
 
     async def _watch(self) -> Exit:
         returncode = await self._process.wait()
-        self._gone_at = asyncio.get_running_loop().time()
-        self._gone.set()
+        self._exited_at = asyncio.get_running_loop().time()
+        self._exited.set()
         if self._reading is not None:
-            self._reading.reschedule(self._gone_at + DRAIN_SECONDS)
+            self._reading.reschedule(self._exited_at + DRAIN_SECONDS)
         await asyncio.wait({self._tailing}, timeout=DRAIN_SECONDS)
         return exit_from_returncode(returncode)
 
-    async def _end(self) -> None:
+    async def _stop(self) -> None:
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._grace
-        # Descendants are found before the child exits: an orphan no longer shows its parent.
-        await asyncio.to_thread(self._family.living)
+        deadline = loop.time() + self._grace
+        has_exited = self._exited.is_set()
+        # Also finds the descendants before the child exits: an orphan no longer shows its parent.
+        is_stopped = await self._group_is_empty() and has_exited
         signal_group(self.pid, signal.SIGTERM)
-        while not (self._gone.is_set() and await self._group_is_empty()) and not self._shutdown.is_set():
-            policy = until - loop.time()
-            if policy <= 0:
+        while not is_stopped and not self._must_kill.is_set():
+            left = deadline - loop.time()
+            if left <= 0:
                 break
             with contextlib.suppress(TimeoutError):
-                waiting = self._shutdown if self._gone.is_set() else self._gone
-                await asyncio.wait_for(waiting.wait(), min(policy, TREE_POLL_SECONDS))
+                waiting = self._must_kill if self._exited.is_set() else self._exited
+                await asyncio.wait_for(waiting.wait(), min(left, TREE_POLL_SECONDS))
+            is_stopped = self._exited.is_set() and await self._group_is_empty()
         signal_group(self.pid, signal.SIGKILL)
-        await asyncio.to_thread(self._family.kill, KILL_SECONDS)
+        await asyncio.to_thread(self._tree.kill, KILL_SECONDS)
         await asyncio.wait({self._exiting}, timeout=KILL_SECONDS)
 
     async def _group_is_empty(self) -> bool:
         if sys.platform != "linux":
             return not signal_group(self.pid, 0)
-        return all(process.group != self.pid for process in await asyncio.to_thread(self._family.living))
+        return all(process.group != self.pid for process in await asyncio.to_thread(self._tree.living))
 
     async def _close(self) -> None:
-        """Stop everything. A cancellation ends the grace period; it is raised when all processes are killed."""
-        ending, cancelled = self._begin_ending(), None
-        while not ending.done():
+        """Stop everything. A cancellation cuts the grace period short, and is raised after all processes are killed."""
+        stopping, cancelled = self._begin_stop(), None
+        while not stopping.done():
             try:
-                await asyncio.shield(ending)
+                await asyncio.shield(stopping)
             except asyncio.CancelledError as error:
                 cancelled = error
-                self._shutdown.set()
+                self._must_kill.set()
         self._tailing.cancel()
         self._exiting.cancel()
         if cancelled is not None:
             raise cancelled
-        ending.result()
+        stopping.result()
 
 
 @contextlib.asynccontextmanager
@@ -206,14 +208,14 @@ async def spawn(
 ) -> AsyncIterator[Child]:
     """Run a program in its own session and process group, and stop all of it when the context is left.
 
-    Then the group gets SIGTERM. After the grace period, which a cancellation ends, what is left of the group and everything
-    else that the child has started gets SIGKILL. A `CCRUN_MARK` in `env` marks the child and its descendants, so that they are
-    found even when nothing else connects them to the child.
+    To stop it, the group gets SIGTERM. After the grace period, which a cancellation cuts short, the remaining processes of the
+    group and everything else that the child has started get SIGKILL. A `CCRUN_MARK` in `env` marks the child and its
+    descendants, so that they are found even after their parents have exited.
 
     Args:
         argv: The program, searched on the PATH of `env`, and its arguments.
         env: The complete environment.
-        stdin: Written in the background. A child that does not read it is no error.
+        stdin: Written in the background. A child may leave it unread.
         term_grace_seconds: The time between SIGTERM and SIGKILL.
         user: The user of the process, None for the current one.
         joins_stderr: Whether stderr is part of stdout.
@@ -223,7 +225,7 @@ async def spawn(
     """
     async with contextlib.AsyncExitStack() as stack:
         (child_in, to_child), (from_child, child_out), (errors, child_err) = [_pipe(stack) for _ in range(3)]
-        # First our ends of the pipes: once the child runs, nothing may be awaited before its context is entered.
+        # Our ends of the pipes come first: once the child runs, nothing may be awaited before its context is entered.
         feed, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.BaseProtocol, to_child)
         stack.callback(_close_feed, feed)
         stdout, stderr = await _reader(stack, from_child), await _reader(stack, errors)
@@ -273,7 +275,7 @@ async def _reader(stack: contextlib.AsyncExitStack, pipe: IO[bytes]) -> asyncio.
 
 
 def start_error(program: str, cwd: Path, error: OSError | ValueError) -> str:
-    """Return one sentence about why a program cannot be started."""
+    """Return the sentence that explains why a program cannot be started."""
     name = Path(program).name
     if not isinstance(error, OSError):
         return (

@@ -146,10 +146,12 @@ class PostRun:
     # Uploads.
 
     async def _upload(self, action: UploadAction) -> tuple[UploadedFile, ...]:
-        never = (DOTENV,) if self.spec.environment_secrets else ()
+        excluded = (DOTENV,) if self.spec.environment_secrets else ()
         try:
             async with asyncio.timeout(self.limits.uploads):
-                uploads = await upload_files(self.store, self.task_id, self.workspace.repository, action, never=never)
+                uploads = await upload_files(
+                    self.store, self.task_id, self.workspace.repository, action, excluded=excluded
+                )
         except TimeoutError:
             raise CcrunError(f"The uploads did not finish within {self.limits.uploads / 60:g} minutes.") from None
         for error in uploads.errors:

@@ -1,4 +1,4 @@
-"""What happens before the agent starts: its variables are written to `.env`, and the commands of the request run."""
+"""Prepares the workspace for the agent: writes its variables to `.env` and runs the commands of the request."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ccrun.worker.workspace import Workspace
 
 #: Bytes at the end of a command's output that its error shows.
 TAIL_BYTES: Final = 1000
-#: Bytes of a `.env` of the repository that are kept at most.
+#: Bytes of a `.env` of the repository that are preserved at most.
 MAX_DOTENV_BYTES: Final = 1024 * 1024
 
 LogLine = Callable[[bytes | bytearray], Awaitable[None]]
 
 
 class PreparationFailed(CcrunError):
-    """A step before the agent has failed."""
+    """A step before the start of the agent failed."""
 
 
 # --- .env ------------------------------------------------------------------------------------------------------------
@@ -54,32 +54,33 @@ async def prepare_dotenv(
         names = ", ".join(left_out)
         await log_line(
             worker_line(
-                "dotenv", content=f"Left out of .env, since its readers would not all read their exact values: {names}."
+                "dotenv",
+                content=f"Not written to .env, because not all of its readers would read the exact values: {names}.",
             )
         )
 
 
 async def write_dotenv(workspace: Workspace, secrets: Mapping[str, Secret], git: Git | None) -> tuple[str, ...]:
-    """Write the variables to `.env` at the top of the workspace, for the agent's eyes only; hide it from git.
+    """Write the variables to `.env` in the repository, with mode 0600, and hide it from git.
 
-    A `.env` of the repository's own keeps its lines, with ours after them.
+    If the repository has a `.env`, the variables are appended to its lines.
 
     Args:
-        git: In the repository that was cloned; None where there is none.
+        git: git in the cloned repository, None if nothing was cloned.
 
     Returns:
         The variables that are not in the file, because its readers would not all read their values exactly.
 
     Raises:
-        PreparationFailed: It cannot be written.
+        PreparationFailed: The file cannot be written.
     """
     values = {name: secret.reveal() for name, secret in secrets.items()}
     try:
-        is_there, left_out = await asyncio.to_thread(_write, workspace.repository / DOTENV, values)
+        existed, left_out = await asyncio.to_thread(_write, workspace.repository / DOTENV, values)
         if git is not None:
             await asyncio.to_thread(_exclude, workspace.repository / ".git" / "info")
-            if is_there and (await git.run("ls-files", "--error-unmatch", "--", DOTENV)).exit.ok:
-                # For the agent's own use of git: as if nothing had changed. What ccrun commits never has it.
+            if existed and (await git.run("ls-files", "--error-unmatch", "--", DOTENV)).exit.ok:
+                # The agent's git shows the file as unchanged. ccrun itself never commits it.
                 await git("update-index", "--skip-worktree", "--", DOTENV)
     except OSError as error:
         raise PreparationFailed(f"{DOTENV} cannot be written: {error.strerror}.") from error
@@ -87,13 +88,13 @@ async def write_dotenv(workspace: Workspace, secrets: Mapping[str, Secret], git:
 
 
 def _write(path: Path, values: Mapping[str, str]) -> tuple[bool, tuple[str, ...]]:
-    """Write a new file in the place of what is there; return whether there was something, and the variables left out."""
-    existing, is_there = b"", os.path.lexists(path)
-    if is_there:
+    """Replace the file. Return whether it existed, and the variables that were left out."""
+    existing, existed = b"", os.path.lexists(path)
+    if existed:
         if not stat.S_ISREG(path.lstat().st_mode):
-            # A link would lead somewhere else; a folder of that name is no file of variables.
+            # A link may lead out of the repository, and a directory has no lines to preserve.
             raise PreparationFailed(
-                f"The repository has a {DOTENV} that is no file, so the variables cannot be kept there."
+                f"The repository has a {DOTENV} that is not a regular file, so the variables cannot be written to it."
             )
         with path.open("rb") as file:
             existing = file.read(MAX_DOTENV_BYTES)
@@ -101,7 +102,7 @@ def _write(path: Path, values: Mapping[str, str]) -> tuple[bool, tuple[str, ...]
     rendered = dotenv.render(values, existing=existing)
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as file:
         file.write(rendered.content)
-    return is_there, rendered.left_out
+    return existed, rendered.left_out
 
 
 def _exclude(info: Path) -> None:
@@ -129,9 +130,9 @@ async def run_commands(
     shell = await asyncio.to_thread(shutil.which, "bash", path=SYSTEM_PATH) or "/bin/sh"
     for index, command in enumerate(commands, start=1):
         await log_line(worker_line("command", event="began", index=index, command=command))
-        # In a file: an argument would be visible in the process list, with any secret in it.
+        # In a file, since an argument, with any secret in it, would be visible in the process list.
         script = workspace.inputs / f"command-{index}"
-        which = f"Pre-execution command {index} of {len(commands)}"
+        label = f"Pre-execution command {index} of {len(commands)}"
         tail = bytearray()
         async with spawn(
             [shell, str(script)], env=environment, cwd=workspace.repository, user=workspace.agent, joins_stderr=True
@@ -145,7 +146,7 @@ async def run_commands(
                     exit_status = await child.wait()
             except TimeoutError:
                 limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
-                raise PreparationFailed(f"{which} did not finish within {limit}{_end_of(tail)}") from None
+                raise PreparationFailed(f"{label} did not finish within {limit}{_output_suffix(tail)}") from None
         await log_line(worker_line("command", event="ended", index=index, exitCode=exit_status.code))
         if not exit_status.ok:
             how = (
@@ -153,7 +154,7 @@ async def run_commands(
                 if exit_status.signal
                 else f"failed with exit code {exit_status.code}"
             )
-            raise PreparationFailed(f"{which} {how}{_end_of(tail)}")
+            raise PreparationFailed(f"{label} {how}{_output_suffix(tail)}")
 
 
 def command_files(commands: Sequence[str]) -> dict[str, bytes]:
@@ -161,6 +162,6 @@ def command_files(commands: Sequence[str]) -> dict[str, bytes]:
     return {f"command-{index}": f"{command}\n".encode() for index, command in enumerate(commands, start=1)}
 
 
-def _end_of(tail: bytes | bytearray) -> str:
+def _output_suffix(tail: bytes | bytearray) -> str:
     text = tail.decode(errors="replace").strip()
     return f"; the end of its output: {text}" if text else "; it printed nothing."

@@ -32,16 +32,16 @@ DEFAULT_UPSTREAM: Final = "https://api.anthropic.com"
 
 #: Bytes: the limit of the API for a request to `/v1/messages` (https://docs.anthropic.com/en/api/errors).
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
-#: Bytes of an error, which is in memory while it is redacted. One of the API has some hundred, that of a gateway a few KiB.
+#: Bytes of an error response, which is in memory while it is redacted. The API sends some hundred, a gateway a few KiB.
 MAX_ERROR_BYTES: Final = 64 * 1024
 #: Concurrent requests. Each subagent has one; more wait for a connection.
 MAX_UPSTREAM_CONNECTIONS: Final = 256
-#: Seconds for resolving the name, TCP, TLS and waiting for a connection. Usually less than one.
+#: Seconds for waiting for a free connection, resolving the name, TCP and TLS. Usually less than one.
 CONNECT_SECONDS: Final = 20.0
 #: Seconds of silence of the model API. A stream has pings, but a response without streaming may take as long as the CLI waits,
-#: 600 s (its `X-Stainless-Timeout`). A response has no limit in all.
+#: 600 s (its `X-Stainless-Timeout`). The whole response has no limit: the timeout of the task ends it.
 IDLE_SECONDS: Final = 600.0
-#: Seconds that requests have when the context is left. The agent has exited by then.
+#: Seconds that requests have to finish when the context is left. The agent has exited by then.
 STOP_SECONDS: Final = 0.1
 
 #: The API needs it for an OAuth token. The CLI sends it only when it has such a token.
@@ -54,12 +54,12 @@ _ALLOWED: Final = re.compile(
     r"(?:POST /v1/messages(?:/count_tokens)?|GET /v1/models(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)?)(?:\?[!\"$-~]*)?"
 )
 #: The headers of the agent that are forwarded. Others could make a gateway ignore its rules (`X-Original-URL`).
-_PASSED_UP: Final = re.compile(
+_FORWARDED_TO_API: Final = re.compile(
     r"accept|content-(?:type|length|encoding)|user-agent|x-app|x-client-request-id|(anthropic|x-stainless|x-claude)-.+",
     re.IGNORECASE,
 )
 #: The headers of a response that are not forwarded: those of the connection (RFC 9110, section 7.6.1), and cookies.
-_KEPT_BACK: Final = re.compile(
+_NOT_FORWARDED_TO_AGENT: Final = re.compile(
     r"connection|keep-alive|proxy-(authenticate|authentication-info|connection)|te|trailer|transfer-encoding|upgrade"
     r"|set-cookie",
     re.IGNORECASE,
@@ -83,31 +83,31 @@ def is_allowed(method: str, target: str) -> bool:
     return _ALLOWED.fullmatch(f"{method} {target}") is not None
 
 
-def presents(headers: Mapping[str, str], token: Secret) -> bool:
-    """Return whether a request has the token, as an API key or a bearer token. The duration reveals nothing about it."""
+def has_token(headers: Mapping[str, str], token: Secret) -> bool:
+    """Return whether a request has the token, as an API key or a bearer token. Compare in constant time."""
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    shown = (headers.get("X-Api-Key", ""), bearer.strip() if scheme.lower() == "bearer" else "")
-    known = token.reveal().encode()
-    return any(secrets.compare_digest(value.encode("utf-8", "surrogateescape"), known) for value in shown)
+    sent = (headers.get("X-Api-Key", ""), bearer.strip() if scheme.lower() == "bearer" else "")
+    expected = token.reveal().encode()
+    return any(secrets.compare_digest(value.encode("utf-8", "surrogateescape"), expected) for value in sent)
 
 
 def upstream_headers(headers: Mapping[str, str], credential: Secret, kind: CredentialKind) -> CIMultiDict[str]:
     """Return the headers to forward, with the real credential instead of the agent's."""
-    passed = CIMultiDict((name, value) for name, value in headers.items() if _PASSED_UP.fullmatch(name))
-    # Without compression, a response can be redacted, and nothing on the way buffers it.
-    passed["Accept-Encoding"] = "identity"
+    forwarded = CIMultiDict((name, value) for name, value in headers.items() if _FORWARDED_TO_API.fullmatch(name))
+    # An uncompressed response can be redacted, and no gateway needs to buffer it.
+    forwarded["Accept-Encoding"] = "identity"
     match kind:
         case CredentialKind.API_KEY:
-            passed["X-Api-Key"] = credential.reveal()
+            forwarded["X-Api-Key"] = credential.reveal()
         case CredentialKind.OAUTH:
-            passed["Authorization"] = f"Bearer {credential.reveal()}"
-            if OAUTH_BETA not in ",".join(passed.getall("Anthropic-Beta", [])):
-                passed.add("Anthropic-Beta", OAUTH_BETA)
-    return passed
+            forwarded["Authorization"] = f"Bearer {credential.reveal()}"
+            if OAUTH_BETA not in ",".join(forwarded.getall("Anthropic-Beta", [])):
+                forwarded.add("Anthropic-Beta", OAUTH_BETA)
+    return forwarded
 
 
 class CredentialProxy:
-    """Serves the model API on 127.0.0.1 while its context is open.
+    """Serves the model API on 127.0.0.1 while its context is open, and forwards the requests to the real one.
 
     Args:
         credential: The real credential.
@@ -140,8 +140,8 @@ class CredentialProxy:
         self.run_token = run_token or Secret(secrets.token_urlsafe(32))
         #: The base URL for the agent, without a trailing slash.
         self.url = ""
-        #: The message of the model API when it last rejected the credential (401) or its rights (403). The latter may concern
-        #: one model only, so that the run decides whether the task has failed.
+        #: The message of the last rejection by the model API: of the credential (401) or of its permissions (403). The latter may
+        #: concern a single model, so the caller decides whether the task has failed.
         self.rejected: str | None = None
         #: The last error of the model API with each status; that of a connection has status 502.
         self.api_errors: dict[int, ApiError] = {}
@@ -165,7 +165,7 @@ class CredentialProxy:
                 )
             )
             app = web.Application()
-            app.router.add_route("*", "/{path:.*}", self._answer)
+            app.router.add_route("*", "/{path:.*}", self._handle)
             # Without handler_cancellation, a response would continue, and be billed, after the agent has disconnected.
             runner = web.AppRunner(
                 app, access_log=None, auto_decompress=False, handler_cancellation=True, shutdown_timeout=STOP_SECONDS
@@ -182,14 +182,14 @@ class CredentialProxy:
     ) -> None:
         await self._resources.aclose()
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
-        if not presents(request.headers, self.run_token):
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if not has_token(request.headers, self.run_token):
             return _error(401, "authentication_error", "This is not the token of this task.", retry=False)
         if not is_allowed(request.method, request.raw_path):
             return _error(404, "not_found_error", "A task may only use the messages and the models of the model API.")
         upload = _Upload(source=request.content)
         if (request.content_length or 0) > MAX_BODY_BYTES:
-            return upload.refusal()
+            return upload.too_large()
         response: web.StreamResponse | None = None
         try:
             async with self._session.request(
@@ -198,57 +198,59 @@ class CredentialProxy:
                 headers=upstream_headers(request.headers, self._credential, self._kind),
                 data=upload if request.body_exists else None,
                 allow_redirects=False,
-            ) as answer:
-                if answer.status >= 300:
-                    return await self._failure(answer)
-                response = web.StreamResponse(status=answer.status, headers=self._downstream_headers(answer))
+            ) as upstream:
+                if upstream.status >= 300:
+                    return await self._error_response(upstream)
+                response = web.StreamResponse(status=upstream.status, headers=self._downstream_headers(upstream))
                 await response.prepare(request)
-                async for chunk in answer.content.iter_any():
+                async for chunk in upstream.content.iter_any():
                     await response.write(chunk)
                 return response
         except Exception as error:
-            # All exceptions, since a traceback with the credential in its frames might be logged.
+            # Every exception, since a logged traceback might show the credential in its frames.
             if response is not None:
-                # An incomplete response must look incomplete, so it has no regular end.
+                # The connection is aborted so that the agent sees that the response is incomplete.
                 if request.transport is not None:
                     request.transport.abort()
                 return response
             if upload.is_too_large:
-                return upload.refusal()
-            fault = "did not answer in time" if isinstance(error, TimeoutError) else "cannot be reached"
+                return upload.too_large()
+            fault = "did not respond in time" if isinstance(error, TimeoutError) else "cannot be reached"
             message = f"The model API {fault} ({type(error).__name__})."
             self.api_errors[502] = ApiError(message=message, retryable=True)
             return _error(502, "api_error", message)
 
-    async def _failure(self, answer: aiohttp.ClientResponse) -> web.Response:
-        """Return the response to the agent for a redirect or an error, which may quote the credential."""
-        if answer.status < 400:
+    async def _error_response(self, upstream: aiohttp.ClientResponse) -> web.Response:
+        """Return the response to the agent for a redirect or an error, whose text may quote the credential."""
+        if upstream.status < 400:
             # Following it would send the credential to another server.
             return _error(
                 502,
                 "api_error",
-                f"The model API answered with a redirect ({answer.status}); its base URL must be the final one.",
+                f"The model API responded with a redirect ({upstream.status}); its base URL must not redirect.",
                 retry=False,
             )
-        headers = self._downstream_headers(answer)
-        sentence = f"The model API answered with status {answer.status}."
-        text = await _read_error(answer)
+        headers = self._downstream_headers(upstream)
+        sentence = f"The model API responded with status {upstream.status}."
+        text = await _read_error(upstream)
         if text is None:
             text = _error_text("api_error", sentence)
             headers["Content-Type"] = "application/json"
         for name in ("Content-Encoding", "Content-Length"):
             headers.popall(name, None)
-        api_error = parse_api_error(answer.status, text, headers, now=dt.datetime.now(dt.UTC), mask=self._mask)
-        self.api_errors[answer.status] = api_error
-        if answer.status in (401, 403):
+        api_error = parse_api_error(upstream.status, text, headers, now=dt.datetime.now(dt.UTC), mask=self._mask)
+        self.api_errors[upstream.status] = api_error
+        if upstream.status in (401, 403):
             self.rejected = api_error.message or sentence
             # Otherwise the CLI retries for minutes.
             headers["X-Should-Retry"] = "false"
-        return web.Response(body=self._mask(text).encode(), status=answer.status, headers=headers)
+        return web.Response(body=self._mask(text).encode(), status=upstream.status, headers=headers)
 
-    def _downstream_headers(self, answer: aiohttp.ClientResponse) -> CIMultiDict[str]:
+    def _downstream_headers(self, upstream: aiohttp.ClientResponse) -> CIMultiDict[str]:
         return CIMultiDict(
-            (name, self._mask(value)) for name, value in answer.headers.items() if not _KEPT_BACK.fullmatch(name)
+            (name, self._mask(value))
+            for name, value in upstream.headers.items()
+            if not _NOT_FORWARDED_TO_AGENT.fullmatch(name)
         )
 
     def _mask(self, text: str) -> str:
@@ -260,31 +262,31 @@ class _Upload:
     """Forwards the body of a request in pieces, up to `MAX_BODY_BYTES`."""
 
     source: aiohttp.StreamReader
-    seen_bytes: int = 0
+    read_bytes: int = 0
 
     @property
     def is_too_large(self) -> bool:
-        return self.seen_bytes > MAX_BODY_BYTES
+        return self.read_bytes > MAX_BODY_BYTES
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self.source.iter_any():
-            self.seen_bytes += len(chunk)
+            self.read_bytes += len(chunk)
             if self.is_too_large:
-                # This aborts the request to the model API; `is_too_large` has the reason.
+                # This aborts the request to the model API; the handler then checks `is_too_large`.
                 raise ValueError("The request is too large.")
             yield chunk
 
     @staticmethod
-    def refusal() -> web.Response:
-        return _error(413, "request_too_large", f"A request may have {MAX_BODY_BYTES} bytes at most.")
+    def too_large() -> web.Response:
+        return _error(413, "request_too_large", f"A request may have at most {MAX_BODY_BYTES} bytes.")
 
 
-async def _read_error(answer: aiohttp.ClientResponse) -> str | None:
+async def _read_error(upstream: aiohttp.ClientResponse) -> str | None:
     """Return the body of an error, None when it cannot be redacted because it is too long or compressed."""
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
+    if upstream.headers.get("Content-Encoding", "identity") != "identity":
         return None
     try:
-        await answer.content.readexactly(MAX_ERROR_BYTES + 1)
+        await upstream.content.readexactly(MAX_ERROR_BYTES + 1)
     except asyncio.IncompleteReadError as end:
         return end.partial.decode("utf-8", "replace")
     return None

@@ -1,7 +1,7 @@
-"""Uploading the files of the workspace that a request names.
+"""Uploads the files of the workspace that match the patterns of a request.
 
-The workspace is hostile. So each file is opened from a descriptor of the workspace, name by name and never through a link; the
-file that is read is the one that was checked; and an error of one file does not affect the others.
+The workspace is hostile. So each file is opened relative to a descriptor of the workspace, one directory after another and never
+through a symbolic link; the file that is read is the one that was checked; an error with one file does not affect the others.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ import attrs
 
 from ccrun.blobs import MAX_NAME_BYTES, check_name, run_in_thread
 from ccrun.errors import BlobExists, FileUnreadable, StorageError
-from ccrun.globs import BadPattern, Globs, Reach
+from ccrun.globs import BadPattern, Globs, Matcher
 from ccrun.names import upload_name
 from ccrun.results import UploadedFile
 from ccrun.spec import UploadAction
 from ccrun.store import Store
 from ccrun.task import TaskId
 
-#: Files. The record and the callback have the list of them, about a megabyte.
+#: Uploaded files. The record and the callback list them, in about a megabyte.
 MAX_FILES: Final = 5000
-#: Errors that are reported.
+#: Errors in the record and the callback; the others are counted.
 MAX_UPLOAD_ERRORS: Final = 20
-#: Files and directories that are searched.
+#: Files and directories that a search visits.
 MAX_ENTRIES: Final = 1_000_000
-#: Seconds of a search, against hostile patterns and trees. A million ordinary files take a tenth of it.
+#: Seconds of a search, against hostile patterns and trees. A million ordinary files take a tenth of that.
 SEARCH_SECONDS: Final = 60.0
 #: Concurrent uploads. Each may use some 16 MiB of memory.
 PARALLEL_UPLOADS: Final = 4
-#: Consecutive files that the storage rejects, each after all of its retries. Then the others are skipped.
+#: Consecutive files that the storage may reject, each after all retries, before the others are skipped.
 MAX_FAILURES: Final = 4
-#: Characters of a path in an error.
+#: Characters of a path in an error message.
 MAX_PATH_CHARS: Final = 200
 
-_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: Does not wait for the writer of a FIFO.
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-#: The errors when another kind of file has replaced the one that was found.
+#: The flags that open a directory.
+_DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: The flags that open a file, without waiting for the writer of a FIFO.
+_FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+#: The errors when the file that was found has been deleted or replaced by another kind of file.
 _CHANGED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ESTALE})
-#: Never uploaded, in any form that a file system treats as equal.
+#: Never uploaded, in lower or upper case, since some file systems ignore case.
 _GIT: Final = ".git"
 
-#: The device and inode of a file, which may have several names.
+#: The device and inode of a file, which may have several hard links.
 FileId = tuple[int, int]
 
 
@@ -66,14 +67,14 @@ class Uploads:
 
 
 async def upload_files(
-    store: Store, task_id: TaskId, root: Path, action: UploadAction, *, never: Collection[str] = ()
+    store: Store, task_id: TaskId, root: Path, action: UploadAction, *, excluded: Collection[str] = ()
 ) -> Uploads:
-    """Upload the files that a request names. All errors are in the result.
+    """Upload the files that match the patterns. All errors are in the result.
 
     Args:
         root: The directory that the patterns are relative to.
         action: The patterns, and the prefix of the uploads.
-        never: Paths in that directory that are never uploaded, since the worker has written them.
+        excluded: Paths in that directory that are never uploaded, since the worker has written them.
     """
     errors = _Errors()
     prefix = "".join(f"{part}/" for part in action.gcs_prefix.split("/") if part not in ("", "."))
@@ -83,19 +84,19 @@ async def upload_files(
     except BadPattern as error:
         return Uploads(errors=(f"globPatterns {error.message}.",))
     except ValueError:
-        return Uploads(errors=("gcsPrefix cannot be a part of an object's name.",))
-    given_up = threading.Event()
-    with contextlib.ExitStack() as opened:
+        return Uploads(errors=("gcsPrefix is not valid in an object name.",))
+    cancelled = threading.Event()
+    with contextlib.ExitStack() as stack:
         try:
-            tree = await run_in_thread(lambda: _Tree(root, opened))
+            tree = await run_in_thread(lambda: _Tree(root, stack))
         except OSError as error:
             return Uploads(errors=(f"The workspace {_reason(error)}",))
-        search = _Search(tree, lambda path: upload_name(task_id, prefix + path), frozenset(never), errors, given_up)
-        found = await run_in_thread(lambda: search.find(globs.root), on_cancel=given_up.set)
+        search = _Search(tree, lambda path: upload_name(task_id, prefix + path), frozenset(excluded), errors, cancelled)
+        found = await run_in_thread(lambda: search.find(globs.root), on_cancel=cancelled.set)
         if not found.paths and not errors.number:
             errors.add("No file matches globPatterns.")
-        callbacks = _Uploader(store, task_id, prefix, tree, found.links, errors)
-        files = await callbacks.deliver(found.paths)
+        uploader = _Uploader(store, task_id, prefix, tree, found.links, errors)
+        files = await uploader.upload(found.paths)
     return Uploads(files=tuple(files), errors=errors.messages())
 
 
@@ -120,7 +121,7 @@ class _Errors:
 
 
 def _printable(path: str) -> str:
-    """Return a path for an error message, with escapes for what cannot be printed."""
+    """Return a path for an error message, with escapes for characters that cannot be printed."""
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return plain if len(plain) <= MAX_PATH_CHARS else plain[:MAX_PATH_CHARS] + "…"
@@ -132,7 +133,7 @@ def _reason(error: OSError) -> str:
     return f"cannot be read: {error.strerror}."
 
 
-# --- the tree; all of it blocks --------------------------------------------------------------------------------------
+# --- the search, which blocks and runs in threads --------------------------------------------------------------------
 
 
 class _Skipped(Exception):
@@ -140,36 +141,36 @@ class _Skipped(Exception):
 
 
 class _Tree:
-    """The workspace, by a descriptor. Its files are opened name by name, so that no link leads out of it."""
+    """The workspace, as an open directory. Paths are opened one directory after another, so that no link leads out of it."""
 
-    def __init__(self, root: Path, opened: contextlib.ExitStack) -> None:
-        self._root = os.open(root, _FOLDER)
-        opened.callback(os.close, self._root)
+    def __init__(self, root: Path, stack: contextlib.ExitStack) -> None:
+        self._root = os.open(root, _DIRECTORY_FLAGS)
+        stack.callback(os.close, self._root)
 
     @contextlib.contextmanager
-    def folder(self, path: str) -> Iterator[int]:
-        """Open a directory of the workspace, with one descriptor at a time at any depth."""
-        folder = os.dup(self._root)
+    def directory(self, path: str) -> Iterator[int]:
+        """Yield a descriptor of a directory of the workspace. At any depth, this needs two descriptors at most."""
+        directory = os.dup(self._root)
         try:
             for name in path.split("/") if path else ():
-                inner = os.open(name, _FOLDER, dir_fd=folder)
-                os.close(folder)
-                folder = inner
-            yield folder
+                inner = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+                os.close(directory)
+                directory = inner
+            yield directory
         finally:
-            os.close(folder)
+            os.close(directory)
 
-    def open(self, path: str, links: Mapping[FileId, int], opened: contextlib.ExitStack) -> tuple[BinaryIO, int]:
+    def open(self, path: str, links: Mapping[FileId, int], stack: contextlib.ExitStack) -> tuple[BinaryIO, int]:
         """Open a file of the workspace, and return it with its size.
 
         Args:
             path: The path in the workspace.
-            links: For files with several hard links, how many are in the workspace.
-            opened: Closes the file.
+            links: How many hard links in the workspace a file has, for files with several of them.
+            stack: Closes the file.
         """
-        folder, _, name = path.rpartition("/")
-        with self.folder(folder) as above:
-            descriptor = os.open(name, _FILE, dir_fd=above)
+        parent, _, name = path.rpartition("/")
+        with self.directory(parent) as directory:
+            descriptor = os.open(name, _FILE_FLAGS, dir_fd=directory)
         try:
             status = os.fstat(descriptor)
             _check_file(status, links)
@@ -177,16 +178,16 @@ class _Tree:
         except BaseException:
             os.close(descriptor)
             raise
-        opened.enter_context(file)
+        stack.enter_context(file)
         return file, status.st_size
 
 
 def _check_file(status: os.stat_result, links: Mapping[FileId, int]) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise _Skipped("changed before it could be read.")
-    # A hard link to a file can be made without the right to read it.
+    # The agent can create a hard link to a file that it has no permission to read.
     if status.st_nlink > 1 and links.get(_file_id(status)) != status.st_nlink:
-        raise _Skipped("has a further name (hard link) outside the workspace, or in .git.")
+        raise _Skipped("has another hard link outside the workspace or in .git.")
 
 
 def _file_id(status: os.stat_result) -> FileId:
@@ -195,7 +196,7 @@ def _file_id(status: os.stat_result) -> FileId:
 
 @attrs.frozen(kw_only=True)
 class _Found:
-    """The result of a search: files in the order of their paths, and the number of hard links of those with several."""
+    """The result of a search: the paths in order, and the number of hard links of the files that have several."""
 
     paths: tuple[str, ...]
     links: Mapping[FileId, int]
@@ -203,42 +204,41 @@ class _Found:
 
 @attrs.frozen
 class _Pending:
-    """A directory with the state of the patterns, or a file with its status, that is still to be searched."""
+    """A directory that is still to be searched, with its matcher; or a file that matches, with its status."""
 
     path: str
-    folder: Reach | None = None
+    matcher: Matcher | None = None
     file: os.stat_result | None = None
 
 
 class _Search:
-    """Searches files that match patterns."""
+    """Searches the workspace for files that match."""
 
     def __init__(
         self,
         tree: _Tree,
-        name: Callable[[str], str],
-        never: frozenset[str],
+        object_name: Callable[[str], str],
+        excluded: frozenset[str],
         errors: _Errors,
-        given_up: threading.Event,
+        cancelled: threading.Event,
     ) -> None:
         self._tree = tree
-        #: Returns the object name of a path.
-        self._name = name
-        self._never = never
+        self._object_name = object_name
+        self._excluded = excluded
         self._errors = errors
-        self._given_up = given_up
-        self._give_up_at = 0.0
+        self._cancelled = cancelled
+        self._deadline = 0.0
 
-    def find(self, reach: Reach | None) -> _Found:
-        """Return the files that match, at most as many as may be uploaded."""
+    def find(self, matcher: Matcher | None) -> _Found:
+        """Return the files that match, at most `MAX_FILES`."""
         paths: list[str] = []
         linked: set[FileId] = set()
         more = 0
-        for path, status in self._files(reach, self._errors):
-            if not self._is_name(path):
+        for path, status in self._files(matcher, self._errors):
+            if not self._has_valid_name(path):
                 self._errors.add_file(
                     path,
-                    "cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8.",
+                    "is not a valid object name: it is too long, not UTF-8, or contains a control character or a backslash.",
                 )
             elif len(paths) == MAX_FILES:
                 more += 1
@@ -248,80 +248,83 @@ class _Search:
                     linked.add(_file_id(status))
         if more:
             self._errors.add(f"{more} more files match: at most {MAX_FILES} are uploaded.")
-        return _Found(paths=tuple(paths), links=self._count_names(linked))
+        return _Found(paths=tuple(paths), links=self._count_links(linked))
 
-    def _count_names(self, files: set[FileId]) -> Mapping[FileId, int]:
-        """Return how many hard links in the workspace these files have."""
-        names: Counter[FileId] = Counter()
+    def _count_links(self, files: set[FileId]) -> Mapping[FileId, int]:
+        """Return how many hard links in the workspace each of these files has."""
+        links: Counter[FileId] = Counter()
         if files:
             for _, status in self._files(Globs(["**"]).root, _Errors()):
                 if _file_id(status) in files:
-                    names[_file_id(status)] += 1
-        return names
+                    links[_file_id(status)] += 1
+        return links
 
-    def _files(self, reach: Reach | None, errors: _Errors) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield the files that match in the order of their paths. Without recursion, since a tree may be deep."""
-        pending = [_Pending("", folder=reach)]
-        self._give_up_at = time.monotonic() + SEARCH_SECONDS
-        seen = 0
+    def _files(self, matcher: Matcher | None, errors: _Errors) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield the files that match, in the order of their paths."""
+        # Not recursive, since a tree may be deep.
+        pending = [_Pending("", matcher=matcher)]
+        self._deadline = time.monotonic() + SEARCH_SECONDS
+        visited = 0
         while pending:
             entry = pending.pop()
             if entry.file is not None:
                 yield entry.path, entry.file
-            elif entry.folder is not None:
-                number, found = self._search_directory(entry.path, entry.folder, errors)
+            elif entry.matcher is not None:
+                number, found = self._search_directory(entry.path, entry.matcher, errors)
                 pending += reversed(found)
-                seen += number
-                if seen > MAX_ENTRIES or self._is_over():
-                    errors.add("The workspace has too many files: the search was stopped before its end.")
-                    # The files that were found are uploaded.
+                visited += number
+                if visited > MAX_ENTRIES or self._must_stop():
+                    errors.add("The workspace has too many files: the search was stopped early.")
+                    # What was found until now is uploaded.
                     pending = [each for each in pending if each.file is not None]
 
-    def _is_over(self) -> bool:
-        return self._given_up.is_set() or time.monotonic() > self._give_up_at
+    def _must_stop(self) -> bool:
+        return self._cancelled.is_set() or time.monotonic() > self._deadline
 
-    def _search_directory(self, path: str, reach: Reach, errors: _Errors) -> tuple[int, list[_Pending]]:
-        """Search a directory. Return the number of its entries, and those that match or may contain matches."""
+    def _search_directory(self, path: str, matcher: Matcher, errors: _Errors) -> tuple[int, list[_Pending]]:
+        """Return the number of entries of a directory, and those entries that match or may contain matches."""
         found: list[_Pending] = []
         try:
-            with self._tree.folder(path) as folder, os.scandir(folder) as scanned:
-                # With its slash, the name of a directory sorts where the paths of its files do.
-                inside = sorted(
+            with self._tree.directory(path) as directory, os.scandir(directory) as scanned:
+                # A slash makes the name of a directory sort as the paths of its files do.
+                entries = sorted(
                     itertools.islice(scanned, MAX_ENTRIES),
                     key=lambda each: each.name + "/" * each.is_dir(follow_symlinks=False),
                 )
-                for each in itertools.takewhile(lambda _: not self._is_over(), inside):
-                    below = f"{path}/{each.name}" if path else each.name
-                    entry = self._entry(folder, each, below, reach, errors)
-                    if entry is not None:
-                        found.append(entry)
-                return len(inside) + 1, found
+                for entry in itertools.takewhile(lambda _: not self._must_stop(), entries):
+                    inner = f"{path}/{entry.name}" if path else entry.name
+                    if (pending := self._pending(directory, entry, inner, matcher, errors)) is not None:
+                        found.append(pending)
+                return len(entries) + 1, found
         except OSError as error:
             errors.add_file(path or ".", _reason(error))
             return 1, found
 
-    def _entry(self, folder: int, each: os.DirEntry[str], path: str, reach: Reach, errors: _Errors) -> _Pending | None:
-        """Return an entry of a directory if it must be searched further."""
-        if each.name.casefold() == _GIT or path in self._never:
-            if reach.names(each.name):
+    def _pending(
+        self, directory: int, entry: os.DirEntry[str], path: str, matcher: Matcher, errors: _Errors
+    ) -> _Pending | None:
+        """Return an entry if it matches or may contain matches. Add an error for one that is named and cannot be uploaded."""
+        if entry.name.casefold() == _GIT or path in self._excluded:
+            if matcher.names_entry(entry.name):
                 errors.add_file(path, "is never uploaded.")
-        elif each.is_dir(follow_symlinks=False):
-            inner = reach.enter(each.name)
-            if inner is not None and len(os.fsencode(self._name(path))) + len("/x") > MAX_NAME_BYTES:
-                errors.add_file(path, f"lies too deep: no object's name is longer than {MAX_NAME_BYTES} bytes.")
+        elif entry.is_dir(follow_symlinks=False):
+            inner = matcher.enter(entry.name)
+            if inner is not None and len(os.fsencode(self._object_name(path))) + len("/x") > MAX_NAME_BYTES:
+                errors.add_file(path, f"is nested too deeply: an object name has at most {MAX_NAME_BYTES} bytes.")
             elif inner is not None:
-                return _Pending(path, folder=inner)
-        elif each.is_file(follow_symlinks=False):
-            if reach.takes(each.name):
+                return _Pending(path, matcher=inner)
+        elif entry.is_file(follow_symlinks=False):
+            if matcher.matches_file(entry.name):
                 with contextlib.suppress(FileNotFoundError):
-                    return _Pending(path, file=os.stat(each.name, dir_fd=folder, follow_symlinks=False))
-        elif reach.names(each.name):
-            errors.add_file(path, "is a link: links are not followed." if each.is_symlink() else "is no file.")
+                    return _Pending(path, file=os.stat(entry.name, dir_fd=directory, follow_symlinks=False))
+        elif matcher.names_entry(entry.name):
+            is_link = entry.is_symlink()
+            errors.add_file(path, "is a link: links are not followed." if is_link else "is not a regular file.")
         return None
 
-    def _is_name(self, path: str) -> bool:
+    def _has_valid_name(self, path: str) -> bool:
         try:
-            check_name(self._name(path))
+            check_name(self._object_name(path))
         except ValueError:
             return False
         return True
@@ -350,42 +353,42 @@ class _Uploader:
         self._errors = errors
         self._files: list[UploadedFile] = []
         #: The files that were not uploaded, and why.
-        self._left: list[tuple[str, str]] = []
+        self._skipped: list[tuple[str, str]] = []
         #: Consecutive failures.
         self._failures = 0
 
-    async def deliver(self, paths: Sequence[str]) -> list[UploadedFile]:
+    async def upload(self, paths: Sequence[str]) -> list[UploadedFile]:
         """Upload files, and return those that were uploaded, in order."""
         waiting = deque(paths)
         async with asyncio.TaskGroup() as group:
             for _ in range(PARALLEL_UPLOADS):
-                group.create_task(self._deliver_some(waiting))
-        for path, reason in sorted(self._left):
+                group.create_task(self._upload_from(waiting))
+        for path, reason in sorted(self._skipped):
             self._errors.add_file(path, reason)
         if waiting:
-            self._errors.add(f"The storage rejects all files: {len(waiting)} more were skipped.")
+            self._errors.add(f"The storage rejected {MAX_FAILURES} files in a row: {len(waiting)} more were skipped.")
         return sorted(self._files, key=lambda file: file.original_path)
 
-    async def _deliver_some(self, waiting: deque[str]) -> None:
+    async def _upload_from(self, waiting: deque[str]) -> None:
         while waiting and self._failures < MAX_FAILURES:
             path = waiting.popleft()
             try:
-                self._files.append(await self._deliver(path))
+                self._files.append(await self._upload_file(path))
                 self._failures = 0
-            except _Skipped as left:
-                self._left.append((path, str(left)))
+            except _Skipped as skipped:
+                self._skipped.append((path, str(skipped)))
             except OSError as error:
-                self._left.append((path, _reason(error)))
+                self._skipped.append((path, _reason(error)))
             except BlobExists:
-                self._left.append((path, "there is an upload of that name already."))
+                self._skipped.append((path, "an upload with this name already exists."))
             except FileUnreadable as error:
-                self._left.append((path, error.message))
+                self._skipped.append((path, error.message))
             except StorageError as error:
                 self._failures += 1
-                self._left.append((path, error.message))
+                self._skipped.append((path, error.message))
 
-    async def _deliver(self, path: str) -> UploadedFile:
-        with contextlib.ExitStack() as opened:
-            file, size = await run_in_thread(lambda: self._tree.open(path, self._links, opened))
+    async def _upload_file(self, path: str) -> UploadedFile:
+        with contextlib.ExitStack() as stack:
+            file, size = await run_in_thread(lambda: self._tree.open(path, self._links, stack))
             url = await self._store.add_upload(self._task_id, self._prefix + path, file, size=size)
         return UploadedFile(original_path=path, gcs_path=url, size_bytes=size)

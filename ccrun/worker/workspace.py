@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 
 import attrs
-import frontmatter
 
 from ccrun.errors import CcrunError
 from ccrun.process.user import User
@@ -23,6 +22,7 @@ from ccrun.removal import remove_tree
 from ccrun.spec import ConfigFile
 from ccrun.task import TaskId
 from ccrun.task_directories import candidate_names, private_prefix
+from ccrun.worker.git.changes import DEFAULT_EMAIL, DEFAULT_NAME
 
 #: Names to try for the workspace. The first is taken when the same task has left a directory.
 NAME_ATTEMPTS: Final = 3
@@ -173,6 +173,10 @@ def _make(task_id: TaskId) -> Workspace:
                     workspace.temporary,
                 ):
                     directory.mkdir(mode=0o700)
+                # The identity for commits of the agent. Settings of a repository and variables of the request override it.
+                (workspace.home / ".gitconfig").write_text(
+                    f"[user]\n\tname = {DEFAULT_NAME}\n\temail = {DEFAULT_EMAIL}\n"
+                )
                 return workspace
     except OSError as error:
         raise WorkspaceError(f"The workspace cannot be created: {error.strerror}.") from error
@@ -199,6 +203,9 @@ def _write_inputs(
 def _markdown(file: ConfigFile) -> str:
     if not file.frontmatter:
         return file.content
+    # Few tasks need it, and it takes a tenth of the time in which a worker is loaded.
+    import frontmatter
+
     post = frontmatter.Post(file.content)
     post.metadata = dict(file.frontmatter)
     return frontmatter.dumps(post, sort_keys=False)

@@ -1,7 +1,6 @@
 # shellcheck shell=bash
-# For the scripts that deploy to Google Cloud: their settings, how they ask gcloud and change something, and what they say when
-# that fails. Everything is looked at before it is changed, so that a script can be run again at any time. To be sourced.
-# Runs under the bash 3.2 of macOS too.
+# Sourced by the scripts that deploy to Google Cloud: options, settings, calls of gcloud and error messages. Scripts read the state of
+# a resource before they change it, so that they can be run again at any time. Compatible with bash 3.2, which macOS has.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=scripts/lib.sh
@@ -17,16 +16,16 @@ SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 
 OPTIONS=" "
-# How many changes the script has made, or in a dry run would have made.
+# Number of changes that the script has made, or would have made without --dry-run.
 CHANGES=0
-# A new service account is known everywhere only after a while: so often, and after so many seconds, a grant is tried again.
-SETTLE_TRIES=12
-SETTLE_SECONDS=${SETTLE_SECONDS:-5}
+# A new service account is not known to all of Google Cloud at first, so grants to it are retried.
+GRANT_ATTEMPTS=12
+GRANT_RETRY_SECONDS=${GRANT_RETRY_SECONDS:-5}
 
-# Whether what belongs to an API that is off counts as absent.
-WHEN_OFF=fails
+# The result of `query` when the API is disabled: `fails` or `absent`.
+WHEN_API_DISABLED=fails
 
-# Worded as gcloud and the services behind it word it.
+# Patterns of the errors of gcloud and of the services.
 DENIED="PERMISSION_DENIED|does not have [^ ]+ access|does not have permission|Permission '?[A-Za-z.]+'? denied|HTTPError 403"
 DISABLED='SERVICE_DISABLED|has not been used in project|is not enabled on project'
 ABSENT='NOT_FOUND|not found|Cannot find|does not exist|Unknown service account|HTTPError 404|is in (DISABLED|DESTROYED) state'
@@ -36,7 +35,7 @@ note() { printf '%s\n' "$*" >&2; }
 
 # --- the script --------------------------------------------------------------------------------------------------------
 
-# begin "the script's own options" "$@": reads options and settings, and sees to it that gcloud can be asked.
+# begin "options of the script" "$@": reads options and settings, and checks that gcloud is installed and has an active account.
 begin() {
   read_options "$@"
   load_settings
@@ -53,15 +52,15 @@ read_options() {
   shift
   for option; do
     case $option in
-      *[[:space:]]*) fail "${0##*/} does not know \"$option\": try --help." ;;
+      *[[:space:]]*) fail "${0##*/} has no option \"$option\": see --help." ;;
     esac
     case $known in
       *" $option "*) OPTIONS="$OPTIONS$option " ;;
-      *) fail "${0##*/} does not know \"$option\": try --help." ;;
+      *) fail "${0##*/} has no option \"$option\": see --help." ;;
     esac
   done
   if option --help; then
-    # The comment at the head of the script.
+    # The comment at the top of the script.
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 0
   fi
@@ -78,12 +77,12 @@ dry_run() { option --dry-run; }
 
 need_gcloud() {
   command -v gcloud >/dev/null ||
-    fail "gcloud is not here: install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install."
+    fail "gcloud is not installed: install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install."
   ACCOUNT=$(gcloud auth list --filter=status:ACTIVE --format='value(account)' 2>/dev/null) || ACCOUNT=
-  [ -n "$ACCOUNT" ] || fail "Nobody is logged in: run gcloud auth login."
+  [ -n "$ACCOUNT" ] || fail "gcloud has no active account: run gcloud auth login."
 }
 
-# Runs another script of this folder, with the settings of this one but the secrets.
+# Runs another script of this directory with the settings of this one, without the secrets.
 then_run() {
   local script=$1 name
   say "--- scripts/$script"
@@ -103,46 +102,47 @@ then_run() {
 
 finish() {
   if [ "$CHANGES" = 0 ]; then
-    say "${0##*/}: all is as it should be."
+    say "${0##*/}: nothing to change."
   elif dry_run; then
-    say "${0##*/}: a dry run, nothing was changed."
+    say "${0##*/}: dry run, nothing was changed."
   else
     say "${0##*/}: done."
   fi
 }
 
-# Ends the script because something that another one makes is not there; in a dry run it goes on, since that one was dry too.
+# Fails because a resource that another script creates does not exist. In a dry run the script continues, because the other
+# script may have been run with --dry-run too.
 missing() {
-  dry_run || fail "$1 is not there: run scripts/$2 first."
-  say "$1 is not there yet."
+  dry_run || fail "$1 does not exist: run scripts/$2 first."
+  say "$1 does not exist yet."
 }
 
-# Asks for the project's ID before something is deleted.
+# Asks the operator to confirm a deletion with the project's ID.
 confirm() {
   option --yes && return
   dry_run && return
   local answer=
-  printf 'Type the ID of the project to go on: ' >&2
+  printf 'Type the ID of the project to continue: ' >&2
   IFS= read -r answer || true
   [ "$answer" = "$PROJECT_ID" ] || fail "" "That is not $PROJECT_ID: nothing was deleted."
 }
 
-# --- images and what runs them -----------------------------------------------------------------------------------------
+# --- images and their environment --------------------------------------------------------------------------------------
 
-# Prints the tag of the images: IMAGE_TAG, else what git calls this commit.
+# Prints the tag of the images: IMAGE_TAG, or the output of `git describe`.
 image_tag() {
   if [ -n "$IMAGE_TAG" ]; then
     say "$IMAGE_TAG"
   else
     git -C "$ROOT" describe --always --tags 2>/dev/null ||
-      fail "This folder is not a clone of the repository, so its version has no name: set IMAGE_TAG."
+      fail "This directory is not a clone of the repository, so the images have no tag: set IMAGE_TAG."
   fi
 }
 
-# Prints where an image is kept, without a tag.
+# Prints the name of an image, without a tag.
 image_name() { say "$REGION-docker.pkg.dev/$PROJECT_ID/$ARTIFACT_REPOSITORY/$1"; }
 
-# find_image VARIABLE api|worker TAG: puts the image as it is deployed, by its digest, into the variable. Fails when it is not there.
+# find_image VARIABLE api|worker TAG: sets the variable to the image's name with its digest. Returns 1 if the image does not exist.
 find_image() {
   local _digest
   if look _digest artifacts docker images describe "$(image_name "$2"):$3" --format='value(image_summary.digest)'; then
@@ -154,30 +154,31 @@ find_image() {
   fi
 }
 
-# Between two variables; a setting that holds it is refused.
-BETWEEN='|;|'
+# Separator of variables. Settings must not contain it.
+SEPARATOR='|;|'
 
-# Prints NAME=VALUE for every one of these settings that is set, as --set-env-vars reads them.
+# Prints the value of --set-env-vars: NAME=VALUE for each of these settings that is set.
 variables() {
-  local name list="^$BETWEEN^" separator=
+  local name list="^$SEPARATOR^" separator=
   for name; do
     [ -n "${!name}" ] || continue
     case ${!name} in
-      *"$BETWEEN"*) fail "$name must not hold $BETWEEN." ;;
+      *"$SEPARATOR"*) fail "$name must not contain $SEPARATOR." ;;
     esac
     list="$list$separator$name=${!name}"
-    separator=$BETWEEN
+    separator=$SEPARATOR
   done
   say "$list"
 }
 
-# Prints the same as the container shows it: NAME|VALUE|| or NAME||SECRET|VERSION, a line each.
+# as_shown VARIABLES SECRETS: prints the values of --set-env-vars and --set-secrets as `gcloud run … describe` shows them, one line
+# for each variable: NAME|VALUE|| or NAME||SECRET|VERSION.
 as_shown() {
-  local rest=${1#"^$BETWEEN^"}$BETWEEN pair
+  local rest=${1#"^$SEPARATOR^"}$SEPARATOR pair
   {
     while [ -n "$rest" ]; do
-      pair=${rest%%"$BETWEEN"*}
-      rest=${rest#*"$BETWEEN"}
+      pair=${rest%%"$SEPARATOR"*}
+      rest=${rest#*"$SEPARATOR"}
       say "${pair%%=*}|${pair#*=}||"
     done
     [ -z "$2" ] || printf '%s\n' "$2" | tr ',' '\n' | sed -E 's/^([^=]+)=([^:]+):(.*)$/\1||\2|\3/'

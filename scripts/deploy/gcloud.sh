@@ -1,31 +1,31 @@
 # shellcheck shell=bash
-# How the scripts call gcloud, and what they print when it fails. Sourced by cloud.sh.
+# Calls of gcloud, and messages when they fail. Sourced by cloud.sh.
 
-# Its complaint is in $SCRATCH/complaint afterwards.
-run_gcloud() { gcloud "$@" --project="$PROJECT_ID" --quiet 2>"$SCRATCH/complaint" <"${INPUT:-/dev/null}"; }
+# Writes gcloud's error output to $SCRATCH/errors.
+run_gcloud() { gcloud "$@" --project="$PROJECT_ID" --quiet 2>"$SCRATCH/errors" <"${INPUT:-/dev/null}"; }
 
-complains() { grep -Eq "$1" "$SCRATCH/complaint"; }
+complains() { grep -Eq "$1" "$SCRATCH/errors"; }
 
-# look VARIABLE gcloud-words…: puts what gcloud answers into the variable. Fails when there is no such thing, and ends the script
-# with a sentence when gcloud cannot tell.
+# query VARIABLE gcloud-words…: sets the variable to the output of gcloud. Returns 1 if the resource does not exist, and exits with a
+# message on other errors.
 look() {
-  local _into=$1 _answer
+  local _into=$1 _output
   shift
   printf -v "$_into" ''
-  if _answer=$(run_gcloud "$@"); then
-    printf -v "$_into" %s "$_answer"
+  if _output=$(run_gcloud "$@"); then
+    printf -v "$_into" %s "$_output"
     return
   fi
   if complains "$DISABLED"; then
-    # In a dry run it would have been enabled. What an API that is off has made is of no interest to teardown.sh.
-    { dry_run || [ "$WHEN_OFF" = absent ]; } && return 1
+    # In a dry run, another script would have enabled the API. teardown.sh ignores resources of disabled APIs.
+    { dry_run || [ "$WHEN_API_DISABLED" = absent ]; } && return 1
   elif ! complains "$DENIED" && complains "$ABSENT"; then
     return 1
   fi
   refused "$@"
 }
 
-# change gcloud-words…: changes something, or in a dry run says what it would run.
+# change gcloud-words…: runs a command that changes something, or prints it in a dry run.
 change() {
   CHANGES=$((CHANGES + 1))
   if dry_run; then
@@ -46,22 +46,22 @@ would_run() {
   say "$line"
 }
 
-# Ends the script with one sentence about what gcloud complained of, and the last line that it said.
+# Exits with one sentence about the error of gcloud, and the last line of its error output.
 refused() {
-  local said command="gcloud $1 $2" permission=
-  said=$(grep -v '^[[:space:]]*$' "$SCRATCH/complaint" | tail -n 1) || true
+  local last_line command="gcloud $1 $2" permission=
+  last_line=$(grep -v '^[[:space:]]*$' "$SCRATCH/errors" | tail -n 1) || true
   if complains "$DISABLED"; then
-    fail "An API is off in $PROJECT_ID: run scripts/setup-project.sh." "$said"
+    fail "An API is disabled in $PROJECT_ID: run scripts/setup-project.sh." "$last_line"
   elif complains "$DENIED"; then
-    permission=$(sed -En "s/.*(Permission '?|does not have )([a-z]+\.[A-Za-z.]+)('? denied| access).*/ (\2)/p" "$SCRATCH/complaint" | head -n 1)
-    fail "$ACCOUNT may not do this in $PROJECT_ID: $command needs $(role_for "$@")$permission." "$said"
+    permission=$(sed -En "s/.*(Permission '?|does not have )([a-z]+\.[A-Za-z.]+)('? denied| access).*/ (\2)/p" "$SCRATCH/errors" | head -n 1)
+    fail "$ACCOUNT lacks a permission in $PROJECT_ID: $command needs $(role_for "$@")$permission." "$last_line"
   elif complains "$LOGGED_OUT"; then
-    fail "The login of $ACCOUNT has run out: run gcloud auth login." "$said"
+    fail "The login of $ACCOUNT has expired: run gcloud auth login." "$last_line"
   fi
-  fail "$command failed." "$said"
+  fail "$command failed." "$last_line"
 }
 
-# Prints the role that lets somebody do it.
+# Prints the role that a command needs.
 role_for() {
   case "$1 $2" in
     "services "*) say roles/serviceusage.serviceUsageAdmin ;;

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Service accounts and roles, and who may do what on which resource. Sourced by cloud.sh.
+# Service accounts, custom roles and grants. Sourced by cloud.sh.
 
-# --- identities --------------------------------------------------------------------------------------------------------
+# --- service accounts and roles ----------------------------------------------------------------------------------------
 
-# Prints the address of one of our accounts.
+# Prints the email address of a ccrun service account.
 account() { say "$1@$PROJECT_ID.iam.gserviceaccount.com"; }
 
-# make_account NAME "what it is for"
+# make_account NAME DESCRIPTION
 make_account() {
   local found
   look found iam service-accounts describe "$(account "$1")" --format='value(email)' && return
@@ -14,7 +14,7 @@ make_account() {
   change iam service-accounts create "$1" --display-name="$1" --description="$2"
 }
 
-# make_role NAME "what it lets do" permission,permission…
+# make_role NAME DESCRIPTION PERMISSION,PERMISSION…
 make_role() {
   local found deleted permissions
   if ! look found iam roles describe "$1" --format='value[separator="|"](deleted,includedPermissions)'; then
@@ -24,22 +24,22 @@ make_role() {
   fi
   IFS='|' read -r deleted permissions <<<"$found"
   if [ "$deleted" = True ]; then
-    # For a week after it was deleted a role cannot be made again, but brought back.
-    say "Role $1: brought back"
+    # A deleted role can be restored for a week; until then, its name cannot be used again.
+    say "Role $1: restored"
     change iam roles undelete "$1"
   fi
   if [ "$(sorted ';' "$permissions")" != "$(sorted ',' "$3")" ]; then
-    say "Role $1: its permissions"
+    say "Role $1: permissions"
     change iam roles update "$1" --permissions="$3"
   fi
 }
 
-# sorted SEPARATOR LIST: prints the parts of a list, in order, a line each.
+# sorted SEPARATOR LIST: prints the parts of a list in order, one on each line.
 sorted() { printf '%s\n' "$2" | tr "${1:-\n}" '\n' | LC_ALL=C sort; }
 
-# --- who may do what on what -------------------------------------------------------------------------------------------
+# --- grants ------------------------------------------------------------------------------------------------------------
 
-# After one of these, `grant` and `revoke_all` speak of that resource. They fail when it is not there.
+# These select the resource of `grant` and `revoke_all`. They return 1 if it does not exist.
 on_bucket() { on yes storage buckets "gs://$GCS_LOGS_BUCKET"; }
 on_key() { on yes kms keys "$KMS_KEY_NAME" --keyring="$KMS_KEY_RING" --location="$KMS_LOCATION"; }
 on_secret() { on yes "" secrets "$1"; }
@@ -53,21 +53,21 @@ on() {
   shift 3
   RESOURCE=("$@")
   GRANTED=$'\n'
-  # One line a member: role, member, title and expression of the condition.
+  # One line for each member: role, member, title and expression of the condition.
   look POLICY "${KIND[@]}" get-iam-policy "${RESOURCE[@]}" --flatten='bindings[].members[]' \
     --format='value[separator="|"](bindings.role,bindings.members,bindings.condition.title,bindings.condition.expression)'
 }
 
 # grant MEMBER ROLE [TITLE EXPRESSION]
 grant() {
-  local member=$1 role=$2 title=${3:-} expression=${4:-} tries=0 words
+  local member=$1 role=$2 title=${3:-} expression=${4:-} attempts=0 words
   local line="$role|$member|$title|$expression"
   GRANTED=$GRANTED$line$'\n'
   [[ $'\n'$POLICY$'\n' == *$'\n'"$line"$'\n'* ]] && return
   say "${role##*/} on ${RESOURCE[0]} for ${member#*:}${title:+ ($title)}"
   words=("${KIND[@]}" add-iam-policy-binding "${RESOURCE[@]}" --member="$member" --role="$role")
   if [ -n "$title" ]; then
-    # Separated by # since expressions hold commas.
+    # The separator is #, because expressions contain commas.
     words+=("--condition=^#^title=$title#expression=$expression")
   elif [ "$WITH_CONDITIONS" = yes ]; then
     words+=(--condition=None)
@@ -78,13 +78,13 @@ grant() {
     return
   fi
   until run_gcloud "${words[@]}" >/dev/null; do
-    tries=$((tries + 1))
-    { [ "$tries" -lt "$SETTLE_TRIES" ] && complains 'does not exist'; } || refused "${words[@]}"
-    sleep "$SETTLE_SECONDS"
+    attempts=$((attempts + 1))
+    { [ "$attempts" -lt "$GRANT_ATTEMPTS" ] && complains 'does not exist'; } || refused "${words[@]}"
+    sleep "$GRANT_RETRY_SECONDS"
   done
 }
 
-# Takes away all that a member may do on the resource.
+# revoke_all MEMBER: removes all grants of a member on the resource.
 revoke_all() {
   local role member title expression words
   while IFS='|' read -r role member title expression; do
@@ -99,7 +99,7 @@ revoke_all() {
   done <<<"$POLICY"
 }
 
-# Tells what our accounts may do on the resource beyond what was granted: a leftover, or somebody's doing.
+# Reports grants on the resource, to ccrun accounts or all users, that the script has not made.
 note_strangers() {
   local line role member
   while IFS= read -r line; do
@@ -109,7 +109,7 @@ note_strangers() {
       *) continue ;;
     esac
     [[ $GRANTED == *$'\n'"$line"$'\n'* ]] ||
-      note "Not of ccrun's doing: ${member#*:} has $role on ${RESOURCE[0]}. Take it away unless you know what for."
+      note "Not granted by ccrun: ${member#*:} has $role on ${RESOURCE[0]}. Remove it unless you need it."
   done <<<"$POLICY"
 }
 
@@ -120,7 +120,7 @@ grant_key() {
   note_strangers
 }
 
-# Who may call the service.
+# Lets CALLERS call the service.
 grant_callers() {
   local member members=()
   IFS=',' read -r -a members <<<"$CALLERS"
@@ -128,5 +128,5 @@ grant_callers() {
     grant "$member" roles/run.invoker
   done
   note_strangers
-  [ -n "$CALLERS" ] || note "CALLERS is not set: nobody may call the service but who may do so in the whole project."
+  [ -n "$CALLERS" ] || note "CALLERS is not set: only accounts with a role on the whole project can call the service."
 }

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# The settings of the deployment: where they come from and what they must be. Sourced by cloud.sh.
+# The settings of the deployment: defaults, sources and checks. Sourced by cloud.sh.
 
-# Every setting of the deployment goes to "$1": name, default, pattern, what it must be. .env.example explains them.
+# settings FUNCTION: calls the function for each setting, with name, default, pattern and the description of valid values.
+# .env.example documents the settings.
 settings() {
   local name='[a-z]([-a-z0-9]{0,47}[a-z0-9])?' id='[A-Za-z0-9_-]{1,63}' any='[^[:cntrl:]]*'
   local size='[0-9]+(Mi|Gi)' cpu='[1248]' whole='a whole number' email='[^[:space:]@,]+@[^[:space:]@,]+'
@@ -32,9 +33,9 @@ settings() {
   "$1" SERVICE_CPU_ALWAYS no 'yes|no' 'yes or no'
   "$1" CALLERS '' "((user|group|serviceAccount):$email|domain:[^[:space:],]+)(,((user|group|serviceAccount):$email|domain:[^[:space:],]+))*" \
     'members separated by commas, such as user:ann@example.com,serviceAccount:app@my-project.iam.gserviceaccount.com'
-  "$1" SWEEP_SCHEDULE '*/5 * * * *' '[^[:space:]]+( [^[:space:]]+){4}' 'a schedule of cron: five fields'
+  "$1" SWEEP_SCHEDULE '*/5 * * * *' '[^[:space:]]+( [^[:space:]]+){4}' 'a cron schedule: five fields'
   "$1" SCHEDULER_LOCATION "${REGION:-}" '[a-z]+-[a-z]+[0-9]+' 'a region, such as us-central1'
-  # Checked by ccrun itself.
+  # ccrun checks these.
   "$1" MAX_REQUEST_BYTES '' "$any" 'one line'
   "$1" ALLOWED_TOOLS '' "$any" 'one line'
   "$1" PERMISSION_MODE '' "$any" 'one line'
@@ -46,7 +47,7 @@ settings() {
   "$1" LOG_LEVEL '' "$any" 'one line'
   "$1" SERVICE_URL '' 'https?://[^[:space:]/?#@]+' 'the URL of a service, without a path'
   "$1" TEST_CALLBACK_URL '' 'https?://[^[:space:]]+' 'an http or https URL'
-  # Secrets: their values are never shown, and never on a command line.
+  # Secrets are never printed and never passed on a command line.
   "$1" CLOUDRUN_CALLBACK_SECRET '' "$any" 'one line'
   "$1" ANTHROPIC_API_KEY '' '[!-~]*' 'printable ASCII characters without blanks'
   "$1" CLAUDE_CODE_OAUTH_TOKEN '' '[!-~]*' 'printable ASCII characters without blanks'
@@ -54,28 +55,28 @@ settings() {
   "$1" AUTH_TOKEN '' '[!-~]*' 'printable ASCII characters without blanks'
 }
 
-# Of ccrun on one machine; the deployment has no use for them, but the same file may name them.
+# Settings of the local backend. The deployment does not use them, but they may be in the same file.
 OTHER_SETTINGS=" HOST PORT CCRUN_BACKEND CCRUN_DATA_DIR MAX_CONCURRENT_TASKS CLAUDE_CLI CCRUN_AGENT_USER LOG_FORMAT
 STORAGE_EMULATOR_HOST KMS_EMULATOR_HOST CLOUD_RUN_EMULATOR_HOST "
 SECRET_SETTINGS=' CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN CCRUN_API_TOKENS AUTH_TOKEN '
 KNOWN_SETTINGS=' '
 
-# Reads .env and checks every setting. The environment wins over the file, the file over the default.
+# Reads .env and checks every setting. The environment takes precedence over the file, and the file over the default.
 load_settings() {
   settings know_setting
   local file=${ENV_FILE:-$ROOT/.env}
   if [ -f "$file" ]; then
     read_env_file "$file"
   elif [ -n "${ENV_FILE:-}" ]; then
-    fail "There is no file $ENV_FILE, which ENV_FILE names."
+    fail "ENV_FILE names $ENV_FILE, which does not exist."
   fi
   settings check_setting
 }
 
 know_setting() { KNOWN_SETTINGS="$KNOWN_SETTINGS$1 "; }
 
-# The file is data: lines of NAME=VALUE, where quotes are allowed. Nothing in it is run, expanded or exported, and a name that is
-# not a setting (PATH, say) is passed over.
+# Reads lines of NAME=VALUE, where quotes are allowed. Nothing in the file is run, expanded or exported. Names that are not settings,
+# such as PATH, are ignored.
 read_env_file() {
   local line name value number=0
   local is_pair='^(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$' is_blank='^(#.*)?$'
@@ -89,16 +90,16 @@ read_env_file() {
     case $KNOWN_SETTINGS$OTHER_SETTINGS in
       *[[:space:]]"$name"[[:space:]]*) ;;
       *)
-        note "$name in $1 is not a setting: it is passed over."
+        note "$name in $1 is not a setting: ignored."
         continue
         ;;
     esac
     if [[ $value =~ $in_double ]] || [[ $value =~ $in_single ]]; then
       value=${BASH_REMATCH[1]}
     elif [[ $value =~ ^[[:space:]]*[\"\'] ]]; then
-      fail "Line $number of $1 has a quote too few or too many."
+      fail "Line $number of $1 has unbalanced quotes."
     else
-      # A comment begins with a blank.
+      # A comment begins after a space.
       value=$(trimmed "${value%%[[:space:]]#*}")
     fi
     [ -n "${!name+set}" ] || printf -v "$name" %s "$value"
@@ -122,6 +123,6 @@ check_setting() {
     esac
   fi
   printf -v "$name" %s "$value"
-  # What came with the environment is not for gcloud.
+  # gcloud must not get settings that were in the environment.
   export -n "${name?}"
 }

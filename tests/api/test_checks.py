@@ -132,9 +132,12 @@ def test_dots_within_names_are_valid(path: str) -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["ok", "{a,b}" * 20], "globPatterns[1] may stand for at most 1000 patterns"),
+        (["ok", "{a,b}" * 20], "globPatterns[1] may expand to at most 1000 patterns"),
         (["{" * 100], "globPatterns[0] may have at most 32 opening braces"),
-        (["a{1..900}", "b{1..900}"], "globPatterns may stand for at most 1000 patterns of 262144 characters in all"),
+        (
+            ["a{1..900}", "b{1..900}"],
+            "globPatterns may expand to at most 1000 patterns with 262144 characters in total",
+        ),
     ],
 )
 def test_patterns_with_too_many_expansions_are_rejected(patterns: list[str], message: str) -> None:

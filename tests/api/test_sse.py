@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import example, given
@@ -50,6 +51,17 @@ def test_retry_and_heartbeat_are_not_events() -> None:
 def test_lines_are_default_events_with_their_cursor() -> None:
     """Each line of a chunk is an event without a name; its ID is the cursor of the line."""
     assert sse.line_events(7, b'{"a":1}\n{"b":2}\n') == b'id: 7:1\ndata: {"a":1}\n\nid: 7:2\ndata: {"b":2}\n\n'
+
+
+def test_large_line_is_copied_once() -> None:
+    """A line of some megabytes needs the memory of its event and no more."""
+    content = b"x" * (4 << 20) + b"\n"
+    tracemalloc.start()
+    try:
+        events = sse.line_events(1, content)
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * len(events)
+    finally:
+        tracemalloc.stop()
 
 
 def test_skipped_lines_do_not_change_ids() -> None:

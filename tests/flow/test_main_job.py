@@ -139,14 +139,14 @@ async def test_running_task_is_cancelled(start_service: StartService, receiver: 
 
 
 async def test_concurrent_tasks_all_finish(start_service: StartService, backend_name: str) -> None:
-    """Twenty tasks complete; on the local backend, two run at a time and the others are pending."""
+    """Ten tasks complete; on the local backend, two run at a time and the others are pending."""
     async with start_service(MAX_CONCURRENT_TASKS="2") as service:
-        submissions = await asyncio.gather(*(service.submit() for _ in range(20)))
+        submissions = await asyncio.gather(*(service.submit() for _ in range(10)))
         status = await service.get("/tasks/status")
         assert {"local": 2, "gcp": None}[backend_name] == status["max"]
-        assert status["active"] <= (status["max"] or 20)
+        assert status["active"] <= (status["max"] or 10)
         records = await asyncio.gather(*(service.until_final(submitted["taskId"]) for submitted in submissions))
-        assert [Status.COMPLETED] * 20 == [record.status for record in records]
+        assert [Status.COMPLETED] * 10 == [record.status for record in records]
 
 
 async def test_disconnect_of_a_client_does_not_affect_readers(start_service: StartService) -> None:

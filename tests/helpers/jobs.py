@@ -48,6 +48,7 @@ async def stopped_workers(directory: Path) -> AsyncIterator[MakeJobs]:
             command=command or worker_command(directory),
             environment=dict(os.environ),
             pid_files=directory / "pids",
+            services=directory / "services",
             marker=lambda task_id: f"{directory}/{task_id}",
             max_running=max_running,
             max_queued=max_queued,

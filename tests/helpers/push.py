@@ -12,6 +12,7 @@ import pytest
 from standins.gitssh import GitSsh
 from standins.repos import Repository
 
+from ccrun.urls import parse_git_url
 from ccrun.worker.git import changes, push
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import Clone, PackSnapshot
@@ -52,7 +53,7 @@ class CloneSetup:
         """Commit all changes and import the commit into a bare repository of the worker."""
         git = self.git_setup.git
         found = await changes.examine(
-            git, self.path, base=self.cloned.base, excludes_dotenv=False, room=self.git_setup.folder
+            git, self.path, base=self.cloned.base, excludes_dotenv=False, parent=self.git_setup.folder
         )
         staged = await found.stage()
         commit = found.head if staged.is_empty else await found.commit(staged, "Worker commit", IDENTITY)
@@ -90,17 +91,21 @@ class CloneFactory:
         self.snapshots: list[PackSnapshot] = []
 
     async def create(
-        self, files: Any = None, *, revision: str | None = None, depth: int = 1, **options: Any
+        self, files: Any = None, *, revision: str | None = None, depth: int = 1, over_ssh: bool = False, **options: Any
     ) -> CloneSetup:
-        """Create the repository `demo` with these files, and clone it."""
+        """Create the repository `demo` with these files, and clone it: without a server unless the test needs one."""
         repository = await self._git_setup.repos.create("demo", files, **options)
-        return await self.clone(repository, revision=revision, depth=depth)
+        return await self.clone(repository, revision=revision, depth=depth, over_ssh=over_ssh)
 
-    async def clone(self, repository: Repository, *, revision: str | None = None, depth: int = 1) -> CloneSetup:
+    async def clone(
+        self, repository: Repository, *, revision: str | None = None, depth: int = 1, over_ssh: bool = False
+    ) -> CloneSetup:
         """Clone an existing repository."""
-        server = await GitSsh(self._git_setup.repos).__aenter__()
-        self.servers.append(server)
-        access = ssh_access(server.url(repository.name))
+        access = Access(remote=parse_git_url(f"file://{repository.path}"))
+        if over_ssh:
+            server = await GitSsh(self._git_setup.repos).__aenter__()
+            self.servers.append(server)
+            access = ssh_access(server.url(repository.name))
         cloned = await self._git_setup.clone(access, revision=revision, depth=depth)
         snapshot = await PackSnapshot.of(self._git_setup.into)
         self.snapshots.append(snapshot)

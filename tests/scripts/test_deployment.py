@@ -201,9 +201,9 @@ def test_images_are_built_by_local_docker(prepared: Clone) -> None:
     assert "--file=containers/api.Dockerfile" in commands[0]
     assert "scripts/deploy/cloud.sh" in (clone.directory / "context").read_text()
     assert "uncommitted" not in (clone.directory / "context").read_text()
-    assert "What is not committed will not be in the images." == run.complaints.splitlines()[0]
+    assert "Uncommitted changes are not in the images." == run.complaints.splitlines()[0]
     # This docker pushes nothing.
-    assert (1, "The image api:v1.2.3 is still not there: look at what the build said.") == (
+    assert (1, "The image api:v1.2.3 does not exist after the build: see the output of the build.") == (
         run.code,
         run.complaints.splitlines()[-1],
     )

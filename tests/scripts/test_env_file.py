@@ -56,8 +56,8 @@ def test_the_file_is_not_executed(prepared: Clone) -> None:
     [
         ("GCS_LOGS_BUCKET", "Line 4 of {file} is not NAME=VALUE."),
         ("my bucket=b", "Line 4 of {file} is not NAME=VALUE."),
-        ('GCS_LOGS_BUCKET="b', "Line 4 of {file} has a quote too few or too many."),
-        ("GCS_LOGS_BUCKET='b' c'", "Line 4 of {file} has a quote too few or too many."),
+        ('GCS_LOGS_BUCKET="b', "Line 4 of {file} has unbalanced quotes."),
+        ("GCS_LOGS_BUCKET='b' c'", "Line 4 of {file} has unbalanced quotes."),
     ],
 )
 def test_an_invalid_line_is_reported_by_its_number(clone: Clone, line: str, sentence: str) -> None:
@@ -72,7 +72,7 @@ def test_another_file_can_be_used(clone: Clone) -> None:
     run = clone.run("grant-job-permissions.sh", "--dry-run", ENV_FILE="other.env")
     assert "--project=another-project" in run.calls[-1]["argv"]
     run = clone.run("grant-job-permissions.sh", ENV_FILE="no.env")
-    assert (1, "There is no file no.env, which ENV_FILE names.\n") == (run.code, run.complaints)
+    assert (1, "ENV_FILE names no.env, which does not exist.\n") == (run.code, run.complaints)
 
 
 def test_the_example_has_every_setting() -> None:

@@ -100,6 +100,6 @@ def test_other_grants_are_reported(deployed: Clone) -> None:
     run = deployed.run("setup-service-account.sh")
     assert (0, []) == (run.code, run.changes)
     assert [
-        f"Not of ccrun's doing: {account('ccrun-api')} has roles/storage.objectAdmin on gs://{BUCKET_NAME}",
-        "Not of ccrun's doing: allUsers has roles/run.invoker on claude-code-service",
-    ] == [line.partition(". Take it away")[0] for line in run.complaints.splitlines()]
+        f"Not granted by ccrun: {account('ccrun-api')} has roles/storage.objectAdmin on gs://{BUCKET_NAME}",
+        "Not granted by ccrun: allUsers has roles/run.invoker on claude-code-service",
+    ] == [line.partition(". Remove it")[0] for line in run.complaints.splitlines()]

@@ -12,8 +12,8 @@ from helpers.deploy import ALL_SCRIPTS, OPERATOR, PROJECT, Clone, FullRun
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"account": None}, "Nobody is logged in: run gcloud auth login."),
-        ({"project": "another"}, f"{OPERATOR} may not do this in {PROJECT}: "),
+        ({"account": None}, "gcloud has no active account: run gcloud auth login."),
+        ({"project": "another"}, f"{OPERATOR} lacks a permission in {PROJECT}: "),
     ],
     ids=["no login", "another project"],
 )
@@ -30,7 +30,10 @@ def test_missing_gcloud_is_reported(clone: Clone) -> None:
     """Without gcloud, a script fails with the URL of the installation guide."""
     (clone.directory / "bin" / "gcloud").unlink()
     run = clone.run("setup-project.sh")
-    assert (1, "gcloud is not here: install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install.\n") == (
+    assert (
+        1,
+        "gcloud is not installed: install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install.\n",
+    ) == (
         run.code,
         run.complaints,
     )
@@ -110,7 +113,7 @@ def test_a_denied_permission_is_reported(
     first, last = run.complaints.splitlines()
     assert 1 == run.code
     assert first.startswith(
-        f"{OPERATOR} may not do this in {PROJECT}: gcloud {' '.join(command.split()[:2])} needs {role}"
+        f"{OPERATOR} lacks a permission in {PROJECT}: gcloud {' '.join(command.split()[:2])} needs {role}"
     )
     assert first.endswith(f"({permission}).")
     assert f"PERMISSION_DENIED: Permission '{permission}' denied on resource (or it may not exist)." == last
@@ -136,7 +139,7 @@ def test_a_script_on_an_empty_project_names_the_first_script(clone: Clone, scrip
         # This script enables the API that it needs, but does not create the service accounts that read secrets.
         assert "does not exist" in run.complaints
     else:
-        assert f"An API is off in {PROJECT}: run scripts/setup-project.sh." == run.complaints.splitlines()[0]
+        assert f"An API is disabled in {PROJECT}: run scripts/setup-project.sh." == run.complaints.splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +147,8 @@ def test_a_script_on_an_empty_project_names_the_first_script(clone: Clone, scrip
     [
         ("deploy-job.sh", "There is no image api:v1.2.3: run scripts/build-and-push.sh first."),
         ("deploy-service.sh", "There is no image api:v1.2.3: run scripts/build-and-push.sh first."),
-        ("setup-scheduler.sh", "The job claude-code-sweep is not there: run scripts/deploy-job.sh first."),
-        ("grant-job-permissions.sh", "The job claude-code-job is not there: run scripts/deploy-job.sh first."),
+        ("setup-scheduler.sh", "The job claude-code-sweep does not exist: run scripts/deploy-job.sh first."),
+        ("grant-job-permissions.sh", "The job claude-code-job does not exist: run scripts/deploy-job.sh first."),
     ],
 )
 def test_a_script_names_the_script_it_depends_on(prepared: Clone, script: str, sentence: str) -> None:
@@ -157,7 +160,7 @@ def test_a_script_names_the_script_it_depends_on(prepared: Clone, script: str, s
 def test_unknown_options_are_rejected_and_help_is_printed(clone: Clone) -> None:
     """Every script rejects unknown options, and prints its help without a call of gcloud."""
     for script in ALL_SCRIPTS:
-        assert (1, f'{script} does not know "--force": try --help.\n') == (
+        assert (1, f'{script} has no option "--force": see --help.\n') == (
             clone.run(script, "--force").code,
             clone.run(script, "--force").complaints,
         )

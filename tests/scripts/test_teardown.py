@@ -43,4 +43,4 @@ def test_teardown_of_an_empty_project_succeeds(clone: Clone) -> None:
     """The script reports that there is nothing to delete, and does not ask for confirmation."""
     run = clone.run("teardown.sh")
     assert (0, []) == (run.code, run.changes)
-    assert run.output.endswith("nothing: there is nothing left.\n")
+    assert run.output.endswith("none: there is no deployment.\n")

@@ -54,7 +54,7 @@ async def test_the_script_sends_an_identity_token(
     assert (1, [["auth", "list"], ["auth", "print-identity-token"]]) == (result.code, calls)
     clone.change(account=None)
     result = await run_script("auth", SERVICE_URL="https://service.example")
-    assert (1, "Nobody is logged in: run gcloud auth login.\n") == (result.code, result.stderr)
+    assert (1, "gcloud has no active account: run gcloud auth login.\n") == (result.code, result.stderr)
 
 
 async def test_the_script_reports_a_missing_service(run_script: RunCheck, clone: Clone) -> None:
@@ -63,5 +63,5 @@ async def test_the_script_reports_a_missing_service(run_script: RunCheck, clone:
     result = await run_script("remote")
     assert (
         1,
-        "The service claude-code-service is not there: run scripts/deploy-service.sh first, or set SERVICE_URL.\n",
+        "The service claude-code-service does not exist: run scripts/deploy-service.sh first, or set SERVICE_URL.\n",
     ) == (result.code, result.stderr)

@@ -100,6 +100,12 @@ def read(node: Callable[[Path], list[dict[str, str]]], tmp_path: Path) -> Read:
     return read_by_all
 
 
+@pytest.fixture
+def empty(read: Read) -> Readings:
+    """Return what every reader finds in an empty file."""
+    return read(b"")
+
+
 def read_by_shell(argv: list[str], path: Path) -> dict[str, str]:
     """Return the environment of a shell after it has read a file."""
     env = shutil.which("env")
@@ -241,10 +247,9 @@ def test_variables_do_not_affect_each_other(read: Read, variables: dict[str, str
 
 @EXAMPLES
 @given(variables=VARIABLES)
-def test_nothing_else_is_set(read: Read, variables: dict[str, str]) -> None:
+def test_nothing_else_is_set(read: Read, empty: Readings, variables: dict[str, str]) -> None:
     """No reader finds a variable that was not given."""
     readings = read(render(variables).content)
-    empty = read(b"")
     for shell, found in readings.shells.items():
         assert set() == set(found) - set(empty.shells[shell]) - set(variables)
     for names in (*map(set, readings.node), set(readings.python)):

@@ -238,7 +238,10 @@ async def test_dotenv_that_is_a_link_is_an_error(
             environment_secrets={"A_SECRET": Secret(SECRET)},
         )
         record = await worker_setup.run(cli=agent("echo never"))
-    assert "The repository has a .env that is no file, so the variables cannot be kept there." == record.error
+    assert (
+        "The repository has a .env that is not a regular file, so the variables cannot be written to it."
+        == record.error
+    )
     assert "unchanged" == target.read_text()
 
 
@@ -250,5 +253,7 @@ async def test_variable_left_out_of_dotenv_is_logged(
     await worker_setup.submit(environment_secrets={"QUOTED": Secret(value), "PLAIN": Secret(SECRET)})
     await worker_setup.run(cli=agent('cut -d= -f1 .env; printf "%s" "$QUOTED" | wc -c'), agent_user=agent_user)
     [logged] = await worker_lines(worker_setup, "dotenv")
-    assert "Left out of .env, since its readers would not all read their exact values: QUOTED." == logged["content"]
+    assert (
+        "Not written to .env, because not all of its readers would read the exact values: QUOTED." == logged["content"]
+    )
     assert ["PLAIN", str(len(value))] == await text_output(worker_setup)

@@ -453,7 +453,7 @@ async def test_errors_are_forwarded_without_the_credential(
         session.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response,
     ):
         status, _, message = await _error_of(response)
-    assert (status, message) == (529, "The model API answered with status 529." if encoding else "no ***")
+    assert (status, message) == (529, "The model API responded with status 529." if encoding else "no ***")
     assert (response.headers["Retry-After"], response.headers["X-Echo"]) == ("3", "Bearer ***")
     assert proxy.rejected is None
 
@@ -461,10 +461,10 @@ async def test_errors_are_forwarded_without_the_credential(
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b"<h1>Forbidden</h1>", "The model API answered with status 403."),
-        (b'{"error": "no"}', "The model API answered with status 403."),
-        (b"[" * 50_000, "The model API answered with status 403."),
-        (b"x" * 1_000_000, "The model API answered with status 403."),
+        (b"<h1>Forbidden</h1>", "The model API responded with status 403."),
+        (b'{"error": "no"}', "The model API responded with status 403."),
+        (b"[" * 50_000, "The model API responded with status 403."),
+        (b"x" * 1_000_000, "The model API responded with status 403."),
         (b'{"error": {"message": "' + b"y" * 5000 + b'"}}', "y" * 500),
         (b'{"error": {"message": "no made-up\\u002dreal-credential"}}', "no ***"),
     ],
@@ -525,7 +525,7 @@ async def test_silent_model_api_is_502(upstream: Upstream, session: aiohttp.Clie
         session.post(f"{proxy.url}/v1/messages", headers=_token(proxy)) as response,
     ):
         status, _, message = await _error_of(response)
-    assert (status, message) == (502, "The model API did not answer in time (SocketTimeoutError).")
+    assert (status, message) == (502, "The model API did not respond in time (SocketTimeoutError).")
 
 
 @pytest.mark.parametrize("failure", ["reset", "silence"])

@@ -114,7 +114,7 @@ async def test_prefix_is_a_directory_of_the_uploads(setup: UploadSetup, prefix: 
 async def test_invalid_prefix_is_an_error(setup: UploadSetup, prefix: str) -> None:
     """Nothing is uploaded. Requests with such a prefix are rejected earlier; this is a second check."""
     setup.write("x")
-    assert Uploads(errors=("gcsPrefix cannot be a part of an object's name.",)) == await setup.upload(prefix=prefix)
+    assert Uploads(errors=("gcsPrefix is not valid in an object name.",)) == await setup.upload(prefix=prefix)
     assert {} == setup.objects()
 
 
@@ -146,7 +146,7 @@ async def test_no_match_is_reported(setup: UploadSetup) -> None:
 
 async def test_pattern_that_expands_too_far_is_reported(setup: UploadSetup) -> None:
     """Requests with such a pattern are rejected earlier; this is a second check."""
-    assert ("globPatterns may stand for at most 1000 patterns.",) == (await setup.upload("{a,b}" * 20)).errors
+    assert ("globPatterns may expand to at most 1000 patterns.",) == (await setup.upload("{a,b}" * 20)).errors
 
 
 async def test_missing_workspace_is_reported(setup: UploadSetup) -> None:
@@ -161,8 +161,8 @@ async def test_missing_workspace_is_reported(setup: UploadSetup) -> None:
 async def test_files_of_the_worker_are_never_uploaded(setup: UploadSetup) -> None:
     """The `.env` of the worker, which has secrets, matches no pattern. Files of that name in other directories do."""
     setup.write(".env", "a/.env")
-    assert ["a/.env"] == paths(await setup.upload("**", never=frozenset({".env"})))
-    result = await setup.upload(".env", never=frozenset({".env"}))
+    assert ["a/.env"] == paths(await setup.upload("**", excluded=frozenset({".env"})))
+    result = await setup.upload(".env", excluded=frozenset({".env"}))
     assert Uploads(errors=(".env: is never uploaded.",)) == result
 
 
@@ -173,7 +173,7 @@ async def test_existing_upload_is_not_overwritten(setup: UploadSetup) -> None:
     setup.write("a")
     (setup.root / "a").write_bytes(b"new")
     result = await setup.upload()
-    assert (["b"], ("a: there is an upload of that name already.",)) == (paths(result), result.errors)
+    assert (["b"], ("a: an upload with this name already exists.",)) == (paths(result), result.errors)
     assert b"a" == setup.objects()[f"sessions/{TASK}/uploads/a"]
 
 
@@ -228,7 +228,7 @@ async def test_special_files_are_not_opened(setup: UploadSetup, create: Callable
     create(setup.root / "special")
     result = await asyncio.wait_for(setup.upload(), 10)
     assert (["file"], ()) == (paths(result), result.errors)
-    assert ("special: is no file.",) == (await setup.upload("special")).errors
+    assert ("special: is not a regular file.",) == (await setup.upload("special")).errors
 
 
 async def test_hard_link_to_a_file_outside_is_not_uploaded(setup: UploadSetup) -> None:
@@ -237,7 +237,7 @@ async def test_hard_link_to_a_file_outside_is_not_uploaded(setup: UploadSetup) -
     (setup.root / "a").hardlink_to(setup.outside / "secret")
     (setup.root / "b").hardlink_to(setup.root / ".git" / "config")
     result = await setup.upload()
-    error = "has a further name (hard link) outside the workspace, or in .git."
+    error = "has another hard link outside the workspace or in .git."
     assert (["ok"], (f"a: {error}", f"b: {error}")) == (paths(result), result.errors)
 
 
@@ -276,7 +276,7 @@ async def test_name_that_is_invalid_for_objects_is_reported(setup: UploadSetup, 
     assert ["ok"] == paths(result)
     (error,) = result.errors
     assert error.endswith(
-        ": cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8."
+        ": is not a valid object name: it is too long, not UTF-8, or contains a control character or a backslash."
     )
     assert error.isprintable()
     error.encode()
@@ -289,8 +289,8 @@ async def test_path_that_is_too_long_is_reported(setup: UploadSetup) -> None:
     result = await setup.upload(prefix="p" * 30)
     assert [f"{inner}/ok"] == paths(result)
     assert [
-        "lies too deep: no object's name is longer than 1024 bytes.",
-        "cannot be an object's name: it is too long, or has a control character, a backslash or no UTF-8.",
+        "is nested too deeply: an object name has at most 1024 bytes.",
+        "is not a valid object name: it is too long, not UTF-8, or contains a control character or a backslash.",
     ] == [error.partition("…: ")[2] for error in result.errors]
 
 
@@ -314,7 +314,7 @@ async def test_very_deep_tree_is_skipped(setup: UploadSetup) -> None:
         await asyncio.to_thread(remove_tree, setup.root)
     assert ["ok"] == paths(result)
     assert 1 == len(result.errors)
-    assert result.errors[0].endswith("lies too deep: no object's name is longer than 1024 bytes.")
+    assert result.errors[0].endswith("is nested too deeply: an object name has at most 1024 bytes.")
 
 
 async def test_number_of_files_is_limited(setup: UploadSetup) -> None:
@@ -341,7 +341,7 @@ async def test_search_is_limited(setup: UploadSetup, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(uploads, "MAX_ENTRIES", 4)
     result = await setup.upload()
     assert ["a/1"] == paths(result)
-    assert ("The workspace has too many files: the search was stopped before its end.",) == result.errors
+    assert ("The workspace has too many files: the search was stopped early.",) == result.errors
 
 
 async def test_search_can_be_cancelled(setup: UploadSetup) -> None:
@@ -432,7 +432,7 @@ CHANGED: Final = "z/secret: changed before it could be read."
     [
         (replace_with_link, CHANGED),
         (replace_directory_with_link, CHANGED),
-        (replace_with_hard_link, "z/secret: has a further name (hard link) outside the workspace, or in .git."),
+        (replace_with_hard_link, "z/secret: has another hard link outside the workspace or in .git."),
         (replace_with_directory, CHANGED),
         (replace_with_fifo, CHANGED),
         (remove_file, CHANGED),
@@ -536,7 +536,7 @@ async def test_uploads_stop_after_consecutive_storage_errors(setup: UploadSetup)
     setup.store = Store(blobs)
     result = await setup.upload()
     assert 8 > blobs.attempts
-    assert f"The storage rejects all files: {100 - blobs.attempts} more were skipped." == result.errors[-1]
+    assert f"The storage rejected 4 files in a row: {100 - blobs.attempts} more were skipped." == result.errors[-1]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Final, Self
 import structlog
 
 from ccrun.backends.local import pidfile
+from ccrun.backends.local.launched import LaunchedTasks
 from ccrun.errors import Busy, CcrunError
 from ccrun.jobs import ExecutionState
 from ccrun.names import payload_name
@@ -36,7 +37,8 @@ class SubprocessJobs:
     """Runs workers as processes of this machine.
 
     At most `max_running` workers of this service run at the same time; further tasks are queued in memory. Workers keep
-    running when the service stops. Each holds a PID file, so every service on the same data directory can see it.
+    running when the service stops. Each holds a PID file, so every service on the same data directory can see it, as it can see
+    what the others have queued.
     """
 
     #: None: a task stays queued until a worker slot is free.
@@ -49,6 +51,7 @@ class SubprocessJobs:
         command: Sequence[str],
         environment: Mapping[str, str],
         pid_files: Path,
+        services: Path,
         marker: Callable[[TaskId], str],
         max_running: int,
         max_queued: int = MAX_QUEUED,
@@ -60,6 +63,7 @@ class SubprocessJobs:
             command: The command that starts a worker.
             environment: The environment of each worker. The task ID and the payload's name are added to it.
             pid_files: The directory of the PID files, each of which the worker of a task keeps locked.
+            services: The directory in which services record what they have queued, see `LaunchedTasks`.
             marker: Returns the string that marks the processes of a task.
             max_running: How many workers can run at the same time.
             max_queued: How many tasks can wait for a free worker slot.
@@ -72,6 +76,7 @@ class SubprocessJobs:
         self._environment = dict(environment)
         self._pid_files = pid_files
         self._marker = marker
+        self._launched = LaunchedTasks(services)
         self._queue: deque[TaskId] = deque()
         #: None: the worker's process is being started.
         self._running: dict[TaskId, detached.Detached | None] = {}
@@ -82,6 +87,7 @@ class SubprocessJobs:
         self._on_worker_exit = on_worker_exit
 
     async def __aenter__(self) -> Self:
+        await self._launched.__aenter__()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -95,6 +101,7 @@ class SubprocessJobs:
                 child.let_go()
         if self._running:
             log.info("workers_left_running", message="Workers keep running", taskIds=sorted(self._running))
+        await self._launched.__aexit__(*exc_info)
 
     def check_capacity(self) -> None:
         if len(self._queue) >= self._max_queued:
@@ -104,12 +111,14 @@ class SubprocessJobs:
         self.check_capacity()
         if task_id not in self._running and task_id not in self._queue:
             self._queue.append(task_id)
+            await self._launched.add(task_id)
             self._start_queued()
         return None
 
     async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
         with contextlib.suppress(ValueError):
             self._queue.remove(task_id)
+            await self._launched.remove(task_id)
         child = self._running.get(task_id)
         pid = child.pid if child else await asyncio.to_thread(pidfile.holder_pid, self._pid_files / task_id)
         if pid is not None:
@@ -117,16 +126,23 @@ class SubprocessJobs:
                 os.kill(pid, signal.SIGTERM)
 
     async def state(self, task_id: TaskId, execution_name: str | None) -> ExecutionState:
+        of_others = () if self._is_known(task_id) else await self._launched.of_others()
+        return await self._state(task_id, of_others)
+
+    async def _state(self, task_id: TaskId, of_others: Collection[TaskId]) -> ExecutionState:
         if task_id in self._running:
             return ExecutionState.RUNNING
         if task_id in self._queue:
             return ExecutionState.QUEUED
         if await asyncio.to_thread(pidfile.holder_pid, self._pid_files / task_id):
             return ExecutionState.RUNNING
+        if task_id in of_others:
+            return ExecutionState.QUEUED
         return ExecutionState.FINISHED if task_id in self._finished else ExecutionState.UNKNOWN
 
     async def launched_states(self, task_ids: Collection[TaskId]) -> Mapping[TaskId, ExecutionState]:
-        return {task_id: await self.state(task_id, None) for task_id in task_ids}
+        of_others = await self._launched.of_others()
+        return {task_id: await self._state(task_id, of_others) for task_id in task_ids}
 
     async def clear(self, task_id: TaskId) -> None:
         self._finished.pop(task_id, None)
@@ -181,6 +197,7 @@ class SubprocessJobs:
             )
         del self._running[task_id]
         self._finished[task_id] = None
+        await self._launched.remove(task_id)
         while len(self._finished) > MAX_REMEMBERED_EXECUTIONS:
             self._finished.popitem(last=False)
         self._on_worker_exit()

@@ -24,6 +24,11 @@ def pid_files(data_dir: Path) -> Path:
     return data_dir / ".workers"
 
 
+def services(data_dir: Path) -> Path:
+    """Return the directory in which services record what they have queued."""
+    return data_dir / ".services"
+
+
 def process_marker(data_dir: Path, task_id: TaskId) -> str:
     """Return the string that marks the processes of a task.
 

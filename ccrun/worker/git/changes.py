@@ -24,14 +24,14 @@ from ccrun.process.child import spawn
 from ccrun.worker.git.clone import COMMIT
 from ccrun.worker.git.run import LOCAL_SECONDS, Git, GitError, last_error
 
-#: The committer, unless the repository has another one.
+#: The committer, unless the repository configures another one.
 DEFAULT_NAME: Final = "Claude Code"
 DEFAULT_EMAIL: Final = "noreply@anthropic.com"
 #: Characters of a name or an address in `.gitconfig`.
 MAX_IDENTITY_CHARS: Final = 200
 #: Bytes of the objects that the agent has added. Servers reject larger pushes: the limit of GitHub is 2 GiB.
 MAX_PACK_BYTES: Final = 2 * 1024**3
-#: Bytes of the list of shallow commits, of 41 each.
+#: Bytes of the list of shallow commits, 41 for each.
 MAX_SHALLOW_BYTES: Final = 1024 * 1024
 #: Bytes of the first line of a message.
 MAX_SUBJECT_BYTES: Final = 64 * 1024
@@ -40,22 +40,23 @@ COPY_SECONDS: Final = 20.0
 #: The file that ccrun writes into the workspace.
 DOTENV: Final = ".env"
 
-#: The exit code of git when it gives up. With 1, it has done what it could.
+#: The exit code of git when it has stopped early. After 1, it has only skipped files that it cannot read.
 FATAL: Final = 128
 
+#: The modes of a submodule and of a missing path in the output of `git diff-index`.
 _GITLINK: Final = "160000"
-_NOTHING: Final = "000000"
+_MISSING: Final = "000000"
 
 
 @attrs.frozen(kw_only=True)
 class Identity:
-    """Who commits."""
+    """The author and committer of a commit."""
 
     name: str = DEFAULT_NAME
     email: str = DEFAULT_EMAIL
 
     def environment(self) -> dict[str, str]:
-        """Return the variables by which git gets the identity."""
+        """Return the environment variables that set the identity for git."""
         return {
             f"GIT_{role}_{part}": value
             for role in ("AUTHOR", "COMMITTER")
@@ -74,7 +75,7 @@ class TreeChange:
 
     @property
     def is_new_repository(self) -> bool:
-        """Whether it is a new repository inside the repository, of which only the name could be committed."""
+        """Whether it is a new repository inside the repository, whose files cannot be committed."""
         return self.mode == _GITLINK and self.old_mode != _GITLINK
 
 
@@ -119,9 +120,11 @@ class Changes:
         Raises:
             GitError: The tree cannot be read.
         """
-        complaint = await self._add()
+        unreadable = await self._add()
         entries = _entries(
-            await self.git("diff-index", "--cached", "--raw", "--no-renames", "-z", await self._since(self.head))
+            await self.git(
+                "diff-index", "--cached", "--raw", "--no-renames", "-z", await self._or_empty_tree(self.head)
+            )
         )
         modules = await self._modules() if any(entry.is_new_repository for entry in entries) else frozenset[str]()
         nested = [entry.path for entry in entries if entry.is_new_repository and entry.path not in modules]
@@ -131,24 +134,24 @@ class Changes:
         # A new index from the last commit and the chosen paths, without anything that the agent has staged.
         await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
         # Deletions come first: a directory may have become a file.
-        chosen.sort(key=lambda entry: entry.mode != _NOTHING)
+        chosen.sort(key=lambda entry: entry.mode != _MISSING)
         lines = b"".join(os.fsencode(f"{entry.mode} {entry.blob}\t{entry.path}") + b"\0" for entry in chosen)
         await self.git("update-index", "-z", "--index-info", stdin=lines)
         tree = (await self.git("write-tree")).decode().strip()
-        return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=complaint)
+        return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=unreadable)
 
     async def commit(self, staged: Staged, message: str, identity: Identity) -> str:
         """Commit what was staged on top of the agent's last commit. Return the new commit."""
         git = self.git.at(self.git.cwd, **identity.environment())
         parents = ["-p", self.head] if self.head else []
-        made = await git("commit-tree", *parents, "-F", "-", staged.tree, stdin=message.encode())
-        return _commit(made)
+        printed = await git("commit-tree", *parents, "-F", "-", staged.tree, stdin=message.encode())
+        return _commit(printed)
 
     async def identity(self) -> Identity:
         """Return the committer, from `.gitconfig` in the staged tree if it has one."""
         found = []
         for name in ("user.name", "user.email"):
-            # Read as a blob, so that git follows no link and includes no file.
+            # Read as a blob: git neither follows a link nor includes another file.
             ran = await self.git.run("config", "--blob=:.gitconfig", "--get", name)
             text = re.sub(r"[\x00-\x1f\x7f<>]", "", ran.stdout.decode(errors="replace")).strip() if ran.exit.ok else ""
             found.append(text[:MAX_IDENTITY_CHARS])
@@ -168,10 +171,10 @@ class Changes:
         return bool(await self.git("rev-list", "--max-count=1", self.head, *self._not_base(), "--", DOTENV))
 
     async def pack(self, commit: str, target: IO[bytes]) -> None:
-        """Write a pack of all objects that a commit has and the base has not.
+        """Write a pack of the objects of a commit that the base does not have.
 
         Raises:
-            GitError: They cannot be read, or are larger than `MAX_PACK_BYTES`.
+            GitError: The objects cannot be read, or are larger than `MAX_PACK_BYTES`.
         """
         wanted = "".join(f"{line}\n" for line in (commit, *self._not_base())).encode()
         if not await self._write(("pack-objects", "--quiet", "--revs", "--stdout"), target, MAX_PACK_BYTES, wanted):
@@ -184,8 +187,10 @@ class Changes:
             Whether the patch is complete. Otherwise it is cut at `max_bytes`.
         """
         options = ("--cached", "--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
-        hidden = ("--", ".", f":(top,exclude){DOTENV}") if self.excludes_dotenv else ()
-        return await self._write(("diff", *options, await self._since(self.base), *hidden), target, max_bytes)
+        exclusions = ("--", ".", f":(top,exclude){DOTENV}") if self.excludes_dotenv else ()
+        return await self._write(
+            ("diff", *options, await self._or_empty_tree(self.base), *exclusions), target, max_bytes
+        )
 
     async def _write(self, arguments: Sequence[str], target: IO[bytes], max_bytes: int, stdin: bytes = b"") -> bool:
         left = max_bytes
@@ -198,22 +203,22 @@ class Changes:
                         left -= len(chunk)
                         if left < 0:
                             return False
-                    ended = await child.wait()
+                    exit_status = await child.wait()
             except TimeoutError:
                 raise GitError(f"git {arguments[0]} did not finish within {LOCAL_SECONDS:g} s.") from None
             except OSError as error:
-                raise GitError(f"What git {arguments[0]} prints cannot be kept: {error.strerror}.") from None
-            if not ended.ok:
+                raise GitError(f"The output of git {arguments[0]} cannot be written: {error.strerror}.") from None
+            if not exit_status.ok:
                 raise GitError(f"git {arguments[0]} failed: {last_error(child.stderr_tail)}")
         return True
 
     async def _add(self) -> str | None:
         """Add all files to the index. Return the message of git when it could not read all of them."""
-        hidden = (f":(top,exclude){DOTENV}",) if self.excludes_dotenv else ()
-        arguments = ("add", "--all", "--ignore-errors", "--", ".", *hidden)
+        exclusions = (f":(top,exclude){DOTENV}",) if self.excludes_dotenv else ()
+        arguments = ("add", "--all", "--ignore-errors", "--", ".", *exclusions)
         ran = await self.tree.run(*arguments)
         if ran.exit.code == FATAL:
-            # The agent's index, which only saves time, may be damaged.
+            # The agent's index, which only saves time, may be damaged. The next attempt is without it.
             await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
             ran = await self.tree.run(*arguments)
         if ran.exit.code == FATAL:
@@ -226,57 +231,59 @@ class Changes:
         values = (item.partition("\n")[2] for item in os.fsdecode(ran.stdout).split("\0"))
         return frozenset(value for value in values if value) if ran.exit.ok else frozenset()
 
-    async def _since(self, commit: str | None) -> str:
-        """Return the commit, or the empty tree."""
+    async def _or_empty_tree(self, commit: str | None) -> str:
+        """Return the commit, or the empty tree when there is none."""
         return commit or (await self.git("hash-object", "-t", "tree", "-w", "--stdin")).decode().strip()
 
     def _not_base(self) -> tuple[str, ...]:
         return (f"^{self.base}",) if self.base else ()
 
 
-async def examine(git: Git, repository: Path, *, base: str | None, excludes_dotenv: bool, room: Path) -> Changes:
+async def examine(git: Git, repository: Path, *, base: str | None, excludes_dotenv: bool, parent: Path) -> Changes:
     """Return the changes of the agent.
 
     Args:
         git: git as the agent's user.
         repository: The agent's tree.
-        room: A directory that this user may write to. A new directory is created in it.
+        parent: A directory that this user may write to. The new git directory is created in it.
 
     Raises:
         GitError: The tree is not a repository, or no longer the one that was cloned.
     """
-    here = git.at(repository)
-    objects, index, shallow = [repository / os.fsdecode(path) for path in (await _paths(here)).split(b"\n")[:3]]
+    in_repository = git.at(repository)
+    objects, index, shallow = [
+        repository / os.fsdecode(path) for path in (await _paths(in_repository)).split(b"\n")[:3]
+    ]
     if any(letter in str(objects) for letter in ':"\n'):
-        raise GitError("The object directory of the repository has a name that git cannot be given.")
-    own = room / f"changes-{secrets.token_hex(8)}"
-    await git("init", "--quiet", "--bare", "--template=", str(own))
-    # Its settings are those of the file system, none of the agent.
-    ours = git.at(own, GIT_DIR=str(own), GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects))
+        raise GitError("The path of the object directory contains a character that git does not accept there.")
+    git_dir = parent / f"changes-{secrets.token_hex(8)}"
+    await git("init", "--quiet", "--bare", "--template=", str(git_dir))
+    # `git init` has set what depends on the file system. No setting comes from the agent.
+    ours = git.at(git_dir, GIT_DIR=str(git_dir), GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects))
     tree = ours.at(repository, "core.bare=false", GIT_WORK_TREE=str(repository))
     for source, name in ((index, "index"), (shallow, "shallow")):
-        # As the agent's user, so that a link leads nowhere that the agent cannot read.
-        await _copy(ours, source, own / name)
-    ran = await here.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+        # As the agent's user, so that a link cannot expose a file that the agent cannot read.
+        await _copy(ours, source, git_dir / name)
+    ran = await in_repository.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     head = _commit(ran.stdout) if ran.exit.ok else None
     for commit in filter(None, (base, head)):
         if not (await ours.run("cat-file", "-e", f"{commit}^{{commit}}")).exit.ok:
             raise GitError("The repository no longer has the commit that was cloned, so the changes are unknown.")
     boundary = await ours.run("rev-parse", "--is-shallow-repository")
-    listed = await _read(ours, own / "shallow") if boundary.stdout.strip() == b"true" else b""
+    listed = await _read(ours, git_dir / "shallow") if boundary.stdout.strip() == b"true" else b""
     return Changes(git=ours, tree=tree, base=base, head=head, shallow=listed, excludes_dotenv=excludes_dotenv)
 
 
-async def _paths(here: Git) -> bytes:
+async def _paths(git: Git) -> bytes:
     try:
-        return await here("rev-parse", "--git-path", "objects", "--git-path", "index", "--git-path", "shallow")
+        return await git("rev-parse", "--git-path", "objects", "--git-path", "index", "--git-path", "shallow")
     except GitError:
         raise GitError("The workspace is not a git repository, or git can no longer read it.") from None
 
 
 async def _copy(git: Git, source: Path, target: Path) -> None:
-    """Copy a file that saves time, if possible."""
-    # With its modification time, by which git detects files that are as new as the index.
+    """Copy a file if it exists and can be read."""
+    # With its modification time: git compares that of the index with those of the files.
     argv = ["sh", "-c", 'test -f "$1" && cp -p -- "$1" "$2"', "sh", str(source), str(target)]
     with contextlib.suppress(CcrunError):
         await capture(argv, env=git.environment, cwd=git.cwd, user=git.user, seconds=COPY_SECONDS)

@@ -62,7 +62,7 @@ class Checkout:
             self.workspace.repository,
             base=self.origin.clone.base if self.origin else None,
             excludes_dotenv=self.excludes_dotenv,
-            room=self.workspace.root,
+            parent=self.workspace.root,
         )
 
 
@@ -74,10 +74,10 @@ async def check_out(
     stack: AsyncExitStack,
     log_line: Callable[[bytes], Awaitable[None]],
 ) -> Checkout | None:
-    """Clone the repository that the request names; return None when git has nothing to do for this task.
+    """Clone the repository that the request names; return None when the task does not need git.
 
     Args:
-        stack: Closes what has to live as long as the checkout.
+        stack: Closes what the checkout needs while it is used.
         log_line: Adds a line to the log of the task.
 
     Raises:

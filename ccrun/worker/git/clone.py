@@ -13,7 +13,7 @@ from typing import IO, Final, Self
 import attrs
 
 from ccrun.process.capture import ProcessResult
-from ccrun.worker.git.host_errors import RemoteError, network_error, refusal
+from ccrun.worker.git.host_errors import RemoteError, exchange_error, timeout_error
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError
 
@@ -85,7 +85,7 @@ async def clone(
                     await asyncio.to_thread(_empty, into)
                     await asyncio.sleep(pause)
     except TimeoutError:
-        raise network_error(access.remote, "cloned", seconds) from None
+        raise timeout_error(access.remote, "cloned", seconds) from None
     here = git.at(into)
     head = await here.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     base = head.stdout.decode().strip() if head.exit.ok else None
@@ -109,13 +109,13 @@ async def _clone(git: Git, access: Access, into: Path, revision: str | None, dep
             )
         return
     if revision is None or b"Remote branch " not in ran.stderr:
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
     await _check_empty(git, access, f"The repository has no branch or tag of the name in gitBranch: {revision}.")
     # An empty repository has no branch yet, so the first may have any name.
     await asyncio.to_thread(_empty, into)
     ran = await _ask(git, "clone", *options, "--", access.remote.url, str(into))
     if not ran.exit.ok:
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
     await here("symbolic-ref", "HEAD", f"refs/heads/{revision}")
 
 
@@ -127,7 +127,7 @@ async def _check_empty(git: Git, access: Access, error: str) -> None:
     """
     ran = await _ask(git, "ls-remote", "--quiet", "--heads", "--tags", "--", access.remote.url)
     if not ran.exit.ok:
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
     refs = [line.partition("\t")[2] for line in ran.stdout.decode(errors="replace").splitlines()]
     if refs:
         branches = [ref.removeprefix("refs/heads/") for ref in refs if ref.startswith("refs/heads/")]
@@ -146,12 +146,12 @@ async def _fetch(git: Git, access: Access, into: Path, revision: str, depth: int
         if _NO_SUCH_REF.search(ran.stderr):
             kind = "ref" if revision.startswith("refs/") else "commit"
             raise RemoteError(f"The repository has no {kind} {revision}, or does not serve it.")
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
     await here("checkout", "--quiet", "--detach", "FETCH_HEAD", "--")
     if submodules:
         ran = await _ask(here, "submodule", "--quiet", "update", "--init", "--recursive", "--depth=1")
         if not ran.exit.ok:
-            raise refusal(access.remote, ran, access, "cloned")
+            raise exchange_error(access.remote, ran, access, "cloned")
 
 
 async def _fetch_base(here: Git, access: Access, branch: str, depth: int) -> None:
@@ -164,13 +164,13 @@ async def _fetch_base(here: Git, access: Access, branch: str, depth: int) -> Non
     head = (await here("rev-parse", "HEAD")).decode().strip()
     for deeper in (*(f"--deepen={commits}" for commits in DEEPEN_STEPS), "--unshallow"):
         if not ran.exit.ok:
-            raise refusal(access.remote, ran, access, "cloned")
+            raise exchange_error(access.remote, ran, access, "cloned")
         is_shallow = (await here("rev-parse", "--is-shallow-repository")).strip() == b"true"
         if not is_shallow or (await here.run("merge-base", head, ref)).exit.ok:
             return
         ran = await _ask(here, "fetch", "--quiet", "--no-tags", deeper, *wanted, head)
     if not ran.exit.ok:
-        raise refusal(access.remote, ran, access, "cloned")
+        raise exchange_error(access.remote, ran, access, "cloned")
 
 
 async def _ask(git: Git, *arguments: str) -> ProcessResult:

@@ -24,7 +24,7 @@ class RemoteError(GitError):
         super().__init__(message)
 
 
-def refusal(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> RemoteError:
+def exchange_error(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> RemoteError:
     """Return the error for a failed exchange with the server.
 
     Args:
@@ -49,7 +49,7 @@ def refusal(remote: GitUrl, ran: ProcessResult, access: Access, doing: str) -> R
     return RemoteError(" ".join(sentences), is_transient=is_transient)
 
 
-def network_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
+def timeout_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
     """Return the error for an exchange that timed out."""
     bound = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
     return RemoteError(
@@ -111,7 +111,7 @@ _ERRORS: Final = (
             r"[Rr]epository .*not found|returned error: 404|does not appear to be a git repository|Repository not found"
             r"|project you were looking for could not be found|not a git repository|does not exist"
         ),
-        "{host} does not have the repository in gitRepo, or not for this login: {hint}.",
+        "{host} does not have the repository in gitRepo, or hides it from this login: {hint}.",
     ),
     (
         re.compile(

@@ -1,7 +1,7 @@
-"""Pushing the agent's changes from a repository that the agent has never reached.
+"""Pushes the agent's changes from a repository that the agent could never access.
 
 That repository is new and gets the agent's commit as data: a pack whose objects git checks. (git 2.39 does not check the
-objects of a bundle.) git has a secret here, when no process of the task runs any more.
+objects of a bundle.) git has a secret here, so no process of the task may still run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ccrun.results import Recovery
 from ccrun.worker.git.changes import Identity
 from ccrun.worker.git.clone import COMMIT, RETRY_PAUSES, Clone, PackSnapshot
 from ccrun.worker.git.gerrit import REVIEW_PREFIX, with_change_ids
-from ccrun.worker.git.host_errors import RemoteError, network_error, refusal, server_words
+from ccrun.worker.git.host_errors import RemoteError, exchange_error, server_words, timeout_error
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git, GitError, first_error, last_error, shortened
 
 #: Commits of a moved branch that are fetched, to find out whether the agent's work is based on its tip.
 ANCESTRY_COMMITS: Final = 100
-#: Commits that are rebased at most, one by one.
+#: Commits that are rebased, one by one. With more, the push replaces the branch.
 MAX_REBASED: Final = 200
 #: Paths in `recovery.conflictFiles`, which the record and the callback have.
 MAX_CONFLICT_FILES: Final = 1000
@@ -47,7 +47,7 @@ RESULT: Final = "refs/ccrun/result"
 
 @attrs.frozen(kw_only=True)
 class Pushed:
-    """The commit that the server has now."""
+    """The commit that the branch is at now."""
 
     sha: str
     recovery: Recovery | None = None
@@ -123,7 +123,7 @@ async def import_commit(
 async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pushed:
     """Push `RESULT` to the branch. When the branch has moved, do what the request wants.
 
-    Each push has a lease on the commit that the branch is expected to be at, so that no concurrent push is lost.
+    Each push has a lease on the commit that the branch is expected to be at, so that no concurrent push is overwritten.
 
     Args:
         git: git in the repository that `import_commit` has created.
@@ -138,7 +138,7 @@ async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pus
             exchange = _Exchange(local=git, server=opened, access=access, wanted=wanted)
             for pause in (*RETRY_PAUSES, None):
                 try:
-                    if (pushed := await exchange.once()) is not None:
+                    if (pushed := await exchange.attempt()) is not None:
                         return pushed
                 except RemoteError as error:
                     # If only the response to a push was lost, the next attempt finds its commit at the server.
@@ -146,8 +146,8 @@ async def push(git: Git, access: Access, wanted: Push, *, seconds: float) -> Pus
                         raise
                     await asyncio.sleep(pause)
     except TimeoutError:
-        raise network_error(access.remote, "pushed", seconds) from None
-    raise RemoteError(f"{wanted.branch} was changed by others at each attempt, so nothing could be pushed.")
+        raise timeout_error(access.remote, "pushed", seconds) from None
+    raise RemoteError(f"{wanted.branch} was changed by others during each attempt, so nothing was pushed.")
 
 
 @attrs.frozen(kw_only=True)
@@ -159,7 +159,7 @@ class _Exchange:
     access: Access
     wanted: Push
 
-    async def once(self) -> Pushed | None:
+    async def attempt(self) -> Pushed | None:
         """Make one attempt. Return None when another push was faster."""
         result = (await self.local("rev-parse", RESULT)).decode().strip()
         if self.wanted.is_review:
@@ -172,7 +172,7 @@ class _Exchange:
         if seen is None or await self._is_ancestor(seen, result):
             return Pushed(sha=result) if await self._send(result, self._lease(seen)) else None
         if not self.wanted.rebases:
-            raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]} meanwhile, so nothing was pushed.")
+            raise BranchMoved(f"{self.wanted.branch} has moved to {seen[:12]}, so nothing was pushed.")
         rebased = await _rebased(self.local, self.wanted, seen, result)
         return rebased if await self._send(rebased.sha, self._lease(seen)) else None
 
@@ -181,7 +181,7 @@ class _Exchange:
         ref = self.wanted.ref
         ran = await self.server.run("ls-remote", "--quiet", "--", self.access.remote.url, ref, seconds=None)
         if not ran.exit.ok:
-            raise refusal(self.access.remote, ran, self.access, "pushed")
+            raise exchange_error(self.access.remote, ran, self.access, "pushed")
         for line in ran.stdout.decode(errors="replace").splitlines():
             commit, _, name = line.partition("\t")
             if name == ref and COMMIT.fullmatch(commit):
@@ -206,7 +206,7 @@ class _Exchange:
         return (await self.local.run("cat-file", "-e", f"{commit}^{{commit}}")).exit.ok
 
     async def _fetch(self, *commits: str) -> None:
-        options = (*_QUIETLY, f"--depth={ANCESTRY_COMMITS}")
+        options = (*_FETCH_OPTIONS, f"--depth={ANCESTRY_COMMITS}")
         await self.server.run("fetch", *options, "--", self.access.remote.url, *commits, seconds=None)
 
     def _lease(self, seen: str | None) -> tuple[str]:
@@ -226,15 +226,15 @@ class _Exchange:
             return False
         if "rejected]" in output:
             raise RemoteError(f"The server rejected the push to {self.wanted.branch}: {_reason(output, ran.stderr)}")
-        raise refusal(self.access.remote, ran, self.access, "pushed")
+        raise exchange_error(self.access.remote, ran, self.access, "pushed")
 
 
 #: The messages of a push when the branch has moved.
 _LEASE_LOST: Final = re.compile(
     r"stale info|cannot lock ref|incorrect old value|reference already exists|failed to update ref"
 )
-#: Options of a fetch that has no other effect than to get objects.
-_QUIETLY: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
+#: Options of a fetch that only gets objects.
+_FETCH_OPTIONS: Final = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
 
 
 def _reason(output: str, stderr: bytes) -> str:
@@ -279,13 +279,13 @@ async def _rebased(git: Git, wanted: Push, onto: str, result: str) -> Pushed:
 
 @contextlib.asynccontextmanager
 async def _worktree(git: Git, commit: str, identity: Identity) -> AsyncIterator[Git]:
-    """Check out a commit in a directory beside the bare repository."""
-    folder = git.cwd.with_name(f"{git.cwd.name}-tree")
-    await git("worktree", "add", "--quiet", "--detach", str(folder), commit)
+    """Check out a commit in a directory next to the bare repository."""
+    directory = git.cwd.with_name(f"{git.cwd.name}-tree")
+    await git("worktree", "add", "--quiet", "--detach", str(directory), commit)
     try:
-        yield git.at(folder, **identity.environment())
+        yield git.at(directory, **identity.environment())
     finally:
-        await git.run("worktree", "remove", "--force", str(folder))
+        await git.run("worktree", "remove", "--force", str(directory))
 
 
 async def _merge(tree: Git, commit: str) -> bool:

@@ -1,7 +1,7 @@
 """Access to the server of a repository.
 
 Secrets are in the memory of this process, of ssh-agent and of git's helpers while git is connected; never in a URL, an
-argument, a configuration or a file. No process of the task may run meanwhile.
+argument, a configuration or a file. No process of the task may run during that time.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class Access:
     @contextlib.asynccontextmanager
     async def _over_ssh(self, git: Git) -> AsyncIterator[Git]:
         # Short, since the path of a socket has at most 103 bytes; and new, since an existing directory may be the agent's.
-        room = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="ccrun-"))
+        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="ccrun-"))
         try:
-            seen, config, socket = room / "known_hosts", room / "config", room / "agent"
+            seen, config, socket = directory / "known_hosts", directory / "config", directory / "agent"
             await asyncio.to_thread(seen.write_bytes, self._seen)
             await asyncio.to_thread(
                 config.write_text, _ssh_config(self.remote.host, seen, socket if self.ssh_key else None)
@@ -103,7 +103,7 @@ class Access:
                 yield git.at(git.cwd, *settings, GIT_SSH_COMMAND=command, GIT_SSH_VARIANT="ssh")
                 self._seen = await asyncio.to_thread(seen.read_bytes)
         finally:
-            await asyncio.shield(asyncio.to_thread(remove_tree, room))
+            await asyncio.shield(asyncio.to_thread(remove_tree, directory))
 
 
 def _private_key(secret: Secret) -> bytes:
@@ -141,7 +141,7 @@ async def _ssh_agent(git: Git, socket: Path, key: bytes) -> AsyncIterator[None]:
     async with spawn(argv, env=git.environment, cwd=socket.parent, term_grace_seconds=1.0) as agent:
         try:
             async with asyncio.timeout(AGENT_SECONDS):
-                # It listens.
+                # The agent prints a line when it listens.
                 async for _ in agent.lines():
                     break
         except TimeoutError:
@@ -152,10 +152,10 @@ async def _ssh_agent(git: Git, socket: Path, key: bytes) -> AsyncIterator[None]:
         ) as adding:
             try:
                 async with asyncio.timeout(AGENT_SECONDS):
-                    ended = await adding.wait()
+                    exit_status = await adding.wait()
             except TimeoutError:
-                raise GitError("ssh-agent did not take sshKey.") from None
-        if not ended.ok:
+                raise GitError("ssh-agent did not accept sshKey in time.") from None
+        if not exit_status.ok:
             raise GitError("sshKey is of a type that ssh does not accept.")
         yield
 

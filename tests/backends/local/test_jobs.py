@@ -98,6 +98,7 @@ async def test_exit_of_a_worker_is_reported(tmp_path: Path) -> None:
         command=(sys.executable, "-c", ""),
         environment=dict(os.environ),
         pid_files=tmp_path,
+        services=tmp_path / ".services",
         marker=lambda task_id: f"{tmp_path}/{task_id}",
         max_running=1,
         on_worker_exit=exited.set,
@@ -157,3 +158,42 @@ async def test_clear_removes_the_directory_of_another_user(make_jobs: MakeJobs) 
     async with make_jobs() as jobs:
         await jobs.clear(A)
     assert not workspace.exists()
+
+
+async def test_other_services_know_what_is_queued(make_jobs: MakeJobs, tmp_path: Path) -> None:
+    """A task that one service has queued or is starting is not unknown to another; it is when the service has exited."""
+    async with make_jobs() as second:
+        async with make_jobs(max_running=1) as first:
+            await first.launch(A)
+            assert ExecutionState.UNKNOWN != await second.state(A, None)
+            await first.launch(B)
+            expected = {B: ExecutionState.QUEUED, C: ExecutionState.UNKNOWN}
+            assert expected == await second.launched_states([B, C])
+            await until_written(tmp_path / A)
+            await first.cancel(B, None)
+            assert ExecutionState.UNKNOWN == await second.state(B, None)
+            await first.launch(B)
+        assert ExecutionState.UNKNOWN == await second.state(B, None)
+
+
+async def test_finished_task_is_forgotten(make_jobs: MakeJobs, tmp_path: Path) -> None:
+    """When the worker has exited, the task no longer counts as launched by its service."""
+    async with make_jobs() as first, make_jobs() as second:
+        await first.launch(A)
+        await until_written(tmp_path / A)
+        (tmp_path / A).unlink()
+        await until_state(first, A, ExecutionState.FINISHED)
+        await until_state(second, A, ExecutionState.UNKNOWN)
+
+
+async def test_directories_of_killed_services_are_removed(make_jobs: MakeJobs, tmp_path: Path) -> None:
+    """A service that was killed leaves its directory behind, which the next service removes."""
+    left = tmp_path / "services" / "killed"
+    left.mkdir(parents=True)
+    (left / A).touch()
+    async with make_jobs() as jobs:
+        assert ExecutionState.UNKNOWN == await jobs.state(A, None)
+    os.utime(left, (0, 0))
+    async with make_jobs():
+        assert not left.exists()
+    assert [] == list((tmp_path / "services").iterdir())

@@ -46,7 +46,7 @@ class CloneSetup:
         """Return the changes in the clone."""
         git = git_at(self.git_setup.folder / "home", self.user, protocols="")
         return await changes.examine(
-            git, self.path, base=self.cloned.base, excludes_dotenv=excludes_dotenv, room=self.git_setup.folder
+            git, self.path, base=self.cloned.base, excludes_dotenv=excludes_dotenv, parent=self.git_setup.folder
         )
 
     async def files_of(self, found: Changes, tree: str) -> dict[str, str]:

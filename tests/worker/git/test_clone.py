@@ -293,7 +293,7 @@ async def test_missing_repository_is_reported(git_setup: GitSetup, ssh: GitSsh, 
     """The error is the same over SSH and HTTP."""
     for access in (ssh_access(ssh.url("missing")), http_access(http.url("missing"))):
         with pytest.raises(
-            GitError, match=r"^127\.0\.0\.1 does not have the repository in gitRepo, or not for this login"
+            GitError, match=r"^127\.0\.0\.1 does not have the repository in gitRepo, or hides it from this login"
         ):
             await git_setup.clone(access)
 

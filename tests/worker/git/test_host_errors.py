@@ -11,11 +11,11 @@ from ccrun.process.capture import ProcessResult
 from ccrun.process.exit import Exit
 from ccrun.task import Secret
 from ccrun.urls import parse_git_url
-from ccrun.worker.git.host_errors import RemoteError, network_error, refusal
+from ccrun.worker.git.host_errors import RemoteError, exchange_error, timeout_error
 from ccrun.worker.git.remote import Access
 
 NOT_FOUND: Final = (
-    "h does not have the repository in gitRepo, or not for this login: check sshKey. "
+    "h does not have the repository in gitRepo, or hides it from this login: check sshKey. "
     "The server says: Repository not found."
 )
 
@@ -24,7 +24,7 @@ def error_for(stderr: bytes, url: str = "https://h/x") -> RemoteError:
     """Return the error for what git has printed."""
     remote = parse_git_url(url)
     result = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=stderr)
-    return refusal(remote, result, Access(remote=remote), "cloned")
+    return exchange_error(remote, result, Access(remote=remote), "cloned")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_message_of_an_error(stderr: bytes, message: str) -> None:
     remote = parse_git_url("ssh://git@h/x")
     access = Access(remote=remote, ssh_key=Secret("made-up"))
     result = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=stderr)
-    assert message == refusal(remote, result, access, "cloned").message
+    assert message == exchange_error(remote, result, access, "cloned").message
 
 
 def test_message_names_the_missing_field() -> None:
@@ -70,7 +70,9 @@ def test_message_names_the_missing_field() -> None:
     result = ProcessResult(exit=Exit(code=128), stdout=b"", stderr=b"fatal: Authentication failed for 'x'")
     remote = parse_git_url("https://h/x")
     access = Access(remote=remote)
-    assert "h rejected the login: the request has no gitToken." == refusal(remote, result, access, "cloned").message
+    assert (
+        "h rejected the login: the request has no gitToken." == exchange_error(remote, result, access, "cloned").message
+    )
 
 
 @pytest.mark.parametrize(("seconds", "formatted"), [(300.0, "5 minutes"), (0.5, "0.5 s")])
@@ -78,7 +80,7 @@ def test_message_of_a_timeout(seconds: float, formatted: str) -> None:
     """It has the timeout and the host."""
     remote = parse_git_url("https://h/x")
     expected = f"The repository was not pushed within {formatted}: h is too slow or does not respond."
-    assert expected == network_error(remote, "pushed", seconds).message
+    assert expected == timeout_error(remote, "pushed", seconds).message
 
 
 def test_words_of_the_server_are_quoted() -> None:

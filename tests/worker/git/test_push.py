@@ -20,7 +20,7 @@ pytestmark = needs_ssh
 
 async def test_changes_reach_the_branch(clones: CloneFactory) -> None:
     """Changes of all kinds become one commit, with the cloned commit as its parent."""
-    setup = await clones.create({"a.txt": "old", "deleted.txt": "x", "tool": "t"})
+    setup = await clones.create({"a.txt": "old", "deleted.txt": "x", "tool": "t"}, over_ssh=True)
     setup.write(a__txt="new", b__txt="b")
     (setup.path / "deleted.txt").unlink()
     (setup.path / "tool").chmod(0o755)
@@ -133,7 +133,7 @@ async def test_rejection_has_the_message_of_the_server(clones: CloneFactory, hoo
 
 async def test_push_to_a_read_only_repository_fails(clones: CloneFactory) -> None:
     """The clone has succeeded."""
-    setup = await clones.create({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"}, over_ssh=True)
     clones.servers[-1].read_only = True
     setup.write(a__txt="local")
     with pytest.raises(GitError):
@@ -143,7 +143,7 @@ async def test_push_to_a_read_only_repository_fails(clones: CloneFactory) -> Non
 
 async def test_push_to_a_server_that_hangs_is_stopped(clones: CloneFactory) -> None:
     """The push has a timeout."""
-    setup = await clones.create({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"}, over_ssh=True)
     setup.write(a__txt="local")
     clones.servers[-1].mode = Mode.HANG
     with pytest.raises(GitError, match=r"^The repository was not pushed within 1 s"):

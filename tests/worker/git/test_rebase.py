@@ -194,38 +194,39 @@ async def test_other_errors_leave_the_branch_as_it_is(
     assert remote == await setup.repository.sha("main")
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "#1234 fix the thing",
-        "#1\n\n# a heading\n\n  indented\n\n\n\nmuch space  \n",
-        "",
-        "ein ß",
-        "# Conflicts:\n#\ta.txt\n",
-    ],
+#: Messages in which git would take something for a comment, or for superfluous space.
+MESSAGES = (
+    "#1234 fix the thing",
+    "#1\n\n# a heading\n\n  indented\n\n\n\nmuch space  \n",
+    "",
+    "ein ß",
+    "# Conflicts:\n#\ta.txt\n",
 )
+
+
 @pytest.mark.parametrize("remote", [{"b.txt": "remote"}, {"a.txt": None, "keep.txt": "k"}], ids=["clean", "conflict"])
-async def test_messages_are_verbatim(clones: CloneFactory, remote: Any, message: str) -> None:
-    """A message keeps each byte, with and without a conflict: nothing in it is taken for a comment or cleaned up."""
+async def test_messages_are_verbatim(clones: CloneFactory, remote: Any) -> None:
+    """Messages keep each byte, with and without a conflict: nothing in them is taken for a comment or cleaned up."""
     setup = await clones.create({"a.txt": "old"})
     sha = await setup.repository.commit(remote)
-    setup.write(a__txt="local")
-    await setup.git("add", "a.txt")
-    tree = await setup.git("write-tree")
-    commit = b"tree %b\nparent %b\nauthor A <a@b> 1700000000 +0200\ncommitter A <a@b> 1700000000 +0200\n\n%b" % (
-        tree.encode(),
-        (await setup.git("rev-parse", "HEAD")).encode(),
-        message.encode(),
-    )
-    made = await setup.git_setup.git.at(setup.path)("hash-object", "-t", "commit", "-w", "--stdin", stdin=commit)
-    await setup.git("reset", "--quiet", "--hard", made.decode().strip())
+    for message in MESSAGES:
+        setup.write(a__txt=message + "local")
+        await setup.git("add", "a.txt")
+        commit = b"tree %b\nparent %b\nauthor A <a@b> 1700000000 +0200\ncommitter A <a@b> 1700000000 +0200\n\n%b" % (
+            (await setup.git("write-tree")).encode(),
+            (await setup.git("rev-parse", "HEAD")).encode(),
+            message.encode(),
+        )
+        made = await setup.git_setup.git.at(setup.path)("hash-object", "-t", "commit", "-w", "--stdin", stdin=commit)
+        await setup.git("reset", "--quiet", "--hard", made.decode().strip())
     pushed = await setup.push()
     assert pushed.recovery is not None
     assert ("rebase", sha) == (pushed.recovery.method, pushed.recovery.remote_sha)
     bare_repo = setup.git_setup.git.at(setup.repository.path)
-    headers, _, stored = (await bare_repo("cat-file", "commit", "main")).partition(b"\n\n")
-    assert message.encode() == stored
-    assert b"author A <a@b> 1700000000 +0200" in headers.splitlines()
+    for age, message in enumerate(reversed(MESSAGES)):
+        headers, _, stored = (await bare_repo("cat-file", "commit", f"main~{age}")).partition(b"\n\n")
+        assert message.encode() == stored
+        assert b"author A <a@b> 1700000000 +0200" in headers.splitlines()
 
 
 async def test_moved_branch_is_an_error_without_rebases(clones: CloneFactory) -> None:
@@ -233,14 +234,14 @@ async def test_moved_branch_is_an_error_without_rebases(clones: CloneFactory) ->
     setup = await clones.create({"a.txt": "old"})
     remote = await setup.repository.commit({"b.txt": "remote"})
     setup.write(a__txt="local")
-    with pytest.raises(BranchMoved, match=rf"^main has moved to {remote[:12]} meanwhile, so nothing was pushed\.$"):
+    with pytest.raises(BranchMoved, match=rf"^main has moved to {remote[:12]}, so nothing was pushed\.$"):
         await setup.push(rebases=False)
     assert remote == await setup.repository.sha("main")
 
 
 async def test_concurrent_push_loses_nothing(clones: CloneFactory) -> None:
     """After a push between fetch and push, the worker fetches and rebases again."""
-    setup = await clones.create({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"}, over_ssh=True)
     setup.write(a__txt="local")
     remote_shas: list[str] = []
 
@@ -257,7 +258,7 @@ async def test_concurrent_push_loses_nothing(clones: CloneFactory) -> None:
 
 async def test_push_fails_after_repeated_concurrent_pushes(clones: CloneFactory) -> None:
     """The worker makes three attempts."""
-    setup = await clones.create({"a.txt": "old"})
+    setup = await clones.create({"a.txt": "old"}, over_ssh=True)
     setup.write(a__txt="local")
     remote_shas: list[str] = []
 
@@ -266,7 +267,7 @@ async def test_push_fails_after_repeated_concurrent_pushes(clones: CloneFactory)
             remote_shas.append(await setup.repository.commit({f"{len(remote_shas)}.txt": "remote"}))
 
     clones.servers[-1].before = push_concurrently
-    with pytest.raises(GitError, match=r"^main was changed by others at each attempt"):
+    with pytest.raises(GitError, match=r"^main was changed by others during each attempt"):
         await setup.push()
     assert len(RETRY_PAUSES) + 1 == len(remote_shas)
     assert remote_shas[-1] == await setup.repository.sha("main")
