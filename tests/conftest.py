@@ -34,7 +34,7 @@ from ccrun.server import serving
 from ccrun.testing.model import Say, Script, ScriptedModel, sequence
 
 #: The environment variables that child processes need. All others are removed, since they could change a result.
-KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"})
+KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV"})
 
 
 @pytest.fixture(autouse=True)

@@ -158,16 +158,18 @@ class Child:
     async def _stop(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._grace
-        # Descendants are found before the child exits: an orphan no longer shows its parent.
-        await asyncio.to_thread(self._tree.living)
+        has_exited = self._exited.is_set()
+        # Also finds the descendants before the child exits: an orphan no longer shows its parent.
+        is_stopped = await self._group_is_empty() and has_exited
         signal_group(self.pid, signal.SIGTERM)
-        while not (self._exited.is_set() and await self._group_is_empty()) and not self._must_kill.is_set():
+        while not is_stopped and not self._must_kill.is_set():
             left = deadline - loop.time()
             if left <= 0:
                 break
             with contextlib.suppress(TimeoutError):
                 waiting = self._must_kill if self._exited.is_set() else self._exited
                 await asyncio.wait_for(waiting.wait(), min(left, TREE_POLL_SECONDS))
+            is_stopped = self._exited.is_set() and await self._group_is_empty()
         signal_group(self.pid, signal.SIGKILL)
         await asyncio.to_thread(self._tree.kill, KILL_SECONDS)
         await asyncio.wait({self._exiting}, timeout=KILL_SECONDS)

@@ -1,4 +1,4 @@
-"""The actions after a successful run: commit, push and uploads; and a patch of the changes when work would be lost.
+"""The actions after a successful run: commit, push and uploads.
 
 Each action fails on its own, with one sentence on the record. A failed action does not fail the task.
 """
@@ -6,63 +6,37 @@ Each action fails on its own, with one sentence on the record. A failed action d
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
-from typing import IO, Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 import attrs
-import structlog
 
 from ccrun.errors import CcrunError
 from ccrun.globs import Globs
-from ccrun.results import ActionError, GitCommit, UploadedFile
+from ccrun.results import GitCommit, UploadedFile
 from ccrun.spec import GitAction, TaskSpec, UploadAction
 from ccrun.store import Store
-from ccrun.task import Outcome, TaskId
+from ccrun.task import TaskId
 from ccrun.worker.dependencies import PostRunLimits
 from ccrun.worker.git import push
 from ccrun.worker.git.changes import DOTENV, Changes, Staged
 from ccrun.worker.git.checkout import Checkout, Origin
 from ccrun.worker.git.clone import PackSnapshot
+from ccrun.worker.git.links import Link, unconfirmed
 from ccrun.worker.git.run import GitError
 from ccrun.worker.lines import worker_line
+from ccrun.worker.post_run_result import PostRunResult
 from ccrun.worker.redaction import Redactor
-from ccrun.worker.uploads import upload_files
+from ccrun.worker.rescue import Rescue
+from ccrun.worker.uploads import printable, upload_files
 from ccrun.worker.workspace import Workspace, private_directory
 
-log = structlog.get_logger()
-
-#: The path of the patch below the uploads of the task.
-RESCUE_PATCH: Final = "rescue.patch"
-#: What each file's part of a patch starts with, after the first.
-_FILE_HEADER: Final = b"\ndiff --git "
 #: Paths that one sentence names at most.
 MAX_NAMED_PATHS: Final = 5
-
-
-@attrs.define(kw_only=True)
-class PostRunResult:
-    """What has been done so far. It stays valid when the rest is cancelled."""
-
-    git_commit: GitCommit | None = None
-    uploaded: list[UploadedFile] | None = None
-    errors: list[ActionError] = attrs.field(factory=list)
-    #: Whether changes that should be pushed exist only in the workspace.
-    is_unpushed: bool = False
-
-    def fail(self, action: str, sentence: str) -> None:
-        """Record that an action has failed."""
-        self.errors.append(ActionError(action=action, error=sentence))
-
-    def apply_to(self, outcome: Outcome, redactor: Redactor) -> Outcome:
-        """Return the outcome with what was done."""
-        return attrs.evolve(
-            outcome,
-            git_commit=redactor.value(self.git_commit),
-            uploaded_files=None if self.uploaded is None else tuple(self.uploaded),
-            action_errors=redactor.value(tuple(self.errors)),
-        )
+#: The part of the time for a push in which the servers of changed submodule links are asked: of five minutes, one.
+LINKS_SHARE: Final = 0.2
+#: The message of a commit that does nothing but leave out what the agent has committed.
+RESTORE_MESSAGE: Final = "Leave out submodule links to commits that are not on their server"
 
 
 @attrs.frozen(kw_only=True)
@@ -91,54 +65,27 @@ class PostRun:
         """Commit, push and upload. git comes first, so that the uploads can be matched to a commit."""
         actions = self.spec.post_execution_actions
         if actions.git is not None and (actions.git.commit or actions.git.push) and self.checkout is not None:
-            with self._errors_recorded("git"):
+            with self.result.errors_recorded("git"):
                 await self._commit_and_push(self.checkout, actions.git)
         if actions.upload_files is not None:
             self.result.uploaded = []
-            with self._errors_recorded("uploadFiles"):
+            with self.result.errors_recorded("uploadFiles"):
                 self.result.uploaded += await self._upload(actions.upload_files)
 
     async def rescue(self) -> None:
         """Upload all changes as a patch, if there are any. Errors are recorded like those of an action."""
         if self.checkout is None or self.checkout.origin is None:
             return
-        with self._errors_recorded("rescue"):
-            found = await self.checkout.changes()
-            staged = await found.stage()
-            if staged.is_empty and found.head == found.base:
-                return
-            async with private_directory(self.task_id) as directory:
-                path = directory / RESCUE_PATCH
-                is_complete = await self._write_patch(found, path)
-                size = (await asyncio.to_thread(path.stat)).st_size
-                if not size:
-                    if is_complete:
-                        # Only files that must not be shown were changed.
-                        return
-                    raise CcrunError(
-                        f"The changes are lost: no file's patch fits into {self.limits.rescue_bytes} bytes."
-                    )
-                with await asyncio.to_thread(path.open, "rb") as file:
-                    url = await self.store.add_upload(self.task_id, RESCUE_PATCH, file, size=size)
-            uploaded = UploadedFile(original_path=RESCUE_PATCH, gcs_path=url, size_bytes=size)
-            self.result.uploaded = [*(self.result.uploaded or ()), uploaded]
-            if not is_complete:
-                self.result.fail(
-                    "rescue",
-                    f"The patch of the changes was cut at {self.limits.rescue_bytes} bytes; the rest is lost.",
-                )
-            await self._log("rescue", f"The changes are stored as {uploaded.gcs_path}.")
-
-    @contextlib.contextmanager
-    def _errors_recorded(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except CcrunError as error:
-            self.result.fail(action, error.message)
-        except Exception as error:
-            # No exception may lose the outcome of the task.
-            log.exception("action_crashed", message="Unexpected error in a post-run action", action=action)
-            self.result.fail(action, f"An internal error ({type(error).__name__}); see the log of the worker.")
+        rescue = Rescue(
+            store=self.store,
+            task_id=self.task_id,
+            checkout=self.checkout,
+            redactor=self.redactor,
+            log_line=self.log_line,
+            max_bytes=self.limits.rescue_bytes,
+            result=self.result,
+        )
+        await rescue.run()
 
     async def _log(self, step: str, sentence: str, **fields: Any) -> None:
         await self.log_line(worker_line(step, content=sentence, **fields))
@@ -168,8 +115,16 @@ class PostRun:
         self._record_skipped(staged)
         identity = await found.identity()
         message = action.commit_message or f"Changes by Claude Code\n\nTask: {self.task_id}"
+        last = await found.tree_of(found.head)
+        if not action.commit or staged.is_empty:
+            # Then the only reason for a commit is a link that the agent has committed.
+            staged, message = attrs.evolve(staged, tree=last), RESTORE_MESSAGE
+        began = asyncio.get_running_loop().time()
+        if action.push and checkout.origin is not None:
+            staged = attrs.evolve(staged, tree=await self._with_known_links(checkout, checkout.origin, found, staged))
+        spent = asyncio.get_running_loop().time() - began
         commit = found.head
-        if action.commit and not staged.is_empty:
+        if staged.tree != last:
             commit = await found.commit(staged, message, identity)
             await self._log("git", f"Committed {commit[:12]}.", commit=commit)
         if commit is None or commit == found.base:
@@ -191,7 +146,8 @@ class PostRun:
         wanted = push.Push(
             branch=action.branch, base=found.base, identity=identity, rebases=action.conflict_strategy == "auto"
         )
-        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, wanted)
+        seconds = self.limits.push - spent
+        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, wanted, seconds=seconds)
         self.result.is_unpushed = False
         self.result.git_commit = attrs.evolve(git_commit, sha=pushed.sha, pushed=True, recovery=pushed.recovery)
         await self._log("git", f"Pushed {pushed.sha[:12]} to {action.branch}.", commit=pushed.sha)
@@ -204,6 +160,8 @@ class PostRun:
         found: Changes,
         commit: str,
         wanted: push.Push,
+        *,
+        seconds: float,
     ) -> push.Pushed:
         async with private_directory(self.task_id) as directory:
             pack = directory / "pack"
@@ -219,32 +177,32 @@ class PostRun:
                 snapshot=snapshot,
                 shallow=found.shallow,
             )
-            return await push.push(bare_repo, origin.access, wanted, seconds=self.limits.push)
+            return await push.push(bare_repo, origin.access, wanted, seconds=seconds)
+
+    async def _with_known_links(self, checkout: Checkout, origin: Origin, found: Changes, staged: Staged) -> str:
+        """Return the staged tree without the submodule links whose commit their server does not have."""
+        changed = await found.new_links(staged.tree)
+        if not changed:
+            return staged.tree
+        checked = [Link(path=entry.path, commit=entry.blob, url=url) for entry, url in changed]
+        seconds = self.limits.push * LINKS_SHARE
+        async with private_directory(self.task_id) as directory:
+            reasons = await unconfirmed(checkout.worker_git(directory), origin.access, checked, seconds=seconds)
+        left_out = [link for link in checked if link.path in reasons]
+        for link in left_out[:MAX_NAMED_PATHS]:
+            self.result.fail(
+                "git",
+                f"The submodule link {printable(link.path)} to {link.commit[:12]} was left out of the push, "
+                f"since its server did not confirm that commit: {reasons[link.path]}.",
+            )
+        if (others := len(left_out) - MAX_NAMED_PATHS) > 0:
+            self.result.fail("git", f"{others} other submodule links were left out of the push for such reasons.")
+        return await found.restored(staged.tree, [entry for entry, _ in changed if entry.path in reasons])
 
     def _record_skipped(self, staged: Staged) -> None:
         if staged.left_out:
-            paths = ", ".join(staged.left_out[:MAX_NAMED_PATHS])
+            paths = ", ".join(map(printable, staged.left_out[:MAX_NAMED_PATHS]))
             others = " and others" if len(staged.left_out) > MAX_NAMED_PATHS else ""
             self.result.fail("git", f"Repositories inside the repository were left out of the commit: {paths}{others}.")
         if staged.unreadable:
             self.result.fail("git", f"Not all files could be committed: {staged.unreadable}")
-
-    # The patch.
-
-    async def _write_patch(self, found: Changes, path: Path) -> bool:
-        """Write the patch, with secrets redacted. Return whether it is complete."""
-        with await asyncio.to_thread(path.open, "x+b") as file:
-            is_complete = await found.patch(file, max_bytes=self.limits.rescue_bytes)
-            await asyncio.to_thread(_finish_patch, file, self.redactor, is_complete=is_complete)
-        return is_complete
-
-
-def _finish_patch(file: IO[bytes], redactor: Redactor, *, is_complete: bool) -> None:
-    """Redact the secrets in a patch. Cut an incomplete one after its last complete file."""
-    file.seek(0)
-    content = file.read()
-    if not is_complete:
-        content = content[: content.rfind(_FILE_HEADER) + 1]
-    file.seek(0)
-    file.truncate()
-    file.write(redactor.text(content.decode(errors="surrogateescape")).encode(errors="surrogateescape"))

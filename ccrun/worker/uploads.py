@@ -113,15 +113,15 @@ class _Errors:
             self._first.append(sentence)
 
     def add_file(self, path: str, reason: str) -> None:
-        self.add(f"{_printable(path)}: {reason}")
+        self.add(f"{printable(path)}: {reason}")
 
     def messages(self) -> tuple[str, ...]:
         more = self.number - len(self._first)
         return (*self._first, f"And {more} more.") if more else tuple(self._first)
 
 
-def _printable(path: str) -> str:
-    """Return a path for an error message, with escapes for characters that cannot be printed."""
+def printable(path: str) -> str:
+    """Return a path for an error message, with escapes for what cannot be printed."""
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return plain if len(plain) <= MAX_PATH_CHARS else plain[:MAX_PATH_CHARS] + "…"

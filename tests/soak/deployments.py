@@ -99,7 +99,7 @@ class LocalPlatform:
         with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
             worker = psutil.Process(int((self.directories.data / ".workers" / task_id).read_text()))
             # The file of a lost worker may name a process that has nothing to do with it.
-            if "ccrun.worker" in worker.cmdline():
+            if worker.environ().get("TASK_ID") == task_id:
                 worker.send_signal(number)
 
     async def leftovers(self, task_ids: list[TaskId]) -> list[str]:

@@ -33,6 +33,10 @@ POLL_SECONDS: Final = 0.2
 #: The share of tasks with an Idempotency-Key, which are submitted until the service accepts them.
 KEYED_SHARE: Final = 0.8
 CANCELLED_SHARE: Final = 0.25
+#: The share of kills that are for workers; the others are for the service.
+WORKER_SHARE: Final = 0.6
+#: Seconds for which such a kill waits for a worker.
+WORKER_SECONDS: Final = 5.0
 #: Seconds after its acceptance in which a task is cancelled.
 CANCEL_WITHIN_SECONDS: Final = 3.0
 
@@ -154,8 +158,7 @@ class KillRun:
         for at in sorted(rng.random() * self.options.seconds for _ in range(self.options.kills)):
             await asyncio.sleep(max(0.0, started + at - loop.time()))
             number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-            workers = self.service.platform.workers()
-            if workers and rng.random() < 0.6:
+            if rng.random() < WORKER_SHARE and (workers := await self._until_workers()):
                 # Several, as when memory is exhausted.
                 for task_id in rng.sample(workers, rng.randint(1, len(workers))):
                     self.service.platform.kill_worker(task_id, number)
@@ -167,6 +170,15 @@ class KillRun:
                 self.kills[f"service {number.name}"] += 1
                 await asyncio.sleep(rng.choice((0.0, 0.0, 1.0)))
                 await self.service.start()
+
+    async def _until_workers(self) -> list[TaskId]:
+        """Wait for workers, which start slowly in the cloud; return none if there are none after `WORKER_SECONDS`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WORKER_SECONDS):
+                while not (workers := self.service.platform.workers()):
+                    await asyncio.sleep(POLL_SECONDS)
+                return workers
+        return []
 
     async def _watch(self) -> None:
         """Note the first final record of each task."""

@@ -2,6 +2,8 @@
 
 Each service has a directory with a locked PID file and an empty file for each task that it has queued or is running. The kernel
 releases the lock when the service exits for any reason, and its tasks then count as not launched.
+
+If the directory cannot be used, for example on a full disk, nothing fails: a worker may then start for nothing, which is harmless.
 """
 
 from __future__ import annotations
@@ -44,24 +46,28 @@ class LaunchedTasks:
         await asyncio.to_thread(self._close)
 
     def _open(self) -> None:
-        self._services.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for each in self._services.iterdir():
-            # A new directory may belong to a service that has not locked its PID file yet.
-            if time.time() - each.stat().st_mtime > REMOVAL_AGE_SECONDS and not _is_running(each):
-                shutil.rmtree(each, ignore_errors=True)
-        self._held.enter_context(pidfile.hold(self._own / _PID_FILE))
+        with contextlib.suppress(OSError):
+            self._services.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for each in self._services.iterdir():
+                # A new directory may belong to a service that has not locked its PID file yet.
+                if time.time() - each.stat().st_mtime > REMOVAL_AGE_SECONDS and not _is_running(each):
+                    shutil.rmtree(each, ignore_errors=True)
+            self._held.enter_context(pidfile.hold(self._own / _PID_FILE))
 
     def _close(self) -> None:
-        self._held.close()
+        with contextlib.suppress(OSError):
+            self._held.close()
         shutil.rmtree(self._own, ignore_errors=True)
 
     async def add(self, task_id: TaskId) -> None:
         """Record that this service has queued a task."""
-        await asyncio.to_thread((self._own / task_id).touch)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread((self._own / task_id).touch)
 
     async def remove(self, task_id: TaskId) -> None:
         """Record that this service no longer runs a task."""
-        await asyncio.to_thread((self._own / task_id).unlink, missing_ok=True)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread((self._own / task_id).unlink)
 
     async def of_others(self) -> frozenset[TaskId]:
         """Return the tasks that other services have queued or are running."""
@@ -69,12 +75,18 @@ class LaunchedTasks:
 
     def _of_others(self) -> frozenset[TaskId]:
         found: set[TaskId] = set()
-        for each in self._services.iterdir():
-            # A service may exit at any time.
-            with contextlib.suppress(FileNotFoundError):
+        # A service may exit at any time, and its directory be removed.
+        for each in _entries(self._services):
+            with contextlib.suppress(OSError):
                 if each != self._own and _is_running(each):
-                    found.update(TaskId(path.name) for path in each.iterdir() if path.name != _PID_FILE)
+                    found.update(TaskId(path.name) for path in _entries(each) if path.name != _PID_FILE)
         return frozenset(found)
+
+
+def _entries(directory: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return list(directory.iterdir())
+    return []
 
 
 def _is_running(service: Path) -> bool:

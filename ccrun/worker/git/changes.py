@@ -43,7 +43,9 @@ DOTENV: Final = ".env"
 #: The exit code of git when it has stopped early. After 1, it has only skipped files that it cannot read.
 FATAL: Final = 128
 
-#: The modes of a submodule and of a missing path in the output of `git diff-index`.
+#: The output that `_entries` parses, see git-diff-index(1).
+_RAW: Final = ("--raw", "--no-renames", "-z")
+#: The modes of a submodule and of a missing path in that output.
 _GITLINK: Final = "160000"
 _MISSING: Final = "000000"
 
@@ -66,17 +68,23 @@ class Identity:
 
 @attrs.frozen(kw_only=True)
 class TreeChange:
-    """A path that differs from the agent's last commit, with its new mode and blob."""
+    """A path that differs between two trees, with its modes and objects in both."""
 
     path: str
     old_mode: str
     mode: str
+    old_blob: str
     blob: str
+
+    @property
+    def is_link(self) -> bool:
+        """Whether it is a submodule link, new or to another commit."""
+        return self.mode == _GITLINK
 
     @property
     def is_new_repository(self) -> bool:
         """Whether it is a new repository inside the repository, whose files cannot be committed."""
-        return self.mode == _GITLINK and self.old_mode != _GITLINK
+        return self.is_link and self.old_mode != _GITLINK
 
 
 @attrs.frozen(kw_only=True)
@@ -121,24 +129,42 @@ class Changes:
             GitError: The tree cannot be read.
         """
         unreadable = await self._add()
-        entries = _entries(
-            await self.git(
-                "diff-index", "--cached", "--raw", "--no-renames", "-z", await self._or_empty_tree(self.head)
-            )
-        )
-        modules = await self._modules() if any(entry.is_new_repository for entry in entries) else frozenset[str]()
+        entries = _entries(await self.git("diff-index", "--cached", *_RAW, await self._or_empty_tree(self.head)))
+        modules = await self._modules() if any(entry.is_new_repository for entry in entries) else {}
         nested = [entry.path for entry in entries if entry.is_new_repository and entry.path not in modules]
         chosen = [entry for entry in entries if entry.path not in nested and (wanted is None or wanted(entry.path))]
         if self.excludes_dotenv:
             chosen = [entry for entry in chosen if entry.path != DOTENV]
         # A new index from the last commit and the chosen paths, without anything that the agent has staged.
         await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
-        # Deletions come first: a directory may have become a file.
-        chosen.sort(key=lambda entry: entry.mode != _MISSING)
-        lines = b"".join(os.fsencode(f"{entry.mode} {entry.blob}\t{entry.path}") + b"\0" for entry in chosen)
-        await self.git("update-index", "-z", "--index-info", stdin=lines)
-        tree = (await self.git("write-tree")).decode().strip()
+        tree = await self._write_tree([(entry.path, entry.mode, entry.blob) for entry in chosen])
         return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=unreadable)
+
+    async def tree_of(self, commit: str | None) -> str:
+        """Return the tree of a commit, the empty tree for None."""
+        since = await self._or_empty_tree(commit)
+        return since if commit is None else _commit(await self.git("rev-parse", "--verify", f"{commit}^{{tree}}"))
+
+    async def new_links(self, tree: str) -> tuple[tuple[TreeChange, str | None], ...]:
+        """Return the submodule links that differ from the base, each with its URL in `.gitmodules`."""
+        # `.gitmodules` must not hide a link.
+        arguments = ("diff-tree", "-r", "--ignore-submodules=none", *_RAW, await self._or_empty_tree(self.base), tree)
+        found = [entry for entry in _entries(await self.git(*arguments)) if entry.is_link]
+        modules = await self._modules(tree) if found else {}
+        return tuple((entry, modules.get(entry.path)) for entry in found)
+
+    async def restored(self, tree: str, entries: Sequence[TreeChange]) -> str:
+        """Return the tree with these paths as they were before their changes."""
+        await self.git("read-tree", tree)
+        return await self._write_tree([(entry.path, entry.old_mode, entry.old_blob) for entry in entries])
+
+    async def _write_tree(self, entries: list[tuple[str, str, str]]) -> str:
+        """Return the tree of the index with other entries, of path, mode and object."""
+        # Deletions come first: a directory may have become a file.
+        entries.sort(key=lambda entry: entry[1] != _MISSING)
+        lines = b"".join(os.fsencode(f"{mode} {blob}\t{path}") + b"\0" for path, mode, blob in entries)
+        await self.git("update-index", "-z", "--index-info", stdin=lines)
+        return (await self.git("write-tree")).decode().strip()
 
     async def commit(self, staged: Staged, message: str, identity: Identity) -> str:
         """Commit what was staged on top of the agent's last commit. Return the new commit."""
@@ -225,11 +251,20 @@ class Changes:
             raise GitError(f"git add failed: {last_error(ran.stderr)}")
         return None if ran.exit.ok else last_error(ran.stderr) or "git add failed"
 
-    async def _modules(self) -> frozenset[str]:
-        """Return the paths of the submodules in `.gitmodules`."""
-        ran = await self.git.run("config", "--blob=:.gitmodules", "-z", "--get-regexp", r"^submodule\..*\.path$")
-        values = (item.partition("\n")[2] for item in os.fsdecode(ran.stdout).split("\0"))
-        return frozenset(value for value in values if value) if ran.exit.ok else frozenset()
+    async def _modules(self, tree: str = "") -> dict[str, str | None]:
+        """Return the URLs of the submodules in `.gitmodules` of a tree, by default of the index, by their paths."""
+        ran = await self.git.run(
+            "config", f"--blob={tree}:.gitmodules", "-z", "--get-regexp", r"^submodule\..*\.(path|url)$"
+        )
+        settings = {}
+        for item in os.fsdecode(ran.stdout).split("\0") if ran.exit.ok else ():
+            key, _, settings[key] = item.partition("\n")
+        suffix = ".path"
+        return {
+            path: settings.get(f"{key.removesuffix(suffix)}.url")
+            for key, path in settings.items()
+            if key.endswith(suffix) and path
+        }
 
     async def _or_empty_tree(self, commit: str | None) -> str:
         """Return the commit, or the empty tree when there is none."""
@@ -312,10 +347,10 @@ def _commit(printed: bytes) -> str:
 
 
 def _entries(raw: bytes) -> list[TreeChange]:
-    """Return the entries of `git diff-index --raw -z`: `:old new blob blob status`, then the path. See git-diff-index(1)."""
+    """Return the entries of a `--raw -z` output: `:mode mode blob blob status`, then the path. See git-diff-index(1)."""
     fields = os.fsdecode(raw).split("\0")
     entries = []
     for header, path in zip(fields[::2], fields[1::2], strict=False):
-        old_mode, mode, _, blob, _ = header.removeprefix(":").split(" ")
-        entries.append(TreeChange(path=path, old_mode=old_mode, mode=mode, blob=blob))
+        old_mode, mode, old_blob, blob, _ = header.removeprefix(":").split(" ")
+        entries.append(TreeChange(path=path, old_mode=old_mode, mode=mode, old_blob=old_blob, blob=blob))
     return entries

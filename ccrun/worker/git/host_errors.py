@@ -51,7 +51,7 @@ def exchange_error(remote: GitUrl, ran: ProcessResult, access: Access, doing: st
 
 def timeout_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
     """Return the error for an exchange that timed out."""
-    bound = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
+    bound = f"{round(seconds / 60, 1):g} minutes" if seconds >= 60 else f"{round(seconds, 1):g} s"
     return RemoteError(
         f"The repository was not {doing} within {bound}: {remote.host or 'this machine'} is too slow or does not respond."
     )

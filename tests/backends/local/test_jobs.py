@@ -197,3 +197,14 @@ async def test_directories_of_killed_services_are_removed(make_jobs: MakeJobs, t
     async with make_jobs():
         assert not left.exists()
     assert [] == list((tmp_path / "services").iterdir())
+
+
+async def test_unusable_directory_of_services_is_harmless(make_jobs: MakeJobs, tmp_path: Path) -> None:
+    """Tasks start although what is queued cannot be recorded."""
+    (tmp_path / "services").write_text("not a directory")
+    async with make_jobs() as jobs:
+        await jobs.launch(A)
+        await until_written(tmp_path / A)
+        assert ExecutionState.RUNNING == await jobs.state(A, None)
+        assert ExecutionState.UNKNOWN == await jobs.state(B, None)
+        await jobs.cancel(A, None)
