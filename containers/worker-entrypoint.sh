@@ -1,15 +1,15 @@
 #!/bin/sh
-# From root to the user ccrun, for good. What is kept of root's rights is what it takes to give rooms to another user, run agents
-# as that user, end them and clear away after them; the worker starts agents without any of it.
-#   setuid setgid setpcap      become the agent's user, and give up these rights on the way
-#   kill                       end its processes
-#   chown dac_override fowner  give it files, read and remove what it made
+# Switch permanently from root to the user ccrun. The worker retains the capabilities that it needs to give directories to another
+# user, run agents as that user, kill their processes and delete their files. It starts agents without any capability.
+#   setuid setgid setpcap      become the agent's user, and drop these capabilities
+#   kill                       kill the agent's processes
+#   chown dac_override fowner  give files to the agent; read and delete the agent's files
 set -eu
 if [ "$(id -u)" != 0 ]; then
-  echo "The worker's container must start as root: agents run as a user of their own." >&2
+  echo "The worker's container must start as root: it runs agents as another user." >&2
   exit 1
 fi
-kept=-all,+setuid,+setgid,+setpcap,+kill,+chown,+dac_override,+fowner
+capabilities=-all,+setuid,+setgid,+setpcap,+kill,+chown,+dac_override,+fowner
 export HOME=/home/ccrun
 exec setpriv --reuid=ccrun --regid=ccrun --init-groups \
-  --inh-caps="$kept" --ambient-caps="$kept" --bounding-set="$kept" -- "$@"
+  --inh-caps="$capabilities" --ambient-caps="$capabilities" --bounding-set="$capabilities" -- "$@"

@@ -1,6 +1,6 @@
-"""What a worker does with its rights: starts an agent as another user, ends it, clears away. Prints what it saw, as JSON.
+"""A small worker: starts an agent as another user, kills it, deletes its files, and prints a report as JSON.
 
-Run by test_privileges.py behind the entry point of the worker's image; it is no test itself.
+The entry point of the worker's image starts this program for test_privileges.py. It contains no tests.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from ccrun import removal
 from ccrun.process import linux
 from ccrun.process.child import spawn
 
-#: How a worker turns what it starts into the agent's user: no group, no capability, no way back to any.
+#: Run a command as the agent's user, as a worker does: without groups and capabilities, and without a way to gain any.
 AS_AGENT = (
     "setpriv --reuid={0} --regid={0} --clear-groups "
     "--inh-caps=-all --ambient-caps=-all --bounding-set=-all --no-new-privs --"
 )
 
-#: Says what it is, then what it can do, line by line. A shell's, since the agent may not be able to read Python.
+#: Prints its identity, then what it can do, line by line. A shell script, since the agent may not have access to Python.
 AGENT = r"""
 worker=$1 worker_user=$2 secret=../secret
 sed -n 's/^\(Cap...\|NoNewPrivs\|Uid\|Gid\|Groups\):[[:space:]]*/has \1 /p' /proc/self/status
-try() { name=$1; shift; if "$@" >/dev/null 2>&1; then echo "could $name"; else echo "tried $name"; fi; }
+try() { name=$1; shift; if "$@" >/dev/null 2>&1; then echo "succeeded $name"; else echo "failed $name"; fi; }
 try "read its own environment" cat /proc/self/environ
 try "signal itself" kill -0 $$
-try "read a file that is for all" cat ../open
+try "read a public file" cat ../open
 try "read the worker's environment" cat "/proc/$worker/environ"
 try "read the worker's memory" dd if="/proc/$worker/mem" bs=1 count=1
 try "list the worker's memory" cat "/proc/$worker/maps"
@@ -39,8 +39,8 @@ try "remove a file of the worker" rm "$secret"
 try "signal the worker" kill -0 "$worker"
 try "become the worker" setpriv --reuid="$worker_user" --clear-groups true
 try "become root" setpriv --reuid=0 --clear-groups true
-# What clearing away has to cope with: a locked folder, a file for nobody, a process that has left and does not listen.
-mkdir -p kept/deep && echo x >kept/deep/file && chmod 0 kept/deep/file kept/deep kept
+# What the worker has to clean up: directories and a file without permissions, a process in another session that ignores SIGTERM.
+mkdir -p locked/deep && echo x >locked/deep/file && chmod 0 locked/deep/file locked/deep locked
 setsid sh -c 'trap "" TERM; while :; do sleep 1; done' >/dev/null 2>&1 &
 echo ready
 sleep 1000
@@ -48,13 +48,13 @@ sleep 1000
 
 
 def status() -> dict[str, str]:
-    """Return what the kernel says of this process."""
+    """Return the fields of this process in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return {name: " ".join(value.split()) for name, _, value in (line.partition(":") for line in lines)}
 
 
 def processes_of(user: int) -> list[int]:
-    """Return the processes of a user."""
+    """Return the process IDs of a user."""
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal() and _owner(path) == user]
 
 
@@ -67,36 +67,36 @@ def _owner(path: Path) -> int | None:
 
 
 async def main(root: Path, agent_user: int) -> None:
-    """Run one agent in a room below `root`, to its end."""
+    """Run one agent in a directory in `root`, stop it, and print the report."""
     linux.harden()
     linux.become_subreaper()
-    secret, room = root / "secret", root / "room"
+    secret, workspace = root / "secret", root / "workspace"
     secret.write_text("made up")
     secret.chmod(0o600)
     (root / "open").touch(0o644)
-    room.mkdir(mode=0o700)
-    os.chown(room, agent_user, agent_user)
+    workspace.mkdir(mode=0o700)
+    os.chown(workspace, agent_user, agent_user)
     argv = [*AS_AGENT.format(agent_user).split(), "sh", "-c", AGENT, "agent", str(os.getpid()), str(os.getuid())]
-    seen: list[str] = []
-    async with spawn(argv, env={"PATH": os.environ["PATH"]}, cwd=room, term_grace_seconds=0.2) as child:
+    printed: list[str] = []
+    async with spawn(argv, env={"PATH": os.environ["PATH"]}, cwd=workspace, term_grace_seconds=0.2) as child:
         async for line in child.lines():
             if line == b"ready":
                 break
-            seen.append(line.decode())
+            printed.append(line.decode())
         running = len(processes_of(agent_user))
     report = {
         "pid": os.getpid(),
         "worker": status(),
-        "agent": dict(line.removeprefix("has ").split(" ", 1) for line in seen if line.startswith("has ")),
-        "could": [line.removeprefix("could ") for line in seen if line.startswith("could ")],
-        "tried": [line.removeprefix("tried ") for line in seen if line.startswith("tried ")],
+        "agent": dict(line.removeprefix("has ").split(" ", 1) for line in printed if line.startswith("has ")),
+        "succeeded": [line.removeprefix("succeeded ") for line in printed if line.startswith("succeeded ")],
+        "failed": [line.removeprefix("failed ") for line in printed if line.startswith("failed ")],
         "stderr": child.stderr_tail.decode(),
         "running": running,
-        "left": len(processes_of(agent_user)),
+        "remaining": len(processes_of(agent_user)),
         "secret": secret.read_text(),
     }
-    removal.remove_tree(room)
-    print(json.dumps({**report, "room is left": room.exists()}))
+    removal.remove_tree(workspace)
+    print(json.dumps({**report, "directory exists": workspace.exists()}))
 
 
 if __name__ == "__main__":

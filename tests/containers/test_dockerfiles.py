@@ -1,4 +1,4 @@
-"""The Dockerfiles, read but not built: what they start as, what they copy, what they are made of."""
+"""The Dockerfiles, parsed but not built: users, commands, copied files, base images, health checks."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ WORKER = dockerfile.read(CONTAINERS / "worker.Dockerfile")
 each_image = pytest.mark.parametrize("stages", [API, WORKER], ids=["api", "worker"])
 
 
-@pytest.mark.skipif(not HADOLINT.exists(), reason="hadolint comes as a program for Linux alone")
-def test_hadolint_finds_nothing() -> None:
-    """The Dockerfiles keep the rules of hadolint, but for those that .hadolint.yaml takes out with a reason."""
+@pytest.mark.skipif(not HADOLINT.exists(), reason="hadolint is available for Linux only")
+def test_hadolint_reports_nothing() -> None:
+    """The Dockerfiles comply with the rules of hadolint, except those that .hadolint.yaml disables with a reason."""
     ran = subprocess.run([HADOLINT, *DOCKERFILES], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (0, "") == (ran.returncode, ran.stdout + ran.stderr)
 
 
-def test_shellcheck_finds_nothing() -> None:
-    """The entry point keeps the rules of shellcheck."""
+def test_shellcheck_reports_nothing() -> None:
+    """The entry point complies with the rules of shellcheck."""
     ran = subprocess.run([SHELLCHECK, *CONTAINERS.glob("*.sh")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (0, "") == (ran.returncode, ran.stdout + ran.stderr)
 
 
 @each_image
-def test_bases_are_pinned_and_one(stages: list[dockerfile.Stage]) -> None:
-    """Every stage stands on the same base, named by version and digest."""
+def test_all_stages_have_one_pinned_base(stages: list[dockerfile.Stage]) -> None:
+    """All stages use the same base image, pinned by version and digest."""
     bases = {stage.base for stages_ in (API, WORKER) for stage in stages_}
     assert 1 == len(bases)
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+@sha256:[0-9a-f]{64}", stages[-1].base)
 
 
 @each_image
-def test_what_is_copied_is_there(stages: list[dockerfile.Stage]) -> None:
-    """Each COPY finds its sources: they are in the repository, .dockerignore lets them through, stages are named."""
+def test_each_copy_finds_its_sources(stages: list[dockerfile.Stage]) -> None:
+    """The sources of each COPY exist in the repository and in the build context, and its stage exists."""
     names = {stage.name for stage in stages}
     copies = [copy for stage in stages for copy in stage.all("COPY")]
     sources = [source for copy in copies if "from" not in copy.flags for source in copy.words[:-1]]
     assert [] == [source for source in sources if not (ROOT / source).exists()]
-    assert [] == [source for source in sources if not dockerfile.reaches_builder(source.rstrip("/"))]
+    assert [] == [source for source in sources if not dockerfile.in_build_context(source.rstrip("/"))]
     assert {copy.flags["from"] for copy in copies if "from" in copy.flags} <= names
 
 
-def test_nothing_else_reaches_the_builder() -> None:
-    """Of the files that git knows, the builder gets those that some COPY names; of others none."""
-    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+def test_the_build_context_has_only_copied_files() -> None:
+    """The build context has the tracked files that a COPY names, and no others."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     copied = {
         source.rstrip("/")
         for stage in (*API, *WORKER)
@@ -65,9 +65,9 @@ def test_nothing_else_reaches_the_builder() -> None:
         if "from" not in copy.flags
         for source in copy.words[:-1]
     }
-    reaching = {name for name in known if name and dockerfile.reaches_builder(name)}
-    assert {name for name in known if name in copied or name.split("/")[0] in copied} == reaching
-    kept_out = [
+    context = {name for name in tracked if name and dockerfile.in_build_context(name)}
+    assert {name for name in tracked if name in copied or name.split("/")[0] in copied} == context
+    ignored = [
         ".git/config",
         ".env",
         ".ccrun/key",
@@ -75,18 +75,18 @@ def test_nothing_else_reaches_the_builder() -> None:
         "a.pyo",
         ".venv/pyvenv.cfg",
     ]
-    assert [] == [name for name in kept_out if dockerfile.reaches_builder(name)]
+    assert [] == [name for name in ignored if dockerfile.in_build_context(name)]
 
 
-def test_api_is_not_root() -> None:
-    """The API's image runs as a user by number, and not as root."""
+def test_the_api_is_not_root() -> None:
+    """The image of the API runs as a user who is not root and is given by number."""
     assert ["10001:10001"] == API[-1].last("USER").words
     assert ["ccrun"] == API[-1].last("ENTRYPOINT").words
     assert ["serve"] == API[-1].last("CMD").words
 
 
-def test_worker_drops_root_first() -> None:
-    """The worker's image starts as root with its entry point, and with nothing else."""
+def test_the_worker_starts_with_its_entry_point() -> None:
+    """The image of the worker starts as root and always with its entry point."""
     assert [] == WORKER[-1].all("USER")
     assert ["worker-entrypoint"] == WORKER[-1].last("ENTRYPOINT").words
     assert ["ccrun", "worker"] == WORKER[-1].last("CMD").words
@@ -95,8 +95,8 @@ def test_worker_drops_root_first() -> None:
     assert "agent" == WORKER[-1].environment["CCRUN_AGENT_USER"]
 
 
-def test_cli_is_where_the_link_points() -> None:
-    """`claude` on the PATH of the worker's image is the one that the claude-agent-sdk carries, under the image's Python."""
+def test_the_link_to_the_cli_is_correct() -> None:
+    """`claude` on the PATH of the worker's image links to the CLI in the package claude-agent-sdk of the image's Python."""
     version = re.match(r"python:(3\.\d+)", WORKER[-1].base)
     assert version
     (link,) = re.findall(r"ln -s (\S+) /usr/local/bin/claude", " ".join(run.value for run in WORKER[-1].all("RUN")))
@@ -110,8 +110,8 @@ def test_cli_is_where_the_link_points() -> None:
 
 
 @each_image
-def test_images_say_what_they_are(stages: list[dockerfile.Stage]) -> None:
-    """Each image has OCI labels, with version, revision and time given by whoever builds it."""
+def test_images_have_labels(stages: list[dockerfile.Stage]) -> None:
+    """Each image has the OCI labels. Version, revision and time are arguments of the build."""
     labels = stages[-1].last("LABEL").variables
     prefix = "org.opencontainers.image."
     assert {"title", "description", "licenses", "version", "revision", "created"} == {
@@ -124,8 +124,8 @@ def test_images_say_what_they_are(stages: list[dockerfile.Stage]) -> None:
 
 
 @each_image
-def test_nothing_is_fetched_without_a_hash(stages: list[dockerfile.Stage]) -> None:
-    """What pip installs is checked by hash or comes from the build itself; nothing is piped into a shell."""
+def test_all_downloads_are_checked_by_hash(stages: list[dockerfile.Stage]) -> None:
+    """Packages that pip installs are checked by hash or built in the image; curl and wget are not used."""
     steps = [step for stage in stages for run in stage.all("RUN") for step in run.value.split("&&")]
     installs = [step for step in steps if re.search(r"\bpip\b.* install\b", step)]
     assert 3 == len(installs)
@@ -135,15 +135,15 @@ def test_nothing_is_fetched_without_a_hash(stages: list[dockerfile.Stage]) -> No
 
 
 @each_image
-def test_pip_is_gone(stages: list[dockerfile.Stage]) -> None:
-    """The image that is left has no pip: neither Python's nor that of ccrun's own environment."""
+def test_the_final_image_has_no_pip(stages: list[dockerfile.Stage]) -> None:
+    """The final image has no pip, neither in its Python nor in the virtual environment of ccrun."""
     assert "pip uninstall" in stages[-1].last("RUN").value
     assert ["python -m venv --without-pip /opt/ccrun"] == re.findall(
         r"python -m venv .*?/opt/ccrun", stages[0].all("RUN")[0].value
     )
 
 
-async def asked_health(port: int) -> int:
+async def health_check(port: int) -> int:
     """Return the exit status of the API image's health check, for a service at that port."""
     check = API[-1].last("HEALTHCHECK")
     command, *arguments = dockerfile.Instruction(
@@ -156,19 +156,19 @@ async def asked_health(port: int) -> int:
     return await process.wait()
 
 
-async def test_health_check_passes(service: Service) -> None:
-    """The health check of the API's image passes while the service answers."""
+async def test_the_health_check_passes(service: Service) -> None:
+    """The health check of the API's image passes while the service responds."""
     port = int(service.url.rpartition(":")[2])
-    assert 0 == await asked_health(port)
+    assert 0 == await health_check(port)
 
 
-async def test_health_check_fails(start_service: StartService) -> None:
-    """The health check of the API's image fails when the service has ended."""
+async def test_the_health_check_fails(start_service: StartService) -> None:
+    """The health check of the API's image fails after the service has stopped."""
     async with start_service() as service:
         port = int(service.url.rpartition(":")[2])
-    assert 0 != await asked_health(port)
+    assert 0 != await health_check(port)
 
 
-def test_worker_has_no_health_check() -> None:
-    """The worker's image says that there is nothing to ask."""
+def test_the_worker_has_no_health_check() -> None:
+    """The image of the worker disables the health check."""
     assert ["NONE"] == WORKER[-1].last("HEALTHCHECK").words

@@ -1,4 +1,4 @@
-"""What the images install is part of what the tests ran with."""
+"""The images install a subset of the packages that the tests ran with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.dockerfile import CONTAINERS, ROOT
 
-WHOLE = ROOT / "scripts" / "requirements.txt"
+TESTED = ROOT / "scripts" / "requirements.txt"
 API = CONTAINERS / "requirements-api.txt"
 WORKER = CONTAINERS / "requirements-worker.txt"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -27,40 +27,40 @@ def pins(path: Path) -> dict[str, set[str]]:
 
 
 def names(requirements: list[str]) -> set[str]:
-    """Return the names of the packages that these requirements are for."""
+    """Return the package names of requirements."""
     return {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in requirements}
 
 
 @each_file
-def test_versions_are_those_of_the_tests(path: Path) -> None:
-    """An image installs versions that the tests ran with, of the same hashes."""
+def test_images_install_tested_versions(path: Path) -> None:
+    """An image installs versions that the tests ran with, with the same hashes."""
     tested: dict[str, set[str]] = {}
-    for pin, hashes in pins(WHOLE).items():
+    for pin, hashes in pins(TESTED).items():
         tested.setdefault(pin.split(" ")[0], set()).update(hashes)
-    strange = {
+    untested = {
         pin: hashes
         for pin, hashes in pins(path).items()
         if not hashes or not hashes <= tested.get(pin.split(" ")[0], set())
     }
-    assert {} == strange
+    assert {} == untested
 
 
 @pytest.mark.parametrize(("path", "extras"), [(API, ["gcp"]), (WORKER, ["gcp", "claude"])], ids=["api", "worker"])
-def test_everything_needed_is_there(path: Path, extras: list[str]) -> None:
-    """An image installs each dependency of ccrun and of the extras that it is for."""
+def test_images_install_all_dependencies(path: Path, extras: list[str]) -> None:
+    """An image installs the dependencies of ccrun and of the extras that the image uses."""
     project = PROJECT["project"]
     needed = [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]
     assert set() == names(needed) - names(list(pins(path)))
 
 
 @each_file
-def test_nothing_of_development_is_there(path: Path) -> None:
-    """No image installs what only tests and checks need."""
+def test_images_install_no_development_tools(path: Path) -> None:
+    """No image installs packages that only tests and checks need."""
     development = names(PROJECT["dependency-groups"]["dev"])
     assert set() == development & names(list(pins(path)))
 
 
-def test_api_has_no_cli() -> None:
-    """The API's image has neither the CLI nor what came with it; the worker's has all that the API's has."""
+def test_the_api_image_has_no_cli() -> None:
+    """The image of the API does not install the CLI. The worker's installs all packages of the API's and more."""
     assert "claude-agent-sdk" not in names(list(pins(API)))
     assert pins(API).items() <= pins(WORKER).items()

@@ -1,4 +1,4 @@
-"""Dockerfiles and their .dockerignore, read as an image builder reads them. As much of both as ours use."""
+"""Parse Dockerfiles and .dockerignore as an image builder does. Supports only what the files of ccrun use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTAINERS: Final = ROOT / "containers"
 
 @attrs.frozen(kw_only=True)
 class Instruction:
-    """One instruction, such as `COPY --from=build /a /b`: its name, its flags, and what follows."""
+    """One instruction, such as `COPY --from=build /a /b`: its name, its flags, and the remaining text."""
 
     name: str
     flags: dict[str, str]
@@ -24,7 +24,7 @@ class Instruction:
 
     @property
     def words(self) -> list[str]:
-        """What follows the flags, word by word; of the exec form, its strings."""
+        """The words after the flags, or the strings of the exec form."""
         words: list[str] = json.loads(self.value) if self.value.startswith("[") else self.value.split()
         return words
 
@@ -37,18 +37,18 @@ class Instruction:
 
 @attrs.frozen(kw_only=True)
 class Stage:
-    """What stands between one FROM and the next."""
+    """One FROM and the instructions after it."""
 
     base: str
     name: str | None
     instructions: Sequence[Instruction]
 
     def all(self, name: str) -> list[Instruction]:
-        """Return every instruction of that name."""
+        """Return all instructions with this name."""
         return [instruction for instruction in self.instructions if instruction.name == name]
 
     def last(self, name: str) -> Instruction:
-        """Return the one of that name that counts."""
+        """Return the last instruction with this name, which overrides the others."""
         return self.all(name)[-1]
 
     @property
@@ -78,16 +78,16 @@ def read(path: Path) -> list[Stage]:
     return stages
 
 
-def reaches_builder(path: str, ignore_file: Path = ROOT / ".dockerignore") -> bool:
-    """Whether .dockerignore lets a file through: the last line that names it, or a folder above it, decides."""
-    reaches = True
+def in_build_context(path: str, ignore_file: Path = ROOT / ".dockerignore") -> bool:
+    """Return whether .dockerignore includes a file. The last line that matches it, or a directory above it, decides."""
+    included = True
     names = [str(each) for each in (PurePosixPath(path), *PurePosixPath(path).parents)]
     for line in ignore_file.read_text().splitlines():
         if line and not line.startswith("#"):
             pattern = re.compile(_regex(line.removeprefix("!").strip("/")))
             if any(pattern.fullmatch(name) for name in names):
-                reaches = line.startswith("!")
-    return reaches
+                included = line.startswith("!")
+    return included
 
 
 def _regex(pattern: str) -> str:
