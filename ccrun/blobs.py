@@ -1,4 +1,4 @@
-"""The port to object storage: bytes under names, with generations.
+"""The port to object storage, which stores bytes under a name and numbers each version with a generation.
 
 Defines what an adapter must do, and holds the functions that all adapters share. Nothing here depends on what an object
 means.
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @attrs.frozen
 class Blob:
-    """The content of an object, and the generation it has."""
+    """The content and the generation of an object."""
 
     content: bytes = attrs.field(repr=False)
     generation: int
@@ -121,7 +121,7 @@ class Blobs(Protocol):
         Args:
             prefix: The prefix.
             after: Only names that sort after this one.
-            before: Only names that sort before this one; None means no upper end.
+            before: Only names that sort before this one; None means no upper limit.
             limit: The maximum number of objects to return.
 
         Raises:
@@ -142,7 +142,7 @@ class Blobs(Protocol):
         ...
 
     async def remove_interrupted_writes(self) -> None:
-        """Remove what writes have left that were interrupted, for example because their process was killed.
+        """Remove the leftovers of interrupted writes, for example of a process that was killed.
 
         Raises:
             StorageError: The storage is unavailable.
@@ -190,8 +190,8 @@ def read_part(file: BinaryIO, size: int, *, is_last: bool) -> bytes:
 async def run_in_thread(work: Callable[[], T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
     """Run a blocking function in a thread.
 
-    Unlike `asyncio.to_thread`, a cancelled call returns only after the function has returned. The function no longer uses
-    its resources then.
+    Unlike `asyncio.to_thread`, a cancelled call returns only after the function has returned. The caller can
+    then close the resources that the function used.
 
     Args:
         work: The blocking function.

@@ -1,6 +1,6 @@
 """Facts about a task: its ID, its status, its record and its outcome.
 
-Values only: nothing here reads the clock, the environment or the disk, and nothing knows JSON. `ccrun.spec` has what the request
+Values only: no code here reads the clock, the environment or the disk, or depends on JSON. `ccrun.spec` has what the request
 asks for, `ccrun.lifecycle` the rules for how a record may change.
 """
 
@@ -79,7 +79,7 @@ class TaskType(enum.StrEnum):
 
 
 class Reason(enum.StrEnum):
-    """Why a task finished with its status, for programs."""
+    """Why a task finished with its status, as a value that programs can compare."""
 
     COMPLETED = "completed"
     AGENT_ERROR = "agent_error"
@@ -173,7 +173,7 @@ class TaskRecord:
     idempotency_digest: str | None = attrs.field(default=None, repr=False)
     #: Whether the launch failed, so that the request was rejected. A retry with the same Idempotency-Key launches the task again.
     launch_rejected: bool = attrs.field(default=False, repr=False)
-    #: A random ID of the write that stored this record, by which the writer recognizes it. It is no fact about the task.
+    #: A random ID of the write that stored this record, by which the writer recognizes it. It does not describe the task.
     write_id: str | None = attrs.field(default=None, repr=False, eq=False)
 
     @property

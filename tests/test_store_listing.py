@@ -21,7 +21,7 @@ def blobs(tmp_path: Path) -> WatchedBlobs:
 
 @pytest.fixture
 def store(blobs: WatchedBlobs) -> Store:
-    """Return a store in the storage."""
+    """Return a store that uses this storage."""
     return Store(blobs)
 
 

@@ -19,13 +19,13 @@ from rich.text import Text
 
 #: The width of labels.
 LABEL_CHARS: Final = len("completed")
-#: The minimum width. In a narrower window, the terminal breaks the lines.
-LEAST_TEXT_CHARS: Final = 20
-#: Characters of the input or output of a tool.
+#: The minimum width of texts. In a narrower window, the terminal breaks the lines.
+MIN_TEXT_CHARS: Final = 20
+#: Limits of the input or output of a tool. The rest is not printed.
 MAX_TOOL_LINES: Final = 6
 MAX_TOOL_CHARS: Final = 400
-#: Characters of a text of the agent.
-MAX_SAID_CHARS: Final = 2000
+#: Characters of a text of the agent. The rest is not printed.
+MAX_MESSAGE_CHARS: Final = 2000
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _STYLES: Final = {
@@ -55,14 +55,14 @@ class Screen:
             # Characters that the terminal cannot show are replaced.
             sys.stdout.reconfigure(errors="replace")
         self._console = Console(highlight=False, emoji=False)
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def row(self, label: str, text: str) -> None:
         """Print a row with the seconds since the start."""
-        elapsed = f"{time.monotonic() - self._began:.1f}s"
+        elapsed = f"{time.monotonic() - self._started:.1f}s"
         margin = Text.assemble((f"{elapsed:>6} ", "dim"), (f"{label:{LABEL_CHARS}} ", _STYLES.get(label, "bold")))
-        width = max(self._console.width - len(margin), LEAST_TEXT_CHARS)
-        # Not a table of rich, which pads all lines with spaces.
+        width = max(self._console.width - len(margin), MIN_TEXT_CHARS)
+        # A table of rich would pad all lines with spaces.
         for line in Text(_CONTROL.sub("", text)).wrap(self._console, width, overflow="fold"):
             shown = margin + line
             shown.rstrip()
@@ -115,7 +115,7 @@ def _blocks(blocks: list[Any]) -> Iterator[Row]:
     for block in blocks:
         match block:
             case {"type": "text", "text": str(text)} if text.strip():
-                yield Row("agent", _cut(text.strip(), MAX_SAID_CHARS))
+                yield Row("agent", _cut(text.strip(), MAX_MESSAGE_CHARS))
             case {"type": "tool_use", "name": str(tool), "input": {"command": str(command)}}:
                 yield Row("tool", f"{tool}: {_shortened(command)}")
             case {"type": "tool_use", "name": str(tool), "input": arguments}:

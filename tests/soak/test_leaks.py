@@ -1,4 +1,4 @@
-"""What many tasks leave behind in the service and on the machine."""
+"""Checks that many tasks leak no resources in the service and leave no files and processes on the machine."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from soak.kill_run import POLL_SECONDS, Receiver, receiving
 
 from ccrun.task import Status, TaskId
 
-#: Tasks before the first measurement: modules are imported, caches and the pools of threads are filled.
+#: Tasks before the first measurement: modules are imported, caches and thread pools are filled.
 WARM_UP_TASKS: Final = 10
 #: Tasks that are submitted at the same time. Four workers can run.
 PARALLEL_TASKS: Final = 4
-#: By how much memory may grow.
+#: The fraction by which resident memory may grow.
 MAX_GROWTH: Final = 0.05
 #: Seconds for a task. It takes less than one.
 TASK_SECONDS: Final = 60.0
-#: Seconds until nothing is left of the last task.
+#: Seconds until the processes and files of the last task are deleted.
 CLEAN_SECONDS: Final = 30.0
 
 
 @attrs.frozen(kw_only=True)
 class Usage:
-    """What a process uses."""
+    """The resources that a process uses."""
 
     descriptors: int
     threads: int
@@ -42,7 +42,7 @@ class Usage:
 
 
 async def usage(service: SoakService) -> Usage:
-    """Return what the service uses."""
+    """Return the resources that the service uses."""
     process = psutil.Process(service.pid)
     return Usage(
         descriptors=process.num_fds(), threads=process.num_threads(), resident_kib=process.memory_info().rss // 1024
@@ -88,9 +88,9 @@ def other_files(data: Path) -> list[str]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)  # Each task has a bound.
+@pytest.mark.timeout(0)  # Each task has a timeout.
 async def test_tasks_leave_nothing(soak_options: SoakOptions, soak_directories: SoakDirectories) -> None:
-    """After many tasks the service uses what it used before them, and nothing but the stored tasks is left."""
+    """After many tasks the service uses no more resources than before, and only the stored tasks remain."""
     count = soak_options.leak_tasks
     async with receiving() as receiver, soak_service("local", soak_directories) as service:
         await run_tasks(service, receiver, range(WARM_UP_TASKS))

@@ -121,7 +121,7 @@ class GitSsh:
         #: Called with the command before git starts.
         self.before: Callable[[str], Awaitable[None]] | None = None
         self.read_only = read_only
-        #: The user names with which clients tried to log in, latest last.
+        #: The user names with which clients tried to log in, in order.
         self.users: list[str] = []
         #: The public keys that clients offered, in the format of `authorized_keys` without comments.
         self.offered_keys: list[str] = []
@@ -219,7 +219,7 @@ class GitSsh:
     async def _handle(self, client: socket.socket) -> None:
         if self.mode is Mode.SILENT:
             with client:
-                # Until the server closes. A client that disconnects goes unnoticed here.
+                # Wait until the server closes. The server does not notice here that a client has disconnected.
                 await asyncio.Event().wait()
         # A client that disconnects, or whose key is rejected, is not an error.
         with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
@@ -378,7 +378,7 @@ def _reset(process: asyncssh.SSHServerProcess[bytes]) -> None:
 
 
 async def _feed(process: asyncssh.SSHServerProcess[bytes], stdin: asyncio.StreamWriter) -> None:
-    """Pass the input of the client on to git, until its end."""
+    """Pass the input of the client to git until end of file."""
     with contextlib.suppress(OSError, asyncssh.Error):
         while data := await process.stdin.read(64 * 1024):
             stdin.write(data)

@@ -53,7 +53,7 @@ def workspace(temporary: Path) -> Workspace:
 
 
 async def test_workspace_is_private(temporary: Path) -> None:
-    """Its name is `ws-{taskId}`, and with any umask only its owner has access."""
+    """The workspace is named `ws-{taskId}`, and only its owner has access, with any umask."""
     before = os.umask(0)
     try:
         async with open_workspace(TASK) as workspace:
@@ -73,7 +73,7 @@ async def test_other_directories_are_outside_the_repository() -> None:
 
 
 async def test_workspace_is_deleted_after_an_error(temporary: Path) -> None:
-    """All files of the task are deleted; targets of links are not."""
+    """After an error, all files of the workspace are deleted. The targets of links are not."""
     (temporary / "outside").mkdir()
     (temporary / "outside" / "file").write_text("content")
 
@@ -94,7 +94,7 @@ async def test_workspace_is_deleted_after_an_error(temporary: Path) -> None:
 
 
 async def test_workspace_is_deleted_after_a_cancellation(temporary: Path) -> None:
-    """The task is cancelled while the workspace is open."""
+    """The workspace is deleted if the task is cancelled while it is open."""
     entered = asyncio.Event()
 
     async def work() -> None:
@@ -111,7 +111,7 @@ async def test_workspace_is_deleted_after_a_cancellation(temporary: Path) -> Non
 
 
 async def test_deep_directories_are_deleted(temporary: Path) -> None:
-    """An agent can nest directories more deeply than Python can recurse."""
+    """Directories that are nested deeper than the recursion limit of Python are deleted."""
     async with open_workspace(TASK) as workspace:
         directory = os.open(workspace.repository, os.O_RDONLY)
         for _ in range(DEPTH):
@@ -148,7 +148,7 @@ asyncio.run(main())
 
 
 def test_locked_directories_are_deleted() -> None:
-    """The agent may have removed its permissions. The test drops those of root, to which they do not apply."""
+    """Directories without permissions are deleted. As root, the test switches users, since permissions do not limit root."""
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
         if os.geteuid() == 0:
             os.chown(temporary, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
@@ -177,7 +177,7 @@ async def test_existing_link_is_not_followed(temporary: Path) -> None:
 
 
 async def test_error_when_the_workspace_cannot_be_created(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error does not contain the path."""
+    """The error for a missing temporary directory does not contain the path."""
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "missing"))
     with pytest.raises(WorkspaceError, match=r"^The workspace cannot be created: No such file or directory\.$"):
         async with open_workspace(TASK):
@@ -200,7 +200,7 @@ def test_start_directory_in_the_repository(workspace: Workspace, relative: str, 
     ["..", "../config", "a/../../config", "/", "/tmp", "missing", "file", "link", "loop", "x" * 300, "nul\0"],
 )
 def test_start_directory_elsewhere_is_an_error(workspace: Workspace, relative: str) -> None:
-    """A path outside the repository or of another file is rejected, and the error contains it."""
+    """A path that is outside the repository or is not a directory is rejected, and the error contains the path."""
     (workspace.repository / "file").write_text("")
     (workspace.repository / "link").symlink_to(workspace.config)
     (workspace.repository / "loop").symlink_to("loop")
@@ -251,7 +251,7 @@ json_values = st.recursive(
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_front_matter_is_preserved(temporary: Path, fields: dict[str, object], content: str) -> None:
-    """Any values are parsed back unchanged, and the content is separate."""
+    """Front matter with any values and the content after it are parsed back unchanged."""
     workspace = Workspace(root=Path(tempfile.mkdtemp(dir=temporary)))
     workspace.config.mkdir()
     await write_inputs(
@@ -265,7 +265,7 @@ async def test_front_matter_is_preserved(temporary: Path, fields: dict[str, obje
 
 
 async def test_error_when_the_configuration_cannot_be_written(workspace: Workspace) -> None:
-    """A name is too long for the file system. The error does not contain the path."""
+    """The error for a name that is too long for the file system does not contain the path."""
     with pytest.raises(WorkspaceError, match=r"^The CLI's configuration cannot be written: File name too long\.$"):
         await write_inputs(
             workspace, slash_commands={"x" * 300: ConfigFile(content="")}, command_files={}, option_files={}
@@ -277,7 +277,7 @@ async def test_error_when_the_configuration_cannot_be_written(workspace: Workspa
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the owner of files")
 async def test_agent_owns_the_workspace(tmp_path: Path) -> None:
-    """Links are changed, their targets are not."""
+    """The agent owns all files and links of the workspace, but not the targets of the links."""
     user = await asyncio.to_thread(find_user, "61239", SYSTEM_PATH)
     outside = tmp_path / "outside"
     outside.write_text("x")
@@ -291,7 +291,7 @@ async def test_agent_owns_the_workspace(tmp_path: Path) -> None:
 
 
 async def test_private_directories_are_unique_and_deleted(tmp_path: Path) -> None:
-    """Only the owner has access, and the name shows the task, so that leftovers can be deleted."""
+    """Only the owner has access. The name contains the task ID, so that leftovers of a task can be deleted."""
     async with private_directory(TASK) as first, private_directory(TASK) as second:
         assert first != second
         assert 0o700 == stat.S_IMODE(first.stat().st_mode)

@@ -175,12 +175,12 @@ class Credentials(Token):
     async def get(self) -> str | None:
         try:
             return await asyncio.shield(super().get())
-        except Exception as error:  # The library does not limit what it raises.
+        except Exception as error:  # The library may raise any exception.
             raise NoCredentials from error
 
 
 async def credentials(session: aiohttp.ClientSession, *, emulated: bool) -> Credentials:
-    """Return the credentials of this process, which are found as in all of Google's libraries.
+    """Return the credentials of this process, found in the same way as by Google's libraries.
 
     Args:
         session: Used to refresh the credentials. It is not closed.

@@ -1,1 +1,1 @@
-"""The local backend: objects as files, a key file, and workers as processes of this machine."""
+"""The local backend: objects as files, a key file, and workers as processes on this machine."""
