@@ -393,7 +393,7 @@ async def test_error_of_one_task_does_not_stop_the_sweep(
 async def test_callbacks_of_a_cancelled_sweep_are_delivered_later(
     make_sweeper: Callable[[], Sweeper], receiver: Receiver
 ) -> None:
-    """When a sweep is cancelled during deliveries, another sweep delivers its callbacks after their leases."""
+    """When a sweep is cancelled during deliveries, another sweep delivers its callbacks, at the latest after their leases."""
     first = make_sweeper()
     task_ids = [f"t-{number:02}" for number in range(30)]
     for task_id in task_ids:
@@ -406,7 +406,7 @@ async def test_callbacks_of_a_cancelled_sweep_are_delivered_later(
         await sweeping
     receiver.released.set()
     records = [await first.store.record(TaskId(task_id)) for task_id in task_ids]
-    assert {CallbackState.DELIVERING, CallbackState.OWED} == {state_of(record) for record in records}
+    assert {state_of(record) for record in records} <= {CallbackState.DELIVERING, CallbackState.OWED}
     for record in records:
         await first.store.update(record.task_id, lambda present: claim_callback(present, lease_until=NOW))
     assert SweepReport(delivered=30) == await make_sweeper().sweep()

@@ -20,7 +20,7 @@ from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
 from ccrun.spec import MAX_METADATA_BYTES
 from ccrun.task import MAX_TASK_ID_CHARS, TASK_ID_PATTERN
-from ccrun.urls import ForbiddenInGitUrl, GitUrl, InvalidGitUrl, is_http_url, parse_git_url
+from ccrun.urls import is_http_url
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,6 @@ MAX_CREDENTIAL_BYTES: Final = 8 * 1024
 #: Linux limits a file name to 255 bytes and a path to 4096. A file name also needs bytes for `.md`.
 MAX_NAME_CHARS: Final = 64
 MAX_PATH_BYTES: Final = 1024
-MAX_BRANCH_BYTES: Final = 240
 MAX_LIST_ITEMS: Final = 256
 
 
@@ -357,63 +356,8 @@ def object_prefix(value: Any, location: Location) -> str:
     return prefix
 
 
-#: What git-check-ref-format(1) rejects anywhere in a name, and what it rejects at its start and end.
-INVALID_IN_BRANCH: Final = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)|^[-./]|[./]$|^(@|HEAD)$")
-
-
-def branch(value: Any, location: Location) -> str:
-    """Check the name of a branch, with or without `refs/heads/`, which is removed."""
-    name = _ref(value).removeprefix("refs/heads/")
-    if name.startswith("refs/"):
-        raise InvalidValue("must be the name of a branch, with or without refs/heads/")
-    return name
-
-
-def push_target(value: Any, location: Location) -> str:
-    """Check what to push to: a branch, or `refs/for/BRANCH`, which is a review on a Gerrit server."""
-    name = _ref(value).removeprefix("refs/heads/")
-    if name.startswith("refs/") and not name.startswith("refs/for/"):
-        raise InvalidValue(
-            "must be the name of a branch, with or without refs/heads/, or refs/for/BRANCH for a Gerrit server"
-        )
-    return name
-
-
-def revision(value: Any, location: Location) -> str:
-    """Check what to clone: a branch, a tag, a commit ID, or a complete ref such as `refs/pull/7/head`."""
-    return _ref(value).removeprefix("refs/heads/")
-
-
-def _ref(value: Any) -> str:
-    name = as_string(value, max_bytes=MAX_BRANCH_BYTES)
-    if INVALID_IN_BRANCH.search(name) or INVALID_IN_BRANCH.search(name.removeprefix("refs/heads/")):
-        raise InvalidValue("is not a valid branch name")
-    return name
-
-
-# --- URLs ------------------------------------------------------------------------------------------------------------
-
-
 def callback_url(value: Any, location: Location) -> str:
     """Check the URL of a callback."""
     if not isinstance(value, str) or len(value) > MAX_URL_CHARS or not is_http_url(value):
         raise InvalidValue("is not a valid URL")
     return value
-
-
-def git_repo(value: Any, location: Location, *, local: bool) -> GitUrl:
-    """Check the URL of a repository. No error repeats it, since it may contain a token.
-
-    Args:
-        local: Whether http and file URLs are allowed.
-    """
-    allowed = "must be an https or SSH URL or git@host:path" + (", or an http or file URL" if local else "")
-    try:
-        url = parse_git_url(as_string(value, max_bytes=MAX_URL_CHARS))
-    except ForbiddenInGitUrl as error:
-        raise InvalidValue(str(error)) from None
-    except InvalidGitUrl:
-        raise InvalidValue(allowed) from None
-    if not local and url.scheme in ("http", "file"):
-        raise InvalidValue(allowed)
-    return url

@@ -13,7 +13,7 @@ from typing import Any, Final
 import attrs
 
 from ccrun import ijson
-from ccrun.api import checks
+from ccrun.api import checks, git_checks
 from ccrun.api.checks import (
     MAX_ARGUMENT_BYTES,
     MAX_FIELD_ERRORS,
@@ -139,9 +139,9 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "permissionMode": checks.one_of(PERMISSION_MODES),
         "maxTurns": checks.integer(1, MAX_TURNS),
         "timeoutMinutes": checks.positive_number(defaults.max_timeout_minutes),
-        "gitRepo": functools.partial(checks.git_repo, local=defaults.backend_is_local),
-        "gitBranch": checks.revision,
-        "gitBase": checks.branch,
+        "gitRepo": functools.partial(git_checks.git_repo, local=defaults.backend_is_local),
+        "gitBranch": git_checks.revision,
+        "gitBase": git_checks.branch,
         "gitDepth": checks.integer(1, MAX_GIT_DEPTH),
         "gitSubmodules": checks.boolean,
         "sshKey": checks.text(MAX_SSH_KEY_BYTES),
@@ -267,7 +267,7 @@ _GIT_ACTION: Final = checks.object_of(
         "commit": checks.boolean,
         "commitMessage": checks.text(MAX_COMMIT_MESSAGE_BYTES),
         "push": checks.boolean,
-        "branch": checks.push_target,
+        "branch": git_checks.push_target,
         "files": checks.glob_patterns,
         "conflictStrategy": checks.one_of(("auto", "fail")),
     }

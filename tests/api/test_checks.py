@@ -7,7 +7,7 @@ import pytest
 from helpers.request import MINIMAL, errors_of, field_errors, parse
 
 from ccrun import codec, javascript_json
-from ccrun.api import checks
+from ccrun.api.git_checks import INVALID_IN_BRANCH
 from ccrun.spec import MAX_METADATA_BYTES, UploadAction
 from ccrun.task import Secret
 from ccrun.urls import parse_git_url
@@ -87,7 +87,7 @@ BRANCHES = [
 def test_branch_names_are_those_that_git_accepts(name: str) -> None:
     """The rules equal those of `git check-ref-format --branch`, which is run here."""
     git = subprocess.run(["git", "check-ref-format", "--branch", name], check=False, capture_output=True)
-    is_valid = checks.INVALID_IN_BRANCH.search(name) is None and name != ""
+    is_valid = INVALID_IN_BRANCH.search(name) is None and name != ""
 
     assert (git.returncode == 0) == is_valid
 

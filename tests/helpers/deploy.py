@@ -124,7 +124,7 @@ class Clone:
                 "HOME": str(self.directory),
                 "TMPDIR": str(self.directory / "tmp"),
                 "GCLOUD_STANDIN": str(self.file),
-                "SETTLE_SECONDS": "0",
+                "GRANT_RETRY_SECONDS": "0",
                 **environment,
             },
             cwd=self.directory,

@@ -3,7 +3,7 @@
 Each service has a directory with a locked PID file and an empty file for each task that it has queued or is running. The kernel
 releases the lock when the service exits for any reason, and its tasks then count as not launched.
 
-If the directory cannot be used, for example on a full disk, nothing fails: a worker may then start for nothing, which is harmless.
+If the directory cannot be used, for example on a full disk, no task fails: at worst, a worker starts for nothing.
 """
 
 from __future__ import annotations
