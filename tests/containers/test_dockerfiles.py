@@ -57,7 +57,9 @@ def test_each_copy_finds_its_sources(stages: list[dockerfile.Stage]) -> None:
 
 def test_the_build_context_has_only_copied_files() -> None:
     """The build context has the tracked files that a COPY names, and no others."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     copied = {
         source.rstrip("/")
         for stage in (*API, *WORKER)
