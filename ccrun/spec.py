@@ -5,6 +5,7 @@ Values only, as in `ccrun.task`: nothing here reads the clock, the environment o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
@@ -25,6 +26,13 @@ DEFAULT_TIMEOUT_MINUTES: Final = 55.0
 DEFAULT_GIT_DEPTH: Final = 1
 DEFAULT_GIT_BRANCH: Final = "main"
 
+#: Tokens. No model has a larger output, and the CLI lowers a value above the maximum of the model.
+MAX_OUTPUT_TOKENS: Final = 1_000_000
+#: The smallest thinking budget that the model API accepts.
+MIN_THINKING_TOKENS: Final = 1024
+
+#: From `claude --help` of version 2.1.
+EFFORT_LEVELS: Final = ("low", "medium", "high", "xhigh", "max")
 #: From `claude --help` of version 2.1; `default` is its older name for `manual`.
 PERMISSION_MODES: Final = ("acceptEdits", "auto", "bypassPermissions", "default", "dontAsk", "manual", "plan")
 
@@ -33,20 +41,43 @@ def is_reserved_variable(name: str) -> bool:
     """Return whether ccrun sets this environment variable of the agent, so that a request may not.
 
     These variables decide where the CLI sends its requests and with which credential, where it stores its files, and how the
-    processes of a task are found. A request may set all others: it can make the agent run any code anyway.
+    processes of a task are found. A request may set all others, such as `CLAUDE_CODE_MAX_OUTPUT_TOKENS`: it can make the agent
+    run any code anyway.
     """
-    return name.startswith(_RESERVED_PREFIXES) or name in _RESERVED_VARIABLES
+    return (
+        name.startswith(("ANTHROPIC_", "CCRUN_")) or name in _RESERVED_VARIABLES or bool(_CLI_ROUTING.fullmatch(name))
+    )
 
 
-_RESERVED_PREFIXES: Final = ("ANTHROPIC_", "CLAUDE_", "CCRUN_")
+def is_merged_variable(name: str) -> bool:
+    """Return whether ccrun merges this variable of `environmentSecrets` with its own value. No other source may set it."""
+    return name in ("NO_PROXY", "no_proxy")
+
+
 _RESERVED_VARIABLES: Final = frozenset(
-    {"CLAUDECODE", "DISABLE_AUTOUPDATER", "HOME", "IS_SANDBOX", "TERM", "TMPDIR", "XDG_RUNTIME_DIR"}
+    {
+        "CLAUDECODE",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+        "CLAUDE_CONFIG_DIR",
+        "DISABLE_AUTOUPDATER",
+        "HOME",
+        "IS_SANDBOX",
+        "TERM",
+        "TMPDIR",
+        "XDG_RUNTIME_DIR",
+    }
+)
+#: The CLI has more than a thousand variables. Those that have one of these words in their names choose a server, a credential or
+#: a socket, or are set by a program that has started the CLI.
+_CLI_ROUTING: Final = re.compile(
+    r"CLAUDE_CODE_USE_\w+|CLAUDE_(?:\w+_)?(?:API|AUTH|BASE|BG|BRIDGE|CCR|CLIENT|CREDENTIALS?|DESCRIPTOR|ENTRYPOINT|FD|GATEWAY|HOST|"
+    r"KEY|OAUTH|PROVIDER|PROXY|REMOTE|RUNNER|SECRET|SOCK|SOCKET|TMPDIR|TOKEN|URL|WORKER)(?:_\w+)?"
 )
 
 
 @attrs.frozen(kw_only=True)
 class ConfigFile:
-    """A slash command or a subagent: front matter and body of one Markdown file."""
+    """A text file for the CLI, such as a slash command. Only a Markdown file has front matter."""
 
     frontmatter: Mapping[str, Any] = attrs.field(factory=dict)
     content: str
@@ -114,6 +145,14 @@ class TaskSpec:
     append_system_prompt: str | None = attrs.field(default=None, repr=False)
     model: str | None = None
     fallback_model: str | None = None
+    #: The model for small tasks of the CLI, which is also its alias `haiku`.
+    small_model: str | None = None
+    effort: str | None = None
+    #: 0 for none.
+    max_thinking_tokens: int | None = None
+    max_output_tokens: int | None = None
+    #: Settings of the CLI, in the form of its `settings.json`.
+    settings: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
     allowed_tools: tuple[str, ...] = ()
     disallowed_tools: tuple[str, ...] = ()
     permission_mode: str | None = None
@@ -134,10 +173,25 @@ class TaskSpec:
     #: Whether the task fails unless all of its MCP servers are connected.
     require_mcp: bool = False
     slash_commands: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
+    #: By path, whose first part is the name of the skill.
+    skills: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
+    #: By path, whose first part is the name of the plugin.
+    plugins: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
     subagents: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
     cwd_relative: str = "."
     metadata: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
     post_execution_actions: PostRunActions = attrs.field(factory=PostRunActions)
+
+    @property
+    def option_variables(self) -> dict[str, str]:
+        """The variables by which the CLI gets those options that its arguments do not have, or do not have reliably."""
+        options = {
+            "ANTHROPIC_DEFAULT_HAIKU_MODEL": self.small_model,
+            "CLAUDE_CODE_EFFORT_LEVEL": self.effort,
+            "CLAUDE_CODE_MAX_OUTPUT_TOKENS": self.max_output_tokens,
+            "MAX_THINKING_TOKENS": self.max_thinking_tokens,
+        }
+        return {name: str(value) for name, value in options.items() if value is not None}
 
     @property
     def secrets(self) -> tuple[Secret, ...]:

@@ -6,19 +6,17 @@ Validates only the form of values. Resolves no host name, opens no file and call
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
 
 from ccrun import ijson
-from ccrun.api import checks, git_checks
+from ccrun.api import checks, git_checks, options
 from ccrun.api.checks import (
     MAX_ARGUMENT_BYTES,
     MAX_FIELD_ERRORS,
     MAX_LIST_ITEMS,
-    MAX_NAME_CHARS,
     Check,
     InvalidValue,
     Location,
@@ -28,23 +26,18 @@ from ccrun.codec import spec_from_values
 from ccrun.errors import FieldError, InvalidRequest
 from ccrun.spec import (
     DEFAULT_TIMEOUT_MINUTES,
+    EFFORT_LEVELS,
+    MAX_OUTPUT_TOKENS,
     MAX_PROMPT_BYTES,
     MAX_TURNS,
     PERMISSION_MODES,
     TaskSpec,
-    is_reserved_variable,
 )
 from ccrun.task import TaskId, TaskType
 
-#: All secrets together. Arguments and environment share 2 MiB under the usual stack limit of 8 MiB (execve(2)).
-MAX_ENVIRONMENT_BYTES: Final = 512 * 1024
-MAX_ENVIRONMENT_SECRETS: Final = 256
 #: An RSA key of 16384 bits has 12.5 KB in PEM form.
 MAX_SSH_KEY_BYTES: Final = 32 * 1024
 MAX_COMMANDS: Final = 64
-#: Files in `slashCommands`, and in `subagents`.
-MAX_CONFIG_FILES: Final = 128
-MAX_CONFIG_FILE_BYTES: Final = 256 * 1024
 MAX_MCP_CONFIG_BYTES: Final = 256 * 1024
 MAX_COMMIT_MESSAGE_BYTES: Final = 64 * 1024
 #: The depth that git treats as unlimited (git-clone(1), `--depth`).
@@ -100,6 +93,10 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
         location.field("gitRepo").add_error("gitRepo is required for postExecutionActions.git.push")
     if not errors and "gitBase" in given and "gitRepo" not in given:
         location.field("gitBase").add_error("gitBase needs gitRepo: it is a branch of that repository")
+    if not errors and given.get("maxThinkingTokens", 0) >= given.get("maxOutputTokens", MAX_OUTPUT_TOKENS + 1):
+        location.field("maxThinkingTokens").add_error(
+            "maxThinkingTokens must be less than maxOutputTokens, which includes it"
+        )
     if not errors and given.get("requireMcp") and not _may_have_mcp_servers(given):
         location.field("requireMcp").add_error(
             "requireMcp needs MCP servers: give mcpConfig, or gitRepo without strictMcpConfig"
@@ -110,7 +107,7 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     if "anthropicApiKey" in given:
         given.pop("anthropicOAuthToken", None)
     given.pop("useNamedPipe", None)
-    return spec_from_values(
+    spec = spec_from_values(
         {
             "taskId": task_id,
             "timeoutMinutes": min(DEFAULT_TIMEOUT_MINUTES, defaults.max_timeout_minutes),
@@ -120,6 +117,10 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
             "type": task_type,
         }
     )
+    _check_option_variables(spec, location)
+    if errors:
+        raise InvalidRequest(errors)
+    return spec
 
 
 def request_fields(defaults: Defaults) -> Mapping[str, Check]:
@@ -134,6 +135,11 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "appendSystemPrompt": checks.text(MAX_PROMPT_BYTES),
         "model": checks.model,
         "fallbackModel": checks.model,
+        "smallModel": checks.model,
+        "effort": checks.one_of(EFFORT_LEVELS),
+        "maxThinkingTokens": options.thinking_tokens,
+        "maxOutputTokens": checks.integer(1, MAX_OUTPUT_TOKENS),
+        "settings": options.settings,
         "allowedTools": checks.string_list(checks.tool, max_bytes=MAX_ARGUMENT_BYTES),
         "disallowedTools": checks.string_list(checks.tool, max_bytes=MAX_ARGUMENT_BYTES),
         "permissionMode": checks.one_of(PERMISSION_MODES),
@@ -146,13 +152,15 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "gitSubmodules": checks.boolean,
         "sshKey": checks.text(MAX_SSH_KEY_BYTES),
         "gitToken": checks.credential,
-        "environmentSecrets": _environment,
+        "environmentSecrets": options.variables,
         "preExecutionCommands": checks.string_list(checks.text(MAX_ARGUMENT_BYTES), max_items=MAX_COMMANDS),
         "mcpConfig": _mcp_config,
         "strictMcpConfig": checks.boolean,
         "requireMcp": checks.boolean,
-        "slashCommands": _config_files,
-        "subagents": _config_files,
+        "slashCommands": options.slash_commands,
+        "subagents": options.subagents,
+        "skills": options.skills,
+        "plugins": options.plugins,
         "cwdRelative": checks.relative_path,
         "useNamedPipe": checks.boolean,
         "metadata": checks.metadata,
@@ -181,26 +189,18 @@ def _may_have_mcp_servers(given: Mapping[str, Any]) -> bool:
     return bool(own) or ("gitRepo" in given and not given.get("strictMcpConfig"))
 
 
+def _check_option_variables(spec: TaskSpec, location: Location) -> None:
+    """Add an error for each variable that a field of the request sets and that the request sets itself as well."""
+    for field, variables in (
+        (location.field("environmentSecrets"), spec.environment_secrets),
+        (location.field("settings").field("env"), (spec.settings or {}).get("env", {})),
+    ):
+        for name in sorted(spec.option_variables.keys() & variables.keys()):
+            variable = field.field(name)
+            variable.add_error(f"{variable.path} and a field of the request set the same option: give only one of them")
+
+
 # --- objects inside the body -----------------------------------------------------------------------------------------
-
-
-def _environment(value: Any, location: Location) -> dict[str, Any]:
-    secrets = {
-        name: run_check(functools.partial(_variable, name), secret, location.field(name))
-        for name, secret in checks.as_object(value, max_entries=MAX_ENVIRONMENT_SECRETS).items()
-    }
-    size = sum(len(name) + len(secret.encode()) + 2 for name, secret in secrets.items() if secret is not None)
-    if size > MAX_ENVIRONMENT_BYTES:
-        raise InvalidValue(f"must have at most {MAX_ENVIRONMENT_BYTES} bytes in total")
-    return secrets
-
-
-def _variable(name: str, value: Any, location: Location) -> str:
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
-        raise InvalidValue("is not a valid variable name: use letters, digits and underscores, and no digit first")
-    if is_reserved_variable(name):
-        raise InvalidValue("is reserved: the service itself sets this variable")
-    return checks.as_string(value, max_bytes=MAX_ARGUMENT_BYTES - len(name) - 1)
 
 
 def _mcp_config(value: Any, location: Location) -> dict[str, Any]:
@@ -229,24 +229,6 @@ def _mcp_server(value: Any, location: Location) -> dict[str, Any]:
     return server
 
 
-def _config_files(value: Any, location: Location) -> dict[str, Any]:
-    return {
-        name: run_check(functools.partial(_config_file, name), file, location.field(name))
-        for name, file in checks.as_object(value, max_entries=MAX_CONFIG_FILES).items()
-    }
-
-
-def _config_file(name: str, value: Any, location: Location) -> Any:
-    if re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME_CHARS - 1}}}", name) is None:
-        raise InvalidValue(
-            f"is not a valid file name: use at most {MAX_NAME_CHARS} letters, digits, `_`, `.` and `-`, "
-            "and a letter or digit first"
-        )
-    given = _CONFIG_FILE(value, location)
-    location.require("content", given)
-    return given
-
-
 def _upload_action(value: Any, location: Location) -> dict[str, Any]:
     """Check the uploads, and rename the second spelling of the patterns."""
     given: dict[str, Any] = _UPLOAD_ACTION(value, location)
@@ -259,9 +241,6 @@ def _upload_action(value: Any, location: Location) -> dict[str, Any]:
     return given
 
 
-_CONFIG_FILE: Final = checks.object_of(
-    {"frontmatter": checks.any_object(MAX_CONFIG_FILE_BYTES), "content": checks.text(MAX_CONFIG_FILE_BYTES)}
-)
 _GIT_ACTION: Final = checks.object_of(
     {
         "commit": checks.boolean,

@@ -58,7 +58,7 @@ async def run_agent(
     """
     cli, directory = await asyncio.to_thread(lambda: (deps.cli(), workspace.start_directory(spec.cwd_relative)))
     async with spawn(
-        claude.argv(spec, cli=cli, files=option_files),
+        claude.argv(spec, cli=cli, files=option_files, config=workspace.config),
         env=session.environment,
         cwd=directory,
         stdin=spec.prompt.encode(),

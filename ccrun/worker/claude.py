@@ -40,7 +40,7 @@ def environment(
     Args:
         inherited: The environment of the worker.
         home: HOME of the agent.
-        config: The configuration directory of the CLI, with the task's `commands` and `agents`.
+        config: The configuration directory of the CLI, with the `config_files` of the task.
         temporary: TMPDIR, at most `MAX_TEMPORARY_PATH_BYTES` long so that the CLI puts all its files there.
         base_url: The URL of the proxy.
         run_token: The token for the proxy.
@@ -74,6 +74,8 @@ def environment(
     }
 
 
+#: The variables by which the CLI gets the run token.
+CREDENTIAL_VARIABLES: Final = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
 #: The variables that decide where the CLI sends its requests and with which credential.
 _PINNED_VARIABLES: Final = (
     "ANTHROPIC_API_KEY",
@@ -95,8 +97,10 @@ def option_files(spec: TaskSpec, environment: Mapping[str, str]) -> dict[str, by
     (arguments are visible in the process list).
     """
     # Settings of a repository may set variables and override the environment; those that an option names override both.
-    settings = {"apiKeyHelper": "", "env": {name: environment.get(name, "") for name in _PINNED_VARIABLES}}
-    files = {"settings": json.dumps(settings).encode()}
+    given = spec.settings or {}
+    pinned = {name: environment.get(name, "") for name in _PINNED_VARIABLES}
+    variables = {**given.get("env", {}), **spec.option_variables, **pinned}
+    files = {"settings": json.dumps({**given, "apiKeyHelper": "", "env": variables}).encode()}
     if spec.system_prompt is not None:
         files["system-prompt-file"] = spec.system_prompt.encode()
     if spec.append_system_prompt is not None:
@@ -110,6 +114,31 @@ def option_files(spec: TaskSpec, environment: Mapping[str, str]) -> dict[str, by
     return files
 
 
+#: Directories below CLAUDE_CONFIG_DIR that the CLI itself does not use.
+PLUGINS_DIRECTORY: Final = "task-plugins"
+SETTINGS_CHECK_DIRECTORY: Final = "settings-check"
+
+
+def config_files(spec: TaskSpec) -> dict[str, ConfigFile]:
+    """Return the files in CLAUDE_CONFIG_DIR, by path. Those of a repository with the same name are not used."""
+    files = {f"commands/{name}.md": file for name, file in spec.slash_commands.items()}
+    files |= {f"skills/{path}": file for path, file in spec.skills.items()}
+    files |= {f"{PLUGINS_DIRECTORY}/{path}": file for path, file in spec.plugins.items()}
+    if spec.settings is not None:
+        files[f"{SETTINGS_CHECK_DIRECTORY}/settings.json"] = ConfigFile(content=json.dumps(spec.settings))
+    return files
+
+
+def settings_errors(printed: str) -> list[str]:
+    """Return the invalid settings in the output of `claude doctor`, one sentence each, without the path of the file.
+
+    The CLI silently ignores a file with an invalid setting, with those of ccrun in it.
+    """
+    _, _, section = printed.partition("\nInvalid settings\n")
+    lines = section.partition("\n\n")[0].splitlines()
+    return [line.rpartition(" \u203a ")[2].removeprefix("- ") for line in lines]
+
+
 def _agent(name: str, file: ConfigFile) -> dict[str, Any]:
     """Return a subagent for `--agents`, which needs lists where front matter has `Read, Grep`."""
     agent = {key: value for key, value in file.frontmatter.items() if key != "name" and value is not None}
@@ -119,7 +148,7 @@ def _agent(name: str, file: ConfigFile) -> dict[str, Any]:
     return {"description": f"The subagent {name}.", **agent, "prompt": file.content}
 
 
-def argv(spec: TaskSpec, *, cli: Path, files: Mapping[str, Path]) -> list[str]:
+def argv(spec: TaskSpec, *, cli: Path, files: Mapping[str, Path], config: Path) -> list[str]:
     """Return the command. The prompt is not in it, since it goes to stdin.
 
     `=` joins each value to its option, so that no value is read as an option. Each tool has its own option, since the CLI
@@ -127,8 +156,10 @@ def argv(spec: TaskSpec, *, cli: Path, files: Mapping[str, Path]) -> list[str]:
 
     Args:
         files: The paths of the `option_files`, by option.
+        config: The configuration directory of the CLI, with the `config_files`.
     """
     single = {"model": spec.model, "fallback-model": spec.fallback_model, "permission-mode": spec.permission_mode}
+    plugins = dict.fromkeys(path.partition("/")[0] for path in spec.plugins)
     return [
         str(cli),
         "-p",
@@ -140,5 +171,6 @@ def argv(spec: TaskSpec, *, cli: Path, files: Mapping[str, Path]) -> list[str]:
         *(f"--allowedTools={tool}" for tool in spec.allowed_tools),
         *(f"--disallowedTools={tool}" for tool in spec.disallowed_tools),
         *(f"--{option}={path}" for option, path in files.items()),
+        *(f"--plugin-dir={config / PLUGINS_DIRECTORY / name}" for name in plugins),
         *(("--strict-mcp-config",) if spec.strict_mcp_config else ()),
     ]

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from ccrun.errors import CcrunError
+from ccrun.process.capture import capture
 from ccrun.process.child import spawn
+from ccrun.spec import TaskSpec
 from ccrun.task import Secret
-from ccrun.worker import dotenv
+from ccrun.worker import claude, dotenv
 from ccrun.worker.git.changes import DOTENV
 from ccrun.worker.git.checkout import Checkout
 from ccrun.worker.git.run import SYSTEM_PATH, Git
@@ -22,6 +24,12 @@ from ccrun.worker.workspace import Workspace
 
 #: Bytes at the end of a command's output that its error shows.
 TAIL_BYTES: Final = 1000
+#: Seconds in which the CLI checks settings. It takes about one.
+SETTINGS_CHECK_SECONDS: Final = 60.0
+#: Bytes that the CLI prints about settings: a line for each invalid one.
+MAX_SETTINGS_CHECK_BYTES: Final = 1024 * 1024
+#: Characters of an error about settings, which becomes part of the record.
+MAX_SETTINGS_ERROR_CHARS: Final = 1000
 #: Bytes of a `.env` of the repository that are preserved at most.
 MAX_DOTENV_BYTES: Final = 1024 * 1024
 
@@ -109,6 +117,46 @@ def _exclude(info: Path) -> None:
     info.mkdir(exist_ok=True)
     with (info / "exclude").open("a", encoding="utf-8") as file:
         file.write(f"/{DOTENV}\n")
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+async def check_settings(
+    spec: TaskSpec, workspace: Workspace, *, cli: Callable[[], Path], environment: Mapping[str, str]
+) -> None:
+    """Let the CLI check the settings of the request.
+
+    Args:
+        cli: Returns the path of the CLI.
+        environment: The environment variables of the agent.
+
+    Raises:
+        PreparationFailed: A setting is not valid, or they could not be checked.
+    """
+    if spec.settings is None:
+        return
+    directory = workspace.config / claude.SETTINGS_CHECK_DIRECTORY
+    # Without its credential the CLI sends no request.
+    variables = {name: value for name, value in environment.items() if name not in claude.CREDENTIAL_VARIABLES}
+    try:
+        ran = await capture(
+            [str(await asyncio.to_thread(cli)), "doctor"],
+            env={**variables, "CLAUDE_CONFIG_DIR": str(directory)},
+            cwd=directory,
+            user=workspace.agent,
+            seconds=SETTINGS_CHECK_SECONDS,
+            max_bytes=MAX_SETTINGS_CHECK_BYTES,
+        )
+    except CcrunError as error:
+        raise PreparationFailed(f"The Claude CLI could not check settings: {error.message}") from error
+    if not ran.exit.ok:
+        raise PreparationFailed("The Claude CLI could not check settings: `claude doctor` failed.")
+    errors = claude.settings_errors(ran.stdout.decode(errors="replace"))
+    if errors:
+        raise PreparationFailed(
+            f"settings is not valid for the Claude CLI: {'; '.join(errors)}."[:MAX_SETTINGS_ERROR_CHARS]
+        )
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ccrun.worker.git.checkout import Checkout, check_out
 from ccrun.worker.log_writer import LogIncomplete, LogWriter
 from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
-from ccrun.worker.preparation import command_files, prepare_dotenv, run_commands
+from ccrun.worker.preparation import check_settings, command_files, prepare_dotenv, run_commands
 from ccrun.worker.proxy import CredentialKind, CredentialProxy
 from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, StopRequested, stopped_outcome
@@ -189,11 +189,12 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
             await stop.run(prepare_dotenv(spec.environment_secrets, workspace, checkout, log_line=log_line))
             option_files = await write_inputs(
                 workspace,
-                slash_commands=spec.slash_commands,
+                config_files=claude.config_files(spec),
                 option_files=claude.option_files(spec, environment),
                 command_files=command_files(spec.pre_execution_commands),
             )
             await chown_to_agent(workspace)
+            await stop.run(check_settings(spec, workspace, cli=deps.cli, environment=environment))
             await stop.run(
                 run_commands(
                     spec.pre_execution_commands,

@@ -140,20 +140,21 @@ def _chown(root: Path, agent: User) -> None:
 async def write_inputs(
     workspace: Workspace,
     *,
-    slash_commands: Mapping[str, ConfigFile],
+    config_files: Mapping[str, ConfigFile],
     option_files: Mapping[str, bytes],
     command_files: Mapping[str, bytes],
 ) -> dict[str, Path]:
     """Write what the request gives the CLI, and return the paths of the option files by option.
 
     Args:
+        config_files: The files in the configuration directory of the CLI, by path.
         option_files: The contents of files for options of the CLI, by option.
         command_files: The contents of the scripts of the commands before the agent, by file name.
 
     Raises:
         WorkspaceError: A file cannot be written.
     """
-    return await asyncio.to_thread(_write_inputs, workspace, slash_commands, option_files, command_files)
+    return await asyncio.to_thread(_write_inputs, workspace, config_files, option_files, command_files)
 
 
 def _make(task_id: TaskId) -> Workspace:
@@ -185,14 +186,17 @@ def _make(task_id: TaskId) -> Workspace:
 
 def _write_inputs(
     workspace: Workspace,
-    slash_commands: Mapping[str, ConfigFile],
+    config_files: Mapping[str, ConfigFile],
     option_files: Mapping[str, bytes],
     command_files: Mapping[str, bytes],
 ) -> dict[str, Path]:
     try:
-        (workspace.config / "commands").mkdir(mode=0o700)
-        for name, file in slash_commands.items():
-            (workspace.config / "commands" / f"{name}.md").write_text(_markdown(file), encoding="utf-8")
+        for name, file in config_files.items():
+            path = workspace.config / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(_text(file), encoding="utf-8")
+            if file.content.startswith("#!"):
+                path.chmod(0o700)
         for name, content in (*option_files.items(), *command_files.items()):
             (workspace.inputs / name).write_bytes(content)
     except OSError as error:
@@ -200,7 +204,7 @@ def _write_inputs(
     return {option: workspace.inputs / option for option in option_files}
 
 
-def _markdown(file: ConfigFile) -> str:
+def _text(file: ConfigFile) -> str:
     if not file.frontmatter:
         return file.content
     # Few tasks need it, and it takes a tenth of the time in which a worker is loaded.

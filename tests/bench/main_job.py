@@ -71,7 +71,7 @@ async def run_bare(model: ScriptedModel, directory: Path) -> Bare:
         is_root=os.geteuid() == 0,
         marker="bare",
     )
-    argv = claude.argv(spec, cli=find_cli(None, ""), files={})
+    argv = claude.argv(spec, cli=find_cli(None, ""), files={}, config=workspace["config"])
     started = time.monotonic()
     first_line = 0.0
     async with spawn(argv, env=environment, cwd=workspace["work"], stdin=spec.prompt.encode()) as child:

@@ -143,10 +143,46 @@ def test_secrets_cannot_override_variables_of_ccrun() -> None:
     assert changed == {**agent_environment(task(), is_oauth=True, is_root=True), **merged, "LANG": "secret"}
 
 
-@pytest.mark.parametrize("name", ["DATABASE_URL", "PATH", "LD_LIBRARY_PATH", "GITHUB_TOKEN", "NODE_OPTIONS", "MY_HOME"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DATABASE_URL",
+        "PATH",
+        "LD_LIBRARY_PATH",
+        "GITHUB_TOKEN",
+        "NODE_OPTIONS",
+        "MY_HOME",
+        "MAX_THINKING_TOKENS",
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
+        "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS",
+        "CLAUDE_BASH_MAINTAIN_PROJECT_WORKING_DIR",
+    ],
+)
 def test_other_variables_are_not_reserved(name: str) -> None:
     """A secret may set any variable that does not affect the CLI's requests, its directories or its permissions."""
     assert not is_reserved_variable(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ANTHROPIC_BASE_URL",
+        "CCRUN_X",
+        "CLAUDE_CODE_USE_VERTEX",
+        "CLAUDE_CODE_OAUTH_TOKEN",
+        "CLAUDE_CODE_API_BASE_URL",
+        "CLAUDE_CODE_SESSION_ACCESS_TOKEN",
+        "CLAUDE_CODE_SKIP_BEDROCK_AUTH",
+        "CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST",
+        "CLAUDE_CODE_CLIENT_CERT",
+        "CLAUDE_BRIDGE_BASE_URL",
+        "CLAUDE_CODE_TMPDIR",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+    ],
+)
+def test_variables_that_route_the_cli_are_reserved(name: str) -> None:
+    """A request may not choose the CLI's server, credential, directories or parent program by a variable."""
+    assert is_reserved_variable(name)
 
 
 def test_environment_with_an_oauth_token_as_root() -> None:
@@ -163,7 +199,7 @@ def test_environment_with_an_oauth_token_as_root() -> None:
 def test_default_arguments() -> None:
     """The CLI never asks for a permission, and the number of turns is limited."""
     command = ["/bin/claude", "-p", "--verbose", "--output-format=stream-json", "--permission-prompts=none"]
-    assert argv(task(), cli=Path("/bin/claude"), files={}) == [*command, "--max-turns=6"]
+    assert argv(task(), cli=Path("/bin/claude"), files={}, config=Path("/c")) == [*command, "--max-turns=6"]
 
 
 def test_values_are_joined_to_their_options() -> None:
@@ -176,8 +212,10 @@ def test_values_are_joined_to_their_options() -> None:
         allowed_tools=("Bash(git log:*, -n)", "--dangerously-skip-permissions"),
         disallowed_tools=("WebFetch",),
         strict_mcp_config=True,
+        plugins={"a/commands/x.md": ConfigFile(content=""), "a/skills/y/SKILL.md": ConfigFile(content="")},
     )
-    assert argv(spec, cli=Path("claude"), files={"mcp-config": Path("/f/mcp-config")})[5:] == [
+    command = argv(spec, cli=Path("claude"), files={"mcp-config": Path("/f/mcp-config")}, config=Path("/c"))
+    assert command[5:] == [
         "--max-turns=3",
         "--model=--danger",
         "--fallback-model=haiku",
@@ -186,6 +224,7 @@ def test_values_are_joined_to_their_options() -> None:
         "--allowedTools=--dangerously-skip-permissions",
         "--disallowedTools=WebFetch",
         "--mcp-config=/f/mcp-config",
+        "--plugin-dir=/c/task-plugins/a",
         "--strict-mcp-config",
     ]
 
@@ -202,7 +241,18 @@ def test_arguments_contain_nothing_confidential() -> None:
         anthropic_api_key=Secret("word-9"),
     )
     files = {option: Path("/f", option) for option in option_files(spec, agent_environment(spec))}
-    assert "word" not in " ".join(argv(spec, cli=Path("claude"), files=files)).lower()
+    assert "word" not in " ".join(argv(spec, cli=Path("claude"), files=files, config=Path("/c"))).lower()
+
+
+def test_settings_of_the_request_do_not_override_those_of_ccrun() -> None:
+    """Settings and options of the request are added to the settings of ccrun, and an option overrides a setting."""
+    given = {"apiKeyHelper": "x", "hooks": {}, "env": {"A": "b", "ANTHROPIC_BASE_URL": "x", "MAX_THINKING_TOKENS": "1"}}
+    plain = json.loads(option_files(task(), agent_environment(task()))["settings"])
+    spec = task(settings=given, max_thinking_tokens=0, small_model="tiny")
+    options = {"A": "b", "MAX_THINKING_TOKENS": "0", "ANTHROPIC_DEFAULT_HAIKU_MODEL": "tiny"}
+    assert {**plain, "hooks": {}, "env": {**plain["env"], **options}} == json.loads(
+        option_files(spec, agent_environment(spec))["settings"]
+    )
 
 
 def test_subagents_are_converted_for_the_agents_option() -> None:
@@ -557,7 +607,7 @@ def run_cli(task_dir: Path) -> Callable[..., Any]:
             for option, content in option_files(spec, variables).items():
                 files[option] = task_dir / "inputs" / option
                 files[option].write_bytes(content)
-            command = argv(spec, cli=cli, files=files)
+            command = argv(spec, cli=cli, files=files, config=task_dir / "config")
             async with spawn(command, env=variables, cwd=task_dir / "work", stdin=spec.prompt.encode()) as child:
                 async for line in child.lines():
                     transcript.feed(line)

@@ -215,16 +215,26 @@ def test_start_directory_elsewhere_is_an_error(workspace: Workspace, relative: s
 async def test_slash_commands_are_files_for_the_cli(workspace: Workspace) -> None:
     """A slash command is a file in the configuration directory of the CLI."""
     await write_inputs(
-        workspace, slash_commands={"deploy": ConfigFile(content="Deploy it.\n")}, command_files={}, option_files={}
+        workspace,
+        config_files={"commands/deploy.md": ConfigFile(content="Deploy it.\n")},
+        command_files={},
+        option_files={},
     )
     assert (workspace.config / "commands" / "deploy.md").read_bytes() == b"Deploy it.\n"
+
+
+async def test_scripts_are_executable(workspace: Workspace) -> None:
+    """A file that begins with `#!` can be run; other files cannot."""
+    files = {"skills/a/run.sh": ConfigFile(content="#!/bin/sh\n"), "skills/a/SKILL.md": ConfigFile(content="x")}
+    await write_inputs(workspace, config_files=files, command_files={}, option_files={})
+    assert [True, False] == [os.access(workspace.config / path, os.X_OK) for path in files]
 
 
 async def test_option_files_are_written(workspace: Workspace) -> None:
     """The files have the exact contents and are outside the repository."""
     files = await write_inputs(
         workspace,
-        slash_commands={},
+        config_files={},
         command_files={},
         option_files={"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"},
     )
@@ -256,11 +266,11 @@ async def test_front_matter_is_preserved(temporary: Path, fields: dict[str, obje
     workspace.config.mkdir()
     await write_inputs(
         workspace,
-        slash_commands={"c": ConfigFile(frontmatter=fields, content=content)},
+        config_files={"c.md": ConfigFile(frontmatter=fields, content=content)},
         command_files={},
         option_files={},
     )
-    post = frontmatter.loads((workspace.config / "commands" / "c.md").read_text(encoding="utf-8"))
+    post = frontmatter.loads((workspace.config / "c.md").read_text(encoding="utf-8"))
     assert (fields, content) == (post.metadata, post.content)
 
 
@@ -268,7 +278,7 @@ async def test_error_when_the_configuration_cannot_be_written(workspace: Workspa
     """The error for a name that is too long for the file system does not contain the path."""
     with pytest.raises(WorkspaceError, match=r"^The CLI's configuration cannot be written: File name too long\.$"):
         await write_inputs(
-            workspace, slash_commands={"x" * 300: ConfigFile(content="")}, command_files={}, option_files={}
+            workspace, config_files={"x" * 300: ConfigFile(content="")}, command_files={}, option_files={}
         )
 
 
