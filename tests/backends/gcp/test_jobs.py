@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import attrs
 import pytest
 from google.cloud import run_v2
 from grpc import ChannelConnectivity, StatusCode
@@ -25,14 +26,19 @@ from ccrun.jobs import ExecutionState
 from ccrun.task import TaskId
 
 TASK = TaskId("task-a")
+#: No call of a loaded machine reaches these timeouts.
 POLICY = LaunchPolicy(
-    connect_seconds=0.5,
-    launch_seconds=0.5,
-    attempt_seconds=0.3,
+    connect_seconds=20.0,
+    launch_seconds=20.0,
+    attempt_seconds=20.0,
     attempts=3,
-    total_seconds=2.0,
+    total_seconds=60.0,
     first_delay_seconds=0.001,
 )
+#: For tests whose calls get no response.
+SHORT_LAUNCHES = attrs.evolve(POLICY, connect_seconds=0.5, launch_seconds=0.5)
+SHORT_CALLS = attrs.evolve(POLICY, attempt_seconds=0.5, listing_seconds=2.0, total_seconds=2.0)
+MANY_SHORT_CALLS = attrs.evolve(POLICY, attempt_seconds=0.5, attempts=100)
 
 #: Writes its environment into a file. Then it sleeps, ignores SIGTERM and sleeps, or exits with a code.
 WORKER = """
@@ -57,6 +63,7 @@ class Containers:
         self,
         behaviour: str = "sleep",
         *,
+        policy: LaunchPolicy = POLICY,
         launch_seconds: float = 0.0,
         task_timeout_seconds: float = 3600.0,
         term_grace_seconds: float = 10.0,
@@ -65,6 +72,7 @@ class Containers:
 
         Args:
             behaviour: What the container does: `sleep`, `ignore-sigterm`, or the number of an exit code.
+            policy: The policy of the adapter.
             launch_seconds: See `CloudRun`, as for the other arguments.
             task_timeout_seconds: See `CloudRun`.
             term_grace_seconds: See `CloudRun`.
@@ -77,7 +85,7 @@ class Containers:
                 task_timeout_seconds=task_timeout_seconds,
                 term_grace_seconds=term_grace_seconds,
             ) as server,
-            open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=server.host, policy=POLICY) as jobs,
+            open_cloud_run(project=PROJECT, region=REGION, job=JOB, emulator=server.host, policy=policy) as jobs,
         ):
             yield server, jobs
 
@@ -169,9 +177,9 @@ async def test_rejected_launch_is_retried(containers: Containers, code: StatusCo
 )
 async def test_uncertain_launch_is_not_retried(containers: Containers, fault: Fault) -> None:
     """If the response is lost, the launch fails within its timeout and starts no second execution."""
-    async with containers.run() as (server, jobs):
+    async with containers.run(policy=SHORT_LAUNCHES if fault == HANG else POLICY) as (server, jobs):
         server.fail("RunJob", fault)
-        async with asyncio.timeout(POLICY.launch_seconds + 2):
+        async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(LaunchFailed, match="Cloud Run did not confirm that it started the job"):
                 await jobs.launch(TASK)
         assert (1, int(fault.reset == "after")) == (server.calls["RunJob"], len(server.executions))
@@ -224,7 +232,7 @@ async def test_missing_job_is_named(containers: Containers) -> None:
 
 async def test_unreachable_service_is_busy(containers: Containers) -> None:
     """Without a connection the launch certainly had no effect, so the caller is asked to retry."""
-    async with containers.run() as (server, jobs):
+    async with containers.run(policy=SHORT_LAUNCHES) as (server, jobs):
         await server.__aexit__()
         with pytest.raises(Busy, match="Cloud Run cannot be reached"):
             await jobs.launch(TASK)
@@ -322,7 +330,7 @@ async def test_running_execution_of_a_task_counts_more(containers: Containers) -
 @pytest.mark.parametrize("fault", [Fault(code=StatusCode.PERMISSION_DENIED), HANG], ids=str)
 async def test_failed_listing_makes_all_unreachable(containers: Containers, fault: Fault) -> None:
     """If Cloud Run does not list the executions, no task counts as not launched."""
-    async with containers.run() as (server, jobs):
+    async with containers.run(policy=SHORT_CALLS) as (server, jobs):
         server.fail("ListExecutions", fault, times=9)
         assert {TASK: ExecutionState.UNREACHABLE} == await jobs.launched_states([TASK])
 
@@ -347,7 +355,7 @@ async def test_execution_is_found_by_its_full_name(containers: Containers) -> No
 )
 async def test_transient_fault_is_retried(containers: Containers, fault: Fault) -> None:
     """`state` and `cancel` are retried after transient statuses, resets and timeouts."""
-    async with containers.run() as (server, jobs):
+    async with containers.run(policy=MANY_SHORT_CALLS if fault == HANG else POLICY) as (server, jobs):
         execution = await launched(server, jobs)
         server.fail("GetExecution", fault)
         server.fail("CancelExecution", fault)
@@ -361,10 +369,10 @@ async def test_transient_fault_is_retried(containers: Containers, fault: Fault) 
 )
 async def test_permanent_fault_is_unreachable(containers: Containers, fault: Fault) -> None:
     """If Cloud Run does not return the execution, the state is `UNREACHABLE` within the total timeout."""
-    async with containers.run() as (server, jobs):
+    async with containers.run(policy=SHORT_CALLS) as (server, jobs):
         execution = await launched(server, jobs)
         server.fail("GetExecution", fault, times=9)
-        async with asyncio.timeout(POLICY.total_seconds + 1):
+        async with asyncio.timeout(WAIT_SECONDS):
             assert ExecutionState.UNREACHABLE == await jobs.state(TASK, execution.short_name)
 
 
@@ -429,10 +437,10 @@ async def test_cancel_without_a_name_makes_no_call(containers: Containers) -> No
 @pytest.mark.parametrize("fault", [Fault(code=StatusCode.PERMISSION_DENIED), HANG], ids=str)
 async def test_failed_cancel_is_not_an_error(containers: Containers, fault: Fault) -> None:
     """If Cloud Run rejects the cancel, `cancel` returns within the total timeout, since the worker polls the record."""
-    async with containers.run() as (server, jobs):
+    async with containers.run(policy=SHORT_CALLS) as (server, jobs):
         execution = await launched(server, jobs)
         server.fail("CancelExecution", fault, times=9)
-        async with asyncio.timeout(POLICY.total_seconds + 1):
+        async with asyncio.timeout(WAIT_SECONDS):
             await jobs.cancel(TASK, execution.short_name)
 
 
