@@ -22,7 +22,7 @@ PART: Final[Method] = "part"
 #: The smallest size of a part that the protocol allows.
 PART_BYTES: Final = 256 * 1024
 
-POLICY: Final = CallPolicy(attempt_seconds=0.4, attempts=4, total_seconds=2.0, first_delay_seconds=0.001)
+POLICY: Final = CallPolicy(attempt_seconds=0.7, attempts=4, total_seconds=3.0, first_delay_seconds=0.001)
 #: Faults after which a call is retried, by test ID.
 TRANSIENT_FAULTS: Final = {
     **{str(status): Fault(status=status) for status in (408, 429, 500, 502, 503, 504)},

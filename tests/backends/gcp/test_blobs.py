@@ -247,7 +247,7 @@ async def test_call_can_be_cancelled(gcs: Gcs, blobs: GcsBlobs) -> None:
     await until(lambda: gcs.active_calls == 1)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(reading, 0.1)
+        await asyncio.wait_for(reading, POLICY.attempt_seconds / 2)
     assert {GET: 1} == gcs.calls
 
 

@@ -20,7 +20,7 @@ DATA_KEY = bytes(range(32))
 ENCRYPT_PERMISSION = "cloudkms.cryptoKeyVersions.useToEncrypt"
 RESOURCE = "the key payload-encryption in test-project/global/claude-code"
 SETTINGS = "PROJECT_ID, KMS_LOCATION, KMS_KEY_RING and KMS_KEY_NAME"
-POLICY = CallPolicy(attempt_seconds=0.2, attempts=3, total_seconds=2.0, first_delay_seconds=0.001)
+POLICY = CallPolicy(attempt_seconds=0.7, attempts=3, total_seconds=3.0, first_delay_seconds=0.001)
 
 
 @pytest.fixture
