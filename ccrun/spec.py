@@ -24,7 +24,17 @@ DEFAULT_TURNS: Final = 6
 #: Minutes. A Cloud Run request has at most 60; this leaves 5 for the actions after the agent.
 DEFAULT_TIMEOUT_MINUTES: Final = 55.0
 DEFAULT_GIT_DEPTH: Final = 1
+#: Minutes. Most repositories take seconds; a server that hangs should not take the time of the agent.
+DEFAULT_CLONE_TIMEOUT_MINUTES: Final = 5.0
 DEFAULT_GIT_BRANCH: Final = "main"
+
+#: Linux accepts no single argument or environment entry of 128 KiB or more (MAX_ARG_STRLEN of execve(2)).
+MAX_ARGUMENT_BYTES: Final = 128 * 1024 - 1
+#: All variables together. Arguments and environment share 2 MiB under the usual stack limit of 8 MiB (execve(2)).
+MAX_ENVIRONMENT_BYTES: Final = 512 * 1024
+MAX_ENVIRONMENT_VARIABLES: Final = 256
+#: A regular expression for the name of an environment variable.
+VARIABLE_NAME: Final = "[A-Za-z_][A-Za-z0-9_]*"
 
 #: Tokens. No model has a larger output, and the CLI lowers a value above the maximum of the model.
 MAX_OUTPUT_TOKENS: Final = 1_000_000
@@ -163,6 +173,9 @@ class TaskSpec:
     git_base: str | None = None
     git_depth: int = DEFAULT_GIT_DEPTH
     git_submodules: bool = False
+    #: The directories whose files are checked out; if empty, all files are.
+    sparse_checkout: tuple[str, ...] = ()
+    clone_timeout_minutes: float = DEFAULT_CLONE_TIMEOUT_MINUTES
     ssh_key: Secret | None = None
     git_token: GitToken | None = None
     environment_secrets: Mapping[str, Secret] = attrs.field(factory=dict)

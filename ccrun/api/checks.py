@@ -26,8 +26,6 @@ from ccrun.urls import is_http_url
 
 #: Errors in one response. Finding similar names for a million unknown fields would take minutes.
 MAX_FIELD_ERRORS: Final = 100
-#: Linux accepts no single argument or environment entry of 128 KiB or more (MAX_ARG_STRLEN of execve(2)).
-MAX_ARGUMENT_BYTES: Final = 128 * 1024 - 1
 #: A common limit of browsers, proxies and servers.
 MAX_URL_CHARS: Final = 2048
 #: API keys and tokens have a few hundred characters, JWTs up to a few thousand.

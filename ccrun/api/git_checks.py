@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from ccrun.api.checks import MAX_URL_CHARS, InvalidValue, Location, as_string
+from ccrun.api.checks import MAX_URL_CHARS, InvalidValue, Location, as_string, relative_path
 from ccrun.urls import ForbiddenInGitUrl, GitUrl, InvalidGitUrl, parse_git_url
 
 #: Linux limits a file name to 255 bytes, and git appends `.lock` to the last part of a branch.
@@ -35,6 +35,14 @@ def push_target(value: Any, location: Location) -> str:
 def revision(value: Any, location: Location) -> str:
     """Check what to clone: a branch, a tag, a commit ID, or a complete ref such as `refs/pull/7/head`."""
     return _ref(value).removeprefix("refs/heads/")
+
+
+def directory(value: Any, location: Location) -> str:
+    """Check a directory of a repository, and return it without a slash at its end."""
+    path = relative_path(value, location).rstrip("/")
+    if any(part in ("", ".") for part in path.split("/")):
+        raise InvalidValue("must be a directory below the top of the repository, such as docs or src/lib")
+    return path
 
 
 def _ref(value: Any) -> str:

@@ -9,12 +9,18 @@ from typing import Any, Final
 
 from ccrun import ijson
 from ccrun.api import checks
-from ccrun.api.checks import MAX_ARGUMENT_BYTES, MAX_NAME_CHARS, MAX_PATH_BYTES, InvalidValue, Location, run_check
-from ccrun.spec import MAX_OUTPUT_TOKENS, MIN_THINKING_TOKENS, is_merged_variable, is_reserved_variable
+from ccrun.api.checks import MAX_NAME_CHARS, MAX_PATH_BYTES, InvalidValue, Location, run_check
+from ccrun.spec import (
+    MAX_ARGUMENT_BYTES,
+    MAX_ENVIRONMENT_BYTES,
+    MAX_ENVIRONMENT_VARIABLES,
+    MAX_OUTPUT_TOKENS,
+    MIN_THINKING_TOKENS,
+    VARIABLE_NAME,
+    is_merged_variable,
+    is_reserved_variable,
+)
 
-#: All variables together. Arguments and environment share 2 MiB under the usual stack limit of 8 MiB (execve(2)).
-MAX_ENVIRONMENT_BYTES: Final = 512 * 1024
-MAX_ENVIRONMENT_VARIABLES: Final = 256
 MAX_SETTINGS_BYTES: Final = 256 * 1024
 #: Files in each of `slashCommands`, `subagents`, `skills` and `plugins`.
 MAX_CONFIG_FILES: Final = 128
@@ -48,7 +54,7 @@ def variables(value: Any, location: Location) -> dict[str, Any]:
 
 
 def _variable(name: str, value: Any, location: Location) -> str:
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
+    if re.fullmatch(VARIABLE_NAME, name) is None:
         raise InvalidValue("is not a valid variable name: use letters, digits and underscores, and no digit first")
     if is_reserved_variable(name):
         raise InvalidValue("is reserved: the service itself sets this variable")

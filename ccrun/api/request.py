@@ -14,7 +14,6 @@ import attrs
 from ccrun import ijson
 from ccrun.api import checks, git_checks, options
 from ccrun.api.checks import (
-    MAX_ARGUMENT_BYTES,
     MAX_FIELD_ERRORS,
     MAX_LIST_ITEMS,
     Check,
@@ -27,6 +26,7 @@ from ccrun.errors import FieldError, InvalidRequest
 from ccrun.spec import (
     DEFAULT_TIMEOUT_MINUTES,
     EFFORT_LEVELS,
+    MAX_ARGUMENT_BYTES,
     MAX_OUTPUT_TOKENS,
     MAX_PROMPT_BYTES,
     MAX_TURNS,
@@ -42,6 +42,12 @@ MAX_MCP_CONFIG_BYTES: Final = 256 * 1024
 MAX_COMMIT_MESSAGE_BYTES: Final = 64 * 1024
 #: The depth that git treats as unlimited (git-clone(1), `--depth`).
 MAX_GIT_DEPTH: Final = 2**31 - 1
+#: Fields that make no sense without a repository, each with the reason.
+_NEEDS_REPOSITORY: Final = {
+    "gitBase": "it is a branch of that repository",
+    "sparseCheckout": "its items are directories of that repository",
+    "cloneTimeoutMinutes": "it limits the time for cloning that repository",
+}
 #: Another spelling of `globPatterns`, which one of the documents of existing clients has.
 _SPACED_GLOB_PATTERNS: Final = "glob Patterns"
 
@@ -91,8 +97,9 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     given = run_check(check_body, value, location)
     if not errors and _has_push(given) and "gitRepo" not in given:
         location.field("gitRepo").add_error("gitRepo is required for postExecutionActions.git.push")
-    if not errors and "gitBase" in given and "gitRepo" not in given:
-        location.field("gitBase").add_error("gitBase needs gitRepo: it is a branch of that repository")
+    if not errors and "gitRepo" not in given:
+        for name in given.keys() & _NEEDS_REPOSITORY.keys():
+            location.field(name).add_error(f"{name} needs gitRepo: {_NEEDS_REPOSITORY[name]}")
     if not errors and given.get("maxThinkingTokens", 0) >= given.get("maxOutputTokens", MAX_OUTPUT_TOKENS + 1):
         location.field("maxThinkingTokens").add_error(
             "maxThinkingTokens must be less than maxOutputTokens, which includes it"
@@ -150,6 +157,8 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "gitBase": git_checks.branch,
         "gitDepth": checks.integer(1, MAX_GIT_DEPTH),
         "gitSubmodules": checks.boolean,
+        "sparseCheckout": checks.string_list(git_checks.directory),
+        "cloneTimeoutMinutes": checks.positive_number(defaults.max_timeout_minutes),
         "sshKey": checks.text(MAX_SSH_KEY_BYTES),
         "gitToken": checks.credential,
         "environmentSecrets": options.variables,

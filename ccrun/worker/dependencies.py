@@ -37,8 +37,6 @@ class PostRunLimits:
 class WorkerTimeouts:
     """How long the worker waits, in seconds."""
 
-    #: For the clone.
-    clone: float = 300.0
     #: For each command before the agent.
     command: float = 300.0
     #: For each kind of action after the agent.

@@ -6,7 +6,7 @@ Each action fails on its own, with one sentence on the record. A failed action d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import attrs
@@ -201,8 +201,15 @@ class PostRun:
 
     def _record_skipped(self, staged: Staged) -> None:
         if staged.left_out:
-            paths = ", ".join(map(printable, staged.left_out[:MAX_NAMED_PATHS]))
-            others = " and others" if len(staged.left_out) > MAX_NAMED_PATHS else ""
-            self.result.fail("git", f"Repositories inside the repository were left out of the commit: {paths}{others}.")
+            paths = _first_paths(staged.left_out)
+            self.result.fail("git", f"Repositories inside the repository were left out of the commit: {paths}.")
+        if staged.kept:
+            paths = _first_paths(staged.kept)
+            self.result.fail("git", f"Files outside sparseCheckout are missing from the index, and were kept: {paths}.")
         if staged.unreadable:
             self.result.fail("git", f"Not all files could be committed: {staged.unreadable}")
+
+
+def _first_paths(paths: Sequence[str]) -> str:
+    others = " and others" if len(paths) > MAX_NAMED_PATHS else ""
+    return f"{', '.join(map(printable, paths[:MAX_NAMED_PATHS]))}{others}"

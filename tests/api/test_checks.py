@@ -332,3 +332,32 @@ def test_other_refs_are_for_cloning_or_for_reviews() -> None:
 def test_base_needs_a_repository() -> None:
     """Without a repository, there is no branch to compare with."""
     assert {"gitBase": "gitBase needs gitRepo: it is a branch of that repository"} == field_errors("gitBase", "main")
+
+
+def test_directories_of_a_sparse_checkout_are_below_the_top() -> None:
+    """They are relative paths without `.` and `..`; a slash at the end has no meaning."""
+    repository = {"gitRepo": "https://example.com/a.git"}
+    assert ("src/lib", "docs") == parse(
+        {**MINIMAL, **repository, "sparseCheckout": ["src/lib/", "docs"]}
+    ).sparse_checkout
+    for path in (".", "./src", "src//lib", "src/."):
+        rule = "must be a directory below the top of the repository, such as docs or src/lib"
+        assert {"sparseCheckout[0]": f"sparseCheckout[0] {rule}"} == field_errors("sparseCheckout", [path])
+    for path in ("/src", "../src", "src/..", "a\nb"):
+        rule = "must be a relative path inside the workspace, without `..`"
+        assert {"sparseCheckout[0]": f"sparseCheckout[0] {rule}"} == field_errors("sparseCheckout", [path])
+
+
+def test_options_of_a_clone_need_a_repository() -> None:
+    """Without a repository they have no meaning."""
+    for field, value in (("sparseCheckout", ["src"]), ("cloneTimeoutMinutes", 10)):
+        (error,) = field_errors(field, value).values()
+        assert error.startswith(f"{field} needs gitRepo: ")
+
+
+def test_timeout_of_a_clone_is_a_positive_number() -> None:
+    """The default is five minutes."""
+    repository = {"gitRepo": "https://example.com/a.git"}
+    assert 5 == parse({**MINIMAL, **repository}).clone_timeout_minutes
+    assert 0.5 == parse({**MINIMAL, **repository, "cloneTimeoutMinutes": 0.5}).clone_timeout_minutes
+    assert {"cloneTimeoutMinutes"} == field_errors("cloneTimeoutMinutes", 0).keys()

@@ -18,7 +18,7 @@ from ccrun.spec import GitToken
 from ccrun.task import Secret
 from ccrun.urls import parse_git_url
 from ccrun.worker.git import run
-from ccrun.worker.git.clone import Clone, clone
+from ccrun.worker.git.clone import Clone, CloneOptions, clone
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import Git
 
@@ -75,6 +75,7 @@ class GitSetup:
         depth: int = 1,
         submodules: bool = False,
         review_base: str | None = None,
+        sparse: tuple[str, ...] = (),
     ) -> Clone:
         """Clone as the worker does."""
         self.into.mkdir(parents=True, exist_ok=True)
@@ -82,10 +83,7 @@ class GitSetup:
             self.git,
             access,
             self.into,
-            revision=revision,
-            depth=depth,
-            submodules=submodules,
-            review_base=review_base,
+            CloneOptions(revision=revision, depth=depth, submodules=submodules, review_base=review_base, sparse=sparse),
             seconds=SECONDS,
             pauses=(0.01, 0.02),
         )

@@ -21,7 +21,7 @@ import attrs
 from ccrun.errors import CcrunError
 from ccrun.process.capture import capture
 from ccrun.process.child import spawn
-from ccrun.worker.git.clone import COMMIT
+from ccrun.worker.git.clone import COMMIT, in_sparse_checkout
 from ccrun.worker.git.run import LOCAL_SECONDS, Git, GitError, last_error
 
 #: The committer, unless the repository configures another one.
@@ -77,6 +77,11 @@ class TreeChange:
     blob: str
 
     @property
+    def is_deleted(self) -> bool:
+        """Whether it is missing from the new tree."""
+        return self.mode == _MISSING
+
+    @property
     def is_link(self) -> bool:
         """Whether it is a submodule link, new or to another commit."""
         return self.mode == _GITLINK
@@ -93,12 +98,14 @@ class Staged:
 
     Args:
         left_out: Directories that are repositories themselves.
+        kept: Files outside the sparse checkout that the index lacks. They are not deleted.
         unreadable: The message of git about files that it could not read.
     """
 
     tree: str
     is_empty: bool
     left_out: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     unreadable: str | None = None
 
 
@@ -113,6 +120,7 @@ class Changes:
         head: The agent's last commit, None when there is none.
         shallow: The shallow commits of the agent's repository.
         excludes_dotenv: Whether ccrun has written `.env`, which has secrets.
+        sparse: The directories whose files were checked out; if empty, all files were.
     """
 
     git: Git
@@ -121,6 +129,7 @@ class Changes:
     head: str | None
     shallow: bytes = attrs.field(repr=False)
     excludes_dotenv: bool
+    sparse: tuple[str, ...] = ()
 
     async def stage(self, wanted: Callable[[str], bool] | None = None) -> Staged:
         """Stage all changes, or those of the wanted paths.
@@ -132,13 +141,16 @@ class Changes:
         entries = _entries(await self.git("diff-index", "--cached", *_RAW, await self._or_empty_tree(self.head)))
         modules = await self._modules() if any(entry.is_new_repository for entry in entries) else {}
         nested = [entry.path for entry in entries if entry.is_new_repository and entry.path not in modules]
-        chosen = [entry for entry in entries if entry.path not in nested and (wanted is None or wanted(entry.path))]
+        # A damaged index no longer tells the files that were never checked out from those that were deleted.
+        kept = [entry.path for entry in entries if entry.is_deleted and not self._was_checked_out(entry.path)]
+        skipped = {*nested, *kept}
+        chosen = [entry for entry in entries if entry.path not in skipped and (wanted is None or wanted(entry.path))]
         if self.excludes_dotenv:
             chosen = [entry for entry in chosen if entry.path != DOTENV]
         # A new index from the last commit and the chosen paths, without anything that the agent has staged.
         await self.git("read-tree", *([self.head] if self.head else ["--empty"]))
         tree = await self._write_tree([(entry.path, entry.mode, entry.blob) for entry in chosen])
-        return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), unreadable=unreadable)
+        return Staged(tree=tree, is_empty=not chosen, left_out=tuple(nested), kept=tuple(kept), unreadable=unreadable)
 
     async def tree_of(self, commit: str | None) -> str:
         """Return the tree of a commit, the empty tree for None."""
@@ -241,7 +253,8 @@ class Changes:
     async def _add(self) -> str | None:
         """Add all files to the index. Return the message of git when it could not read all of them."""
         exclusions = (f":(top,exclude){DOTENV}",) if self.excludes_dotenv else ()
-        arguments = ("add", "--all", "--ignore-errors", "--", ".", *exclusions)
+        sparse = ("--sparse",) if self.sparse else ()
+        arguments = ("add", "--all", "--ignore-errors", *sparse, "--", ".", *exclusions)
         ran = await self.tree.run(*arguments)
         if ran.exit.code == FATAL:
             # The agent's index, which only saves time, may be damaged. The next attempt is without it.
@@ -270,16 +283,22 @@ class Changes:
         """Return the commit, or the empty tree when there is none."""
         return commit or (await self.git("hash-object", "-t", "tree", "-w", "--stdin")).decode().strip()
 
+    def _was_checked_out(self, path: str) -> bool:
+        return not self.sparse or in_sparse_checkout(path, self.sparse)
+
     def _not_base(self) -> tuple[str, ...]:
         return (f"^{self.base}",) if self.base else ()
 
 
-async def examine(git: Git, repository: Path, *, base: str | None, excludes_dotenv: bool, parent: Path) -> Changes:
+async def examine(
+    git: Git, repository: Path, *, base: str | None, excludes_dotenv: bool, sparse: tuple[str, ...] = (), parent: Path
+) -> Changes:
     """Return the changes of the agent.
 
     Args:
         git: git as the agent's user.
         repository: The agent's tree.
+        sparse: The directories whose files were checked out; if empty, all files were.
         parent: A directory that this user may write to. The new git directory is created in it.
 
     Raises:
@@ -295,7 +314,9 @@ async def examine(git: Git, repository: Path, *, base: str | None, excludes_dote
     await git("init", "--quiet", "--bare", "--template=", str(git_dir))
     # `git init` has set what depends on the file system. No setting comes from the agent.
     ours = git.at(git_dir, GIT_DIR=str(git_dir), GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects))
-    tree = ours.at(repository, "core.bare=false", GIT_WORK_TREE=str(repository))
+    # With the second setting, git does not ignore a file that exists although it was not checked out.
+    settings = ("core.bare=false", f"core.sparseCheckout={'true' if sparse else 'false'}")
+    tree = ours.at(repository, *settings, GIT_WORK_TREE=str(repository))
     for source, name in ((index, "index"), (shallow, "shallow")):
         # As the agent's user, so that a link cannot expose a file that the agent cannot read.
         await _copy(ours, source, git_dir / name)
@@ -306,7 +327,9 @@ async def examine(git: Git, repository: Path, *, base: str | None, excludes_dote
             raise GitError("The repository no longer has the commit that was cloned, so the changes are unknown.")
     boundary = await ours.run("rev-parse", "--is-shallow-repository")
     listed = await _read(ours, git_dir / "shallow") if boundary.stdout.strip() == b"true" else b""
-    return Changes(git=ours, tree=tree, base=base, head=head, shallow=listed, excludes_dotenv=excludes_dotenv)
+    return Changes(
+        git=ours, tree=tree, base=base, head=head, shallow=listed, excludes_dotenv=excludes_dotenv, sparse=sparse
+    )
 
 
 async def _paths(git: Git) -> bytes:

@@ -14,7 +14,7 @@ from ccrun.spec import TaskSpec
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes
 from ccrun.worker.git.changes import Changes
-from ccrun.worker.git.clone import Clone, PackSnapshot, clone
+from ccrun.worker.git.clone import Clone, CloneOptions, PackSnapshot, clone
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import SYSTEM_PATH, Git, environment, find_git
 from ccrun.worker.lines import worker_line
@@ -43,6 +43,7 @@ class Checkout:
         worker_git: Returns git as the worker's user, with this directory as its home.
         origin: None when the request names no repository.
         excludes_dotenv: Whether ccrun has written `.env`.
+        sparse: The directories whose files were checked out; if empty, all files were.
     """
 
     workspace: Workspace
@@ -50,6 +51,7 @@ class Checkout:
     worker_git: Callable[[Path], Git]
     origin: Origin | None = None
     excludes_dotenv: bool = False
+    sparse: tuple[str, ...] = ()
 
     async def changes(self) -> Changes:
         """Return what the agent has changed.
@@ -62,6 +64,7 @@ class Checkout:
             self.workspace.repository,
             base=self.origin.clone.base if self.origin else None,
             excludes_dotenv=self.excludes_dotenv,
+            sparse=self.sparse,
             parent=self.workspace.root,
         )
 
@@ -99,6 +102,7 @@ async def check_out(
         agent_git=git_at(workspace.root, workspace.agent),
         worker_git=lambda home: git_at(home, None, deps.git_protocols),
         excludes_dotenv=bool(spec.environment_secrets),
+        sparse=spec.sparse_checkout,
     )
     if spec.git_repo is None:
         return checkout
@@ -110,11 +114,14 @@ async def check_out(
             checkout.worker_git(directory),
             access,
             workspace.repository,
-            revision=spec.git_branch,
-            review_base=spec.git_base,
-            depth=spec.git_depth,
-            submodules=spec.git_submodules,
-            seconds=deps.timeouts.clone,
+            CloneOptions(
+                revision=spec.git_branch,
+                review_base=spec.git_base,
+                depth=spec.git_depth,
+                submodules=spec.git_submodules,
+                sparse=spec.sparse_checkout,
+            ),
+            seconds=spec.clone_timeout_minutes * 60,
         )
     await log_line(worker_line("clone", host=remote.host or None, revision=spec.git_branch, commit=cloned.base))
     snapshot = None

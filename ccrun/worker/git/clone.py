@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Final, Self
 
 import attrs
@@ -30,6 +31,25 @@ _COPY_BYTES: Final = 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
+class CloneOptions:
+    """What to clone of a repository.
+
+    Args:
+        revision: A branch, a tag, a complete commit ID, or a ref that starts with `refs/`; None for the HEAD of the server.
+        depth: The number of commits from the tip.
+        submodules: Whether to clone submodules, with the same depth.
+        review_base: A branch that is fetched as `origin/{review_base}`, with the history down to the common ancestor.
+        sparse: The directories whose files are checked out; if empty, all files are.
+    """
+
+    revision: str | None = None
+    depth: int = 1
+    submodules: bool = False
+    review_base: str | None = None
+    sparse: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
 class Clone:
     """What was cloned.
 
@@ -46,11 +66,8 @@ async def clone(
     git: Git,
     access: Access,
     into: Path,
+    options: CloneOptions,
     *,
-    revision: str | None,
-    depth: int,
-    submodules: bool,
-    review_base: str | None = None,
     seconds: float,
     pauses: Sequence[float] = RETRY_PAUSES,
 ) -> Clone:
@@ -58,26 +75,23 @@ async def clone(
 
     Args:
         git: git with an empty current directory.
-        revision: A branch, a tag, a complete commit ID, or a ref that starts with `refs/`; None for the HEAD of the server.
-        depth: The number of commits from the tip.
-        submodules: Whether to clone submodules, with the same depth.
-        review_base: A branch that is fetched as `origin/{review_base}`, with the history down to the common ancestor.
         seconds: The timeout.
         pauses: Seconds between the attempts.
 
     Raises:
         GitError: The repository cannot be cloned.
     """
+    revision = options.revision
     try:
         async with asyncio.timeout(seconds), access.opened(git) as opened:
             for pause in (*pauses, None):
                 try:
                     if revision is not None and (COMMIT.fullmatch(revision) or revision.startswith("refs/")):
-                        await _fetch(opened, access, into, revision, depth, submodules=submodules)
+                        await _fetch(opened, access, into, revision, options)
                     else:
-                        await _clone(opened, access, into, revision, depth, submodules=submodules)
-                    if review_base is not None:
-                        await _fetch_base(opened.at(into), access, review_base, depth)
+                        await _clone(opened, access, into, options)
+                    if options.review_base is not None:
+                        await _fetch_base(opened.at(into), access, options.review_base, options.depth)
                     break
                 except RemoteError as error:
                     if not error.is_transient or pause is None:
@@ -92,28 +106,33 @@ async def clone(
     return Clone(base=base, shallow=await asyncio.to_thread(_read, into / ".git" / "shallow"))
 
 
-async def _clone(git: Git, access: Access, into: Path, revision: str | None, depth: int, *, submodules: bool) -> None:
-    options = [
-        "--template=",
-        "--no-hardlinks",
-        f"--depth={depth}",
-        *(("--recurse-submodules", "--shallow-submodules") if submodules else ()),
-    ]
+async def _clone(git: Git, access: Access, into: Path, options: CloneOptions) -> None:
+    revision = options.revision
+    arguments = ["--template=", "--no-hardlinks", f"--depth={options.depth}"]
+    if options.sparse:
+        arguments += ["--no-checkout"]
+    elif options.submodules:
+        arguments += ["--recurse-submodules", "--shallow-submodules"]
     chosen = [] if revision is None else [f"--branch={revision}"]
-    ran = await _ask(git, "clone", *options, *chosen, "--", access.remote.url, str(into))
+    ran = await _ask(git, "clone", *arguments, *chosen, "--", access.remote.url, str(into))
     here = git.at(into)
     if ran.exit.ok:
         if revision is None and not (await here.run("rev-parse", "--verify", "--quiet", "HEAD")).exit.ok:
             await _check_empty(
                 git, access, "The HEAD of the repository names a branch that does not exist: give gitBranch."
             )
+        elif options.sparse:
+            await _check_out_sparsely(here, options.sparse)
+            await here("checkout", "--quiet")
+            if options.submodules:
+                await _clone_submodules(here, access, options.sparse)
         return
     if revision is None or b"Remote branch " not in ran.stderr:
         raise exchange_error(access.remote, ran, access, "cloned")
     await _check_empty(git, access, f"The repository has no branch or tag of the name in gitBranch: {revision}.")
     # An empty repository has no branch yet, so the first may have any name.
     await asyncio.to_thread(_empty, into)
-    ran = await _ask(git, "clone", *options, "--", access.remote.url, str(into))
+    ran = await _ask(git, "clone", *arguments, "--", access.remote.url, str(into))
     if not ran.exit.ok:
         raise exchange_error(access.remote, ran, access, "cloned")
     await here("symbolic-ref", "HEAD", f"refs/heads/{revision}")
@@ -136,22 +155,50 @@ async def _check_empty(git: Git, access: Access, error: str) -> None:
         raise RemoteError(f"{error}{names}")
 
 
-async def _fetch(git: Git, access: Access, into: Path, revision: str, depth: int, *, submodules: bool) -> None:
+async def _fetch(git: Git, access: Access, into: Path, revision: str, options: CloneOptions) -> None:
     """Check out a commit or a ref that is no branch or tag."""
     here = git.at(into)
     await here("init", "--quiet", "--template=")
     await here("remote", "add", "--", "origin", access.remote.url)
-    ran = await _ask(here, "fetch", "--quiet", f"--depth={depth}", "--", access.remote.url, revision)
+    ran = await _ask(here, "fetch", "--quiet", f"--depth={options.depth}", "--", access.remote.url, revision)
     if not ran.exit.ok:
         if _NO_SUCH_REF.search(ran.stderr):
             kind = "ref" if revision.startswith("refs/") else "commit"
             raise RemoteError(f"The repository has no {kind} {revision}, or does not serve it.")
         raise exchange_error(access.remote, ran, access, "cloned")
+    if options.sparse:
+        await _check_out_sparsely(here, options.sparse)
     await here("checkout", "--quiet", "--detach", "FETCH_HEAD", "--")
-    if submodules:
-        ran = await _ask(here, "submodule", "--quiet", "update", "--init", "--recursive", "--depth=1")
-        if not ran.exit.ok:
-            raise exchange_error(access.remote, ran, access, "cloned")
+    if options.submodules:
+        await _clone_submodules(here, access, options.sparse)
+
+
+async def _check_out_sparsely(here: Git, directories: Sequence[str]) -> None:
+    """Limit the files that a checkout writes: those in the directories, and the files next to and above them."""
+    quoted = ['"{}"'.format(re.sub(r'(["\\])', r"\\\1", directory)) for directory in directories]
+    await here("sparse-checkout", "set", "--cone", "--stdin", stdin="".join(f"{line}\n" for line in quoted).encode())
+
+
+async def _clone_submodules(here: Git, access: Access, sparse: Sequence[str]) -> None:
+    """Clone the submodules that are checked out."""
+    paths = []
+    if sparse:
+        listed = os.fsdecode(await here("ls-files", "--stage", "-z")).split("\0")[:-1]
+        links = [line.partition("\t")[2] for line in listed if line.startswith("160000 ")]
+        paths = [path for path in links if in_sparse_checkout(path, sparse)]
+        if not paths:
+            return
+    ran = await _ask(here, "submodule", "--quiet", "update", "--init", "--recursive", "--depth=1", "--", *paths)
+    if not ran.exit.ok:
+        raise exchange_error(access.remote, ran, access, "cloned")
+
+
+def in_sparse_checkout(path: str, directories: Sequence[str]) -> bool:
+    """Return whether a file is checked out: cone mode of git-sparse-checkout(1)."""
+    parent = f"{PurePosixPath(path).parent}/"
+    return parent == "./" or any(
+        parent.startswith(f"{directory}/") or f"{directory}/".startswith(parent) for directory in directories
+    )
 
 
 async def _fetch_base(here: Git, access: Access, branch: str, depth: int) -> None:

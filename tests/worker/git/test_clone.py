@@ -13,7 +13,7 @@ from standins.githttp import Mode as HttpMode
 from standins.gitssh import GitSsh, Mode, key_pair, needs_ssh, new_host_key
 from standins.repos import Link, Submodule
 
-from ccrun.worker.git.clone import PackSnapshot, clone
+from ccrun.worker.git.clone import CloneOptions, PackSnapshot, clone
 from ccrun.worker.git.run import GitError
 
 __all__ = ["git_setup", "http", "ssh"]
@@ -354,9 +354,7 @@ async def test_clone_from_an_ssh_server_that_hangs_is_stopped(git_setup: GitSetu
             git_setup.git,
             ssh_access(ssh.url("demo")),
             git_setup.into,
-            revision=None,
-            depth=1,
-            submodules=False,
+            CloneOptions(),
             seconds=1,
         )
 
@@ -370,9 +368,7 @@ async def test_clone_from_an_http_server_that_hangs_is_stopped(git_setup: GitSet
             git_setup.git,
             http_access(http.url("demo")),
             git_setup.into,
-            revision=None,
-            depth=1,
-            submodules=False,
+            CloneOptions(),
             seconds=1,
         )
 
