@@ -1,29 +1,25 @@
-"""Prepares the workspace for the agent: writes its variables to `.env` and runs the commands of the request."""
+"""Prepares the workspace for the agent: writes its variables to `.env` and checks its settings."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import stat
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from ccrun.errors import CcrunError
 from ccrun.process.capture import capture
-from ccrun.process.child import spawn
 from ccrun.spec import TaskSpec
 from ccrun.task import Secret
 from ccrun.worker import claude, dotenv
 from ccrun.worker.git.changes import DOTENV
 from ccrun.worker.git.checkout import Checkout
-from ccrun.worker.git.run import SYSTEM_PATH, Git
-from ccrun.worker.lines import text_line, worker_line
+from ccrun.worker.git.run import Git
+from ccrun.worker.lines import worker_line
 from ccrun.worker.workspace import Workspace
 
-#: Bytes at the end of a command's output that its error shows.
-TAIL_BYTES: Final = 1000
 #: Seconds in which the CLI checks settings. It takes about one.
 SETTINGS_CHECK_SECONDS: Final = 60.0
 #: Bytes that the CLI prints about settings: a line for each invalid one.
@@ -157,59 +153,3 @@ async def check_settings(
         raise PreparationFailed(
             f"settings is not valid for the Claude CLI: {'; '.join(errors)}."[:MAX_SETTINGS_ERROR_CHARS]
         )
-
-
-# --- commands --------------------------------------------------------------------------------------------------------
-
-
-async def run_commands(
-    commands: Sequence[str], workspace: Workspace, *, environment: Mapping[str, str], log_line: LogLine, seconds: float
-) -> None:
-    """Run the commands one after another, each in a shell with its own process group, and log their output.
-
-    Args:
-        environment: The environment variables of the agent.
-        log_line: Adds a line to the log of the task.
-        seconds: The timeout of each command.
-
-    Raises:
-        PreparationFailed: A command failed or timed out. Those after it are not run.
-    """
-    shell = await asyncio.to_thread(shutil.which, "bash", path=SYSTEM_PATH) or "/bin/sh"
-    for index, command in enumerate(commands, start=1):
-        await log_line(worker_line("command", event="began", index=index, command=command))
-        # In a file, since an argument, with any secret in it, would be visible in the process list.
-        script = workspace.inputs / f"command-{index}"
-        label = f"Pre-execution command {index} of {len(commands)}"
-        tail = bytearray()
-        async with spawn(
-            [shell, str(script)], env=environment, cwd=workspace.repository, user=workspace.agent, joins_stderr=True
-        ) as child:
-            try:
-                async with asyncio.timeout(seconds):
-                    async for line in child.lines():
-                        tail += line[-TAIL_BYTES:] + b"\n"
-                        del tail[:-TAIL_BYTES]
-                        await log_line(text_line(line, type="worker", step="command", event="output", index=index))
-                    exit_status = await child.wait()
-            except TimeoutError:
-                limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
-                raise PreparationFailed(f"{label} did not finish within {limit}{_output_suffix(tail)}") from None
-        await log_line(worker_line("command", event="ended", index=index, exitCode=exit_status.code))
-        if not exit_status.ok:
-            how = (
-                f"was killed by signal {exit_status.signal}"
-                if exit_status.signal
-                else f"failed with exit code {exit_status.code}"
-            )
-            raise PreparationFailed(f"{label} {how}{_output_suffix(tail)}")
-
-
-def command_files(commands: Sequence[str]) -> dict[str, bytes]:
-    """Return the scripts that `run_commands` runs, by file name."""
-    return {f"command-{index}": f"{command}\n".encode() for index, command in enumerate(commands, start=1)}
-
-
-def _output_suffix(tail: bytes | bytearray) -> str:
-    text = tail.decode(errors="replace").strip()
-    return f"; the end of its output: {text}" if text else "; it printed nothing."

@@ -24,12 +24,13 @@ from ccrun.spec import TaskSpec
 from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Secret, Status, TaskId, TaskRecord
 from ccrun.worker import claude
 from ccrun.worker.agent import AgentSession, run_agent
+from ccrun.worker.commands import command_files, run_commands
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.checkout import Checkout, check_out
 from ccrun.worker.log_writer import LogIncomplete, LogWriter
 from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
-from ccrun.worker.preparation import check_settings, command_files, prepare_dotenv, run_commands
+from ccrun.worker.preparation import check_settings, prepare_dotenv
 from ccrun.worker.proxy import CredentialKind, CredentialProxy
 from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, StopRequested, stopped_outcome
@@ -195,7 +196,7 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
             )
             await chown_to_agent(workspace)
             await stop.run(check_settings(spec, workspace, cli=deps.cli, environment=environment))
-            await stop.run(
+            variables = await stop.run(
                 run_commands(
                     spec.pre_execution_commands,
                     workspace,
@@ -204,6 +205,7 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
                     seconds=deps.timeouts.command,
                 )
             )
+            session = attrs.evolve(session, environment=variables)
             outcome = await run_agent(deps, spec, workspace, session, option_files, stop)
         except StopRequested:
             outcome = stopped_outcome(stop.cause, spec.timeout_minutes)
