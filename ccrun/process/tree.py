@@ -190,6 +190,11 @@ class ProcessTree:
             kill_orphans(open_children, seconds=until - time.monotonic())
 
 
+def lists_children() -> bool:
+    """Return whether the kernel lists the children of a process. See proc_tid_children(5)."""
+    return Path("/proc/self/task", str(os.getpid()), "children").exists()
+
+
 def _own_children() -> list[int]:
     """Return the IDs of this process's children, none where the kernel does not list them. See proc_tid_children(5)."""
     return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_bytes().split()]

@@ -21,6 +21,7 @@ from ccrun.config import Config
 from ccrun.errors import CcrunError, ConfigError, exit_status
 from ccrun.names import payload_name
 from ccrun.process import cgroup, linux, user
+from ccrun.process.guardian import run_guarded
 from ccrun.process.user import User
 from ccrun.task import TaskId
 from ccrun.worker.dependencies import WorkerDependencies
@@ -38,19 +39,24 @@ def main() -> int:
     linux.become_subreaper()
     try:
         settings = config.load()
-        log.configure(settings.log_format, settings.log_level)
-        if settings.task_id is None:
-            raise ConfigError("TASK_ID must be set: ccrun starts workers with the ID of their task.")
-        if settings.encrypted_payload_path not in (None, payload_name(settings.task_id)):
-            raise ConfigError("ENCRYPTED_PAYLOAD_PATH must name the payload of the task that TASK_ID names.")
-        agent_user = user.find_user(settings.agent_user, SYSTEM_PATH) if settings.agent_user else None
-        with log.bound(task_id=settings.task_id), _local_worker(settings, settings.task_id):
-            asyncio.run(_work(settings, settings.task_id, agent_user))
+        # On Cloud Run, a container ends with all of its processes.
+        return run_guarded(lambda: _run(settings)) if settings.is_local else _run(settings)
     except AlreadyHeld:
         return 0
     except CcrunError as error:
         logger.warning("worker_failed", message="Worker failed", error=error.message)
         return exit_status(error)
+
+
+def _run(settings: Config) -> int:
+    log.configure(settings.log_format, settings.log_level)
+    if settings.task_id is None:
+        raise ConfigError("TASK_ID must be set: ccrun starts workers with the ID of their task.")
+    if settings.encrypted_payload_path not in (None, payload_name(settings.task_id)):
+        raise ConfigError("ENCRYPTED_PAYLOAD_PATH must name the payload of the task that TASK_ID names.")
+    agent_user = user.find_user(settings.agent_user, SYSTEM_PATH) if settings.agent_user else None
+    with log.bound(task_id=settings.task_id), _local_worker(settings, settings.task_id):
+        asyncio.run(_work(settings, settings.task_id, agent_user))
     return 0
 
 
