@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers.jobs import A, B, stopped_workers, until_state, until_written, worker_command
-from standins.cloudrun import JOB, PROJECT, REGION, CloudRun
+from standins.cloudrun import CloudRun
+from standins.execution import JOB, PROJECT, REGION
 
 from ccrun.backends.gcp.jobs import open_cloud_run
 from ccrun.jobs import ExecutionState, Jobs

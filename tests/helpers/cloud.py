@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 import aiohttp
 import attrs
 from aiohttp import web
-from standins.cloudrun import JOB, REGION, Execution
+from standins.execution import JOB, REGION, Execution
 from standins.gcs import BUCKET
 from standins.kms import PROJECT, open_key
 

@@ -20,7 +20,8 @@ import attrs
 import grpc
 import grpc.aio
 from aiohttp import web
-from standins.cloudrun import JOB, CloudRun
+from standins.cloudrun import CloudRun
+from standins.execution import JOB
 from standins.gcs import BUCKET, HOP_BY_HOP, Gcs
 from standins.kms import KEY_NAME, PROJECT, Kms
 from yarl import URL

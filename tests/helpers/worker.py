@@ -55,6 +55,8 @@ prompt = sys.stdin.read()
 """ % json.dumps(RESULT)  # noqa: UP031
 
 FakeCli = Callable[[str], Path]
+#: Makes a CLI from a bash script, see `agent`.
+Agent = Callable[..., Callable[[], Path]]
 
 
 class NoJobs:

@@ -30,7 +30,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from standins.repos import CHUNK_BYTES, Repos, backend, environment, pump
+from standins.git_process import CHUNK_BYTES, backend, environment, pump
+from standins.repos import Repos
 
 TOKEN: Final = "made-up-token-of-the-tests"
 REALM: Final = 'Basic realm="Git"'

@@ -23,7 +23,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from standins.repos import Repos, backend, environment, pump
+from standins.git_process import backend, environment, pump
+from standins.repos import Repos
 
 COMMANDS: Final = frozenset({"git-upload-pack", "git-receive-pack"})
 

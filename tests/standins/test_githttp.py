@@ -9,8 +9,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from standins.git_process import GIT_SECONDS, descendants, environment, git, is_running, run_git
 from standins.githttp import TOKEN, GitHttp, Mode, Redirect, needs_backend
-from standins.repos import GIT_SECONDS, Repos, Repository, descendants, environment, git, is_running, run_git
+from standins.repos import Repos, Repository
 
 pytestmark = needs_backend
 

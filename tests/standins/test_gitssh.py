@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from standins.git_process import GIT_SECONDS, backend, descendants, environment, git, is_running, run_git
 from standins.gitssh import GitSsh, KeyPair, Mode, key_pair, needs_ssh, new_host_key
-from standins.repos import GIT_SECONDS, Repos, Repository, backend, descendants, environment, git, is_running, run_git
+from standins.repos import Repos, Repository
 
 pytestmark = needs_ssh
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from standins.repos import DATE, OTHER_AUTHOR, Executable, GitFailed, Link, Repos, Submodule, git, run_git
+from standins.git_process import DATE, GitFailed, git, run_git
+from standins.repos import OTHER_AUTHOR, Executable, Link, Repos, Submodule
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.worker import WorkerSetup, agent, agent_user, worker_setup
+from helpers.worker import Agent, WorkerSetup, agent, agent_user, worker_setup
 
 from ccrun.process.user import User
 from ccrun.spec import MAX_ARGUMENT_BYTES, MAX_ENVIRONMENT_BYTES, MAX_ENVIRONMENT_VARIABLES
@@ -15,8 +14,6 @@ from ccrun.task import Reason, Status
 from ccrun.worker.commands import InvalidVariables, parse_variables
 
 __all__ = ["agent", "agent_user", "worker_setup"]
-
-Agent = Callable[..., Callable[[], Path]]
 
 
 async def output(worker_setup: WorkerSetup) -> list[str]:

@@ -10,7 +10,7 @@ import attrs
 import pytest
 from helpers.git import GitSetup, git_setup
 from helpers.post_run import PostRunSetup, setup
-from helpers.worker import agent, agent_user, worker_setup
+from helpers.worker import Agent, agent, agent_user, worker_setup
 from standins.gitssh import needs_ssh
 from standins.repos import Repository, Submodule
 
@@ -20,7 +20,6 @@ from ccrun.task import TaskRecord
 __all__ = ["agent", "agent_user", "git_setup", "setup", "worker_setup"]
 pytestmark = needs_ssh
 
-Agent = Callable[..., Callable[[], Path]]
 
 COMMIT = "git -c user.name=A -c user.email=a@b commit -q"
 

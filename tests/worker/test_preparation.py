@@ -3,14 +3,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from helpers.git import GitSetup, git_setup
-from helpers.worker import TASK, WorkerSetup, agent, agent_user, worker_setup
+from helpers.worker import TASK, Agent, WorkerSetup, agent, agent_user, worker_setup
 from standins.gitssh import GitSsh, key_pair, needs_ssh
 from standins.repos import Link
 
@@ -20,7 +19,6 @@ from ccrun.worker.dependencies import WorkerTimeouts
 
 __all__ = ["agent", "agent_user", "git_setup", "worker_setup"]
 
-Agent = Callable[..., Callable[[], Path]]
 Line = dict[str, Any]
 SECRET = "made-up-value"
 

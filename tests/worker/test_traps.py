@@ -12,9 +12,10 @@ from typing import Any, Final
 import pytest
 from helpers.git import GitSetup, git_at, git_setup
 from helpers.worker import WorkerSetup, agent, agent_user, worker_setup
+from standins.git_process import environment, run_git
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, key_pair, needs_ssh
-from standins.repos import Repository, environment, run_git
+from standins.repos import Repository
 
 from ccrun.process.user import User
 from ccrun.spec import GitAction, GitToken, PostRunActions, UploadAction

@@ -13,7 +13,7 @@ from grpc import StatusCode
 from helpers.cloud import Cloud, Receiver
 from helpers.service import MADE_UP_KEY, WAIT_SECONDS, StartService
 from standins import cloudrun, gcs, kms
-from standins.cloudrun import JOB
+from standins.execution import JOB
 from standins.gcs import BUCKET
 
 from ccrun import config

@@ -1,94 +1,21 @@
 from __future__ import annotations
 
-import asyncio
 import io
 import os
 import socket
 from pathlib import Path
 
-import attrs
 import pytest
-from helpers.git import GitSetup, agent_user, git_at, git_setup, http_access
-from standins.githttp import GitHttp, needs_backend
-from standins.repos import Executable, Link, Repository, Submodule
+from helpers.changes import CLONED_FILES, CloneSetup, clone_with, setup
+from helpers.git import GitSetup, git_setup
+from standins.githttp import needs_backend
+from standins.repos import Submodule
 
-from ccrun.process.user import User
-from ccrun.worker.git import changes
-from ccrun.worker.git.changes import Changes, Identity
-from ccrun.worker.git.clone import Clone
-from ccrun.worker.git.run import Git, GitError
+from ccrun.worker.git.changes import Identity
+from ccrun.worker.git.run import Git
 
-__all__ = ["git_setup"]
+__all__ = ["git_setup", "setup"]
 pytestmark = needs_backend
-
-
-@attrs.frozen(kw_only=True)
-class CloneSetup:
-    """A clone that an agent has changed."""
-
-    git_setup: GitSetup
-    repository: Repository
-    cloned: Clone
-    user: User | None = None
-
-    @property
-    def path(self) -> Path:
-        """The directory of the clone."""
-        return self.git_setup.into
-
-    async def git(self, *arguments: str) -> str:
-        """Run git as the agent."""
-        identity = {"GIT_AUTHOR_NAME": "Agent", "GIT_AUTHOR_EMAIL": "agent@example.com"}
-        identity |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in identity.items()}
-        return (await self.git_setup.git.at(self.path, **identity)(*arguments)).decode().strip()
-
-    async def changes(self, *, excludes_dotenv: bool = False) -> Changes:
-        """Return the changes in the clone."""
-        git = git_at(self.git_setup.folder / "home", self.user, protocols="")
-        return await changes.examine(
-            git, self.path, base=self.cloned.base, excludes_dotenv=excludes_dotenv, parent=self.git_setup.folder
-        )
-
-    async def files_of(self, found: Changes, tree: str) -> dict[str, str]:
-        """Return mode and content of each file of a git tree, by path."""
-        output = await found.git("ls-tree", "-r", "-z", "--full-tree", tree)
-        files = {}
-        for line in output.split(b"\0")[:-1]:
-            entry, path = line.split(b"\t")
-            mode, kind, blob = entry.decode().split(" ")
-            content = (await found.git("cat-file", "blob", blob)).decode() if kind == "blob" else blob
-            files[os.fsdecode(path)] = f"{mode} {content}"
-        return files
-
-
-FILES = {
-    "unchanged.txt": "unchanged",
-    "deleted.txt": "deleted",
-    "changed.txt": "old",
-    "tool": Executable("#!/bin/sh\n"),
-    "link": Link("unchanged.txt"),
-}
-CLONED_FILES = {
-    "unchanged.txt": "100644 unchanged",
-    "deleted.txt": "100644 deleted",
-    "changed.txt": "100644 old",
-    "tool": "100755 #!/bin/sh\n",
-    "link": "120000 unchanged.txt",
-}
-
-
-async def clone_with(git_setup: GitSetup, files: dict[str, object] | None = FILES) -> CloneSetup:
-    """Clone a repository with these files."""
-    repository = await git_setup.repos.create("demo", files)  # type: ignore[arg-type]
-    async with GitHttp(git_setup.repos, public=True) as server:
-        cloned = await git_setup.clone(http_access(server.url("demo"), None))
-    return CloneSetup(git_setup=git_setup, repository=repository, cloned=cloned)
-
-
-@pytest.fixture
-async def setup(git_setup: GitSetup) -> CloneSetup:
-    """A clone with a few files."""
-    return await clone_with(git_setup)
 
 
 # --- staging ---------------------------------------------------------------------------------------------------------
@@ -277,93 +204,6 @@ async def test_dotenv_committed_by_the_agent_is_detected(setup: CloneSetup) -> N
     await setup.git("commit", "--quiet", "-m", "Remove")
     assert await (await setup.changes(excludes_dotenv=True)).contains_dotenv()
     assert not await (await setup.changes(excludes_dotenv=False)).contains_dotenv()
-
-
-# --- a repository that the agent has changed -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("damage", ["missing", "garbage", "locked", "fifo", "link"])
-async def test_invalid_index_is_replaced(setup: CloneSetup, damage: str) -> None:
-    """The index of the agent only makes staging faster."""
-    index = setup.path / ".git" / "index"
-    if damage != "locked":
-        index.unlink()
-    match damage:
-        case "garbage":
-            index.write_bytes(b"DIRC\0\0\0\2\0\0\0\x05 invalid")
-        case "locked":
-            index.with_suffix(".lock").write_bytes(b"")
-        case "fifo":
-            os.mkfifo(index)
-        case "link":
-            index.symlink_to("/etc/passwd")
-    (setup.path / "changed.txt").write_text("new")
-    found = await setup.changes()
-    assert {**CLONED_FILES, "changed.txt": "100644 new"} == await setup.files_of(found, (await found.stage()).tree)
-
-
-async def test_sparse_checkout_deletes_nothing(git_setup: GitSetup) -> None:
-    """Files that are not checked out are not considered deleted."""
-    setup = await clone_with(git_setup, {"a/1": "1", "b/2": "2"})
-    await setup.git("sparse-checkout", "set", "a")
-    assert not (setup.path / "b" / "2").exists()
-    (setup.path / "a" / "1").write_text("new")
-    found = await setup.changes()
-    assert {"a/1": "100644 new", "b/2": "100644 2"} == await setup.files_of(found, (await found.stage()).tree)
-
-
-async def test_settings_of_the_agent_are_ignored(setup: CloneSetup) -> None:
-    """Settings in the repository do not change which files and contents are committed."""
-    for setting in (
-        "core.worktree=/etc",
-        "commit.gpgSign=true",
-        "core.autocrlf=true",
-        "core.fileMode=false",
-        "alias.add=!false",
-    ):
-        await setup.git("config", *setting.split("=", 1))
-    (setup.path / "changed.txt").write_text("a\r\nb\r\n")
-    found = await setup.changes()
-    staged = await found.stage()
-    assert {**CLONED_FILES, "changed.txt": "100644 a\r\nb\r\n"} == await setup.files_of(found, staged.tree)
-    await found.commit(staged, "Worker commit", Identity())
-
-
-async def test_missing_repository_is_an_error(setup: CloneSetup) -> None:
-    """The agent has moved the `.git` directory."""
-    (setup.path / ".git").rename(setup.git_setup.folder / "moved")
-    with pytest.raises(GitError, match=r"^The workspace is not a git repository, or git can no longer read it\.$"):
-        await setup.changes()
-
-
-async def test_replaced_repository_is_an_error(setup: CloneSetup) -> None:
-    """The new repository does not have the cloned commit."""
-    (setup.path / ".git").rename(setup.git_setup.folder / "moved")
-    await setup.git("init", "--quiet")
-    with pytest.raises(GitError, match=r"^The repository no longer has the commit that was cloned"):
-        await setup.changes()
-
-
-async def test_unreadable_file_is_reported(setup: CloneSetup) -> None:
-    """Other files are staged. git runs as a user without the permissions of root."""
-    user = await asyncio.to_thread(agent_user)
-    if user is None:
-        pytest.skip("needs root to run git as another user")
-    for path in (setup.git_setup.folder, *setup.git_setup.folder.rglob("*")):
-        os.chown(path, user.uid, user.gid, follow_symlinks=False)
-    for parent in (setup.git_setup.folder, *setup.git_setup.folder.parents):
-        if parent.stat().st_uid == 0 and "pytest" in str(parent):
-            parent.chmod(0o755)
-    (setup.path / "locked").write_text("x")
-    (setup.path / "locked").chmod(0)
-    (setup.path / "open").write_text("y")
-    os.chown(setup.path / "locked", 0, 0)
-    found = await attrs.evolve(setup, user=user).changes()
-    staged = await found.stage()
-    assert staged.unreadable is not None
-    assert "locked" in staged.unreadable
-    output = await found.git("ls-tree", "--name-only", staged.tree)
-    assert b"open" in output.split(b"\n")
 
 
 # --- patches ---------------------------------------------------------------------------------------------------------

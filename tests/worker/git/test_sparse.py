@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.git import GitSetup, git_setup, ssh, ssh_access
 from helpers.post_run import PostRunSetup, setup
-from helpers.worker import agent, agent_user, worker_setup
+from helpers.worker import Agent, agent, agent_user, worker_setup
 from standins.gitssh import GitSsh, needs_ssh
 from standins.repos import Submodule
 
@@ -17,7 +16,6 @@ from ccrun.task import Status
 __all__ = ["agent", "agent_user", "git_setup", "setup", "ssh", "worker_setup"]
 pytestmark = needs_ssh
 
-Agent = Callable[..., Callable[[], Path]]
 FILES = {
     "top.txt": "top",
     "src/next.txt": "next",
