@@ -152,7 +152,7 @@ async def _post(url: Secret, body: bytes, headers: dict[str, str], guard: Callba
                 response = await session.post(target, data=io.BytesIO(body), headers=headers, allow_redirects=False)
             response.close()
     except TimeoutError:
-        raise _Undelivered(f"The receiver did not answer within {seconds:g} s.") from None
+        raise _Undelivered(f"The receiver did not respond within {seconds:g} s.") from None
     except (aiohttp.ClientError, ValueError) as error:
         raise _explain(error) from None
     status = response.status
@@ -160,10 +160,10 @@ async def _post(url: Secret, body: bytes, headers: dict[str, str], guard: Callba
         return
     if 300 <= status < 400:
         raise _Undelivered(
-            f"The receiver answered {status} to another address; redirects are not followed.", final=True
+            f"The receiver responded with {status} to another address; redirects are not followed.", final=True
         )
     raise _Undelivered(
-        f"The receiver answered {status}.",
+        f"The receiver responded with {status}.",
         final=status not in _TRANSIENT_STATUSES,
         retry_after_seconds=_retry_after(response.headers.get("Retry-After"), dt.datetime.now(dt.UTC)),
     )
@@ -182,11 +182,11 @@ def _explain(error: aiohttp.ClientError | ValueError) -> _Undelivered:
         case aiohttp.ClientConnectorError():
             return _Undelivered("The receiver could not be connected to.")
         case aiohttp.ClientResponseError():
-            return _Undelivered("The receiver's answer is not HTTP.")
+            return _Undelivered("The receiver's response is not HTTP.")
         case aiohttp.NonHttpUrlClientError() | ValueError():
             return _Undelivered("The callback's address is not a valid URL.", final=True)
         case _:
-            return _Undelivered("The receiver closed the connection without an answer.")
+            return _Undelivered("The receiver closed the connection without a response.")
 
 
 def _retry_after(wish: str | None, now: dt.datetime) -> float | None:

@@ -79,17 +79,17 @@ Check: TypeAlias = Callable[[Target], Awaitable[str]]
 
 async def health(target: Target) -> str:
     """Check that the service is alive."""
-    async with target.client.get("/health", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as answer:
-        await check_response(answer)
-        if await answer.json() != {"status": "ok"}:
+    async with target.client.get("/health", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as response:
+        await check_response(response)
+        if await response.json() != {"status": "ok"}:
             raise DemoFailed("GET /health does not report a healthy service.")
     return "GET /health: the service is alive"
 
 
 async def ready(target: Target) -> str:
     """Check that the service reaches its storage and its key."""
-    async with target.client.get("/ready", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as answer:
-        await check_response(answer)
+    async with target.client.get("/ready", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as response:
+        await check_response(response)
     return "GET /ready: it reaches its storage and its key"
 
 
@@ -111,15 +111,15 @@ async def closed(target: Target) -> str:
     }
     async with aiohttp.ClientSession(target.url, timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as client:
         for name, headers in rejected.items():
-            async with client.get("/tasks", headers=headers) as answer:
-                if answer.status not in REJECTIONS:
+            async with client.get("/tasks", headers=headers) as response:
+                if response.status not in REJECTIONS:
                     raise DemoFailed(
-                        f"GET /tasks with {name} gives {answer.status}: anyone who reaches this service can use it."
+                        f"GET /tasks with {name} gives {response.status}: anyone who reaches this service can use it."
                     )
     if target.token is None:
         return "GET /tasks: rejected without a token and with a wrong one (AUTH_TOKEN is not set: the right one was not tried)"
-    async with target.client.get("/tasks", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as answer:
-        await check_response(answer)
+    async with target.client.get("/tasks", timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS)) as response:
+        await check_response(response)
     return "GET /tasks: rejected without a token and with a wrong one, accepted with the right one"
 
 
@@ -169,11 +169,11 @@ def _filled(body: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str
 async def _run(target: Target, body: Mapping[str, Any]) -> str:
     last: Mapping[str, Any] = {}
     names: list[str] = []
-    async with target.client.post("/run", json={**body, **target.credential}) as answer:
-        await check_response(answer)
-        task_id = answer.headers.get("X-Task-Id", "")
+    async with target.client.post("/run", json={**body, **target.credential}) as response:
+        await check_response(response)
+        task_id = response.headers.get("X-Task-Id", "")
         async with cancelled_on_failure(target.client, task_id):
-            async for name, data in events_of(answer.content):
+            async for name, data in events_of(response.content):
                 names.append(name)
                 if name == "done":
                     last = data
@@ -184,9 +184,9 @@ async def _run(target: Target, body: Mapping[str, Any]) -> str:
         )
     record = await record_of(target.client, task_id)
     check_completed(record)
-    async with target.client.get(f"/tasks/{task_id}/logs") as answer:
-        await check_response(answer)
-        lines = len((await answer.read()).splitlines())
+    async with target.client.get(f"/tasks/{task_id}/logs") as response:
+        await check_response(response)
+        lines = len((await response.read()).splitlines())
     streamed = names.count("message")
     if lines != streamed:
         raise DemoFailed(f"The log of {task_id} has {lines} lines, its stream had {streamed}.")
@@ -195,9 +195,9 @@ async def _run(target: Target, body: Mapping[str, Any]) -> str:
 
 async def _run_async(target: Target, body: Mapping[str, Any]) -> str:
     url = target.receiver.url if target.receiver else target.callback_url or target.url
-    async with target.client.post("/run-async", json={**body, **target.credential, "callbackUrl": url}) as answer:
-        await check_response(answer)
-        task_id = (await answer.json())["taskId"]
+    async with target.client.post("/run-async", json={**body, **target.credential, "callbackUrl": url}) as response:
+        await check_response(response)
+        task_id = (await response.json())["taskId"]
     async with cancelled_on_failure(target.client, task_id):
         record = await _called_back(target, task_id)
     check_completed(record)
@@ -231,7 +231,7 @@ async def local_target(screen: Screen) -> AsyncIterator[Target]:
     async with contextlib.AsyncExitStack() as stack:
         folder = await stack.enter_async_context(temporary_directory())
         environment, is_real = await environment_with_model(stack, sequence(Say(ANSWER)))
-        screen.row("model", "a real one, billed to your credential" if is_real else "none: a script answers")
+        screen.row("model", "a real one, billed to your credential" if is_real else "none: a script responds")
         service = await stack.enter_async_context(running_service(environment, folder))
         receiver = await stack.enter_async_context(Receiver(service.callback_secret))
         timeout = aiohttp.ClientTimeout(total=TASK_SECONDS)
@@ -328,7 +328,7 @@ async def _passes(each: Check, target: Target, screen: Screen) -> bool:
     except CcrunError as error:
         screen.row("failed", error.message)
     except (aiohttp.ClientError, TimeoutError) as error:
-        screen.row("failed", f"The service does not answer: {str(error) or 'it takes too long'}.")
+        screen.row("failed", f"The service does not respond: {str(error) or 'it takes too long'}.")
     else:
         return True
     return False

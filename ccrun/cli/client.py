@@ -49,7 +49,7 @@ async def check_response(response: aiohttp.ClientResponse) -> None:
         DemoFailed: It was not; the message has the body of the response.
     """
     if not response.ok:
-        raise DemoFailed(f"The service answered {response.status}: {await response.text()}")
+        raise DemoFailed(f"The service responded with {response.status}: {await response.text()}")
 
 
 def check_completed(payload: Mapping[str, Any]) -> None:

@@ -115,10 +115,10 @@ async def _show_stream(client: aiohttp.ClientSession, screen: Screen, body: Mapp
     last: Mapping[str, Any] = {}
     async with (
         cancelled_on_failure(client, body["taskId"]),
-        client.post("/run", json=body, timeout=aiohttp.ClientTimeout(total=None)) as answer,
+        client.post("/run", json=body, timeout=aiohttp.ClientTimeout(total=None)) as response,
     ):
-        await check_response(answer)
-        async for name, data in events_of(answer.content):
+        await check_response(response)
+        async for name, data in events_of(response.content):
             for row in rows(name, data):
                 screen.row(row.label, row.text)
             if name == "done":
@@ -134,9 +134,9 @@ async def _show_callback(
     body = {**body, "taskId": task_id, "callbackUrl": receiver.url, "metadata": {"shownBy": "ccrun demo"}}
     screen.row("request", json.dumps(body, ensure_ascii=False))
     async with cancelled_on_failure(client, task_id):
-        async with client.post("/run-async", json=body) as answer:
-            await check_response(answer)
-            screen.row(str(answer.status), json.dumps(await answer.json()))
+        async with client.post("/run-async", json=body) as response:
+            await check_response(response)
+            screen.row(str(response.status), json.dumps(await response.json()))
         record = await _called_back(client, screen, task_id)
         callback = await receiver.first()
     payload = json.loads(callback.body)

@@ -87,7 +87,7 @@ def rows(name: str, data: Any) -> Iterator[Row]:
         case "message", {"type": "system", "subtype": "init"}:
             yield Row("agent", f"Claude Code {data.get('claude_code_version', '')} starts in its own workspace.")
         case "message", {"type": "system", "subtype": "api_retry"}:
-            yield Row("retry", f"The model API answered {data.get('error_status')}; the CLI retries.")
+            yield Row("retry", f"The model API responded with {data.get('error_status')}; the CLI retries.")
         case "message", {"type": "assistant" | "user", "message": {"content": [*blocks]}}:
             yield from _blocks(blocks)
         case "message", {"type": "text" | "stderr", "content": str(text)}:

@@ -102,7 +102,7 @@ async def test_untrusted_certificate_gets_no_request(tmp_path: Path) -> None:
 async def test_redirects_are_not_followed(status: int) -> None:
     """A redirect fails the delivery, because it could send the body and its signature to a private address."""
     async with receiver(respond(status, Location="/elsewhere"), respond(200)) as scripted:
-        error = f"The receiver answered {status} to another address; redirects are not followed."
+        error = f"The receiver responded with {status} to another address; redirects are not followed."
         assert Delivery(delivered=False, attempts=1, error=error, final=True) == await send(scripted.url)
         assert len(scripted.requests) == 1
 
@@ -123,8 +123,8 @@ async def test_each_connection_failure_has_its_error() -> None:
         port = unused.getsockname()[1]
     async with raw_receiver(close) as closing, raw_receiver(send_no_http) as no_http:
         urls = {
-            closing: "The receiver closed the connection without an answer.",
-            no_http: "The receiver's answer is not HTTP.",
+            closing: "The receiver closed the connection without a response.",
+            no_http: "The receiver's response is not HTTP.",
             no_http.replace("http:", "https:"): "No secure connection to the receiver could be made.",
             f"http://user:made-up@127.0.0.1:{port}/path?token=made-up": "The receiver could not be connected to.",
             "http://user:made-up@name.invalid/path?token=made-up": "The receiver's name could not be looked up.",

@@ -174,7 +174,7 @@ async def test_callback_stays_owed_after_a_failure(callbacks: OwedCallbacks, rec
     receiver.status = 500
     before = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
     recorded = callback_of(await callbacks.deliver(await claim_due(callbacks)))
-    assert (CallbackState.OWED, 1, 1, "The receiver answered 500.") == (
+    assert (CallbackState.OWED, 1, 1, "The receiver responded with 500.") == (
         recorded.state,
         recorded.attempts,
         recorded.rounds,

@@ -19,7 +19,7 @@ async def test_local_check_passes_without_settings() -> None:
     """The check starts a service with a scripted model, reads a stream and verifies a callback."""
     result = await run_check("local")
     assert (0, "") == (result.code, result.stderr)
-    assert ["none: a script answers"] == result.rows_with_status("model")
+    assert ["none: a script responds"] == result.rows_with_status("model")
     assert ["GET /health", "GET /ready", "POST /run", "POST /run-async"] == [
         row.partition(":")[0] for row in result.rows_with_status("passed")
     ]
@@ -93,7 +93,7 @@ async def test_examples_are_sent_with_replaced_placeholders(tmp_path: Path) -> N
         ":".join(row.split(":")[:2]) for row in result.rows_with_status("passed")
     ]
     wrong, missing = result.rows_with_status("failed")
-    assert wrong.startswith("wrong.json: The service answered 400: ")
+    assert wrong.startswith("wrong.json: The service responded with 400: ")
     assert missing.startswith("missing.json cannot be read: ")
 
 
@@ -112,7 +112,7 @@ async def test_unknown_check_is_a_usage_error() -> None:
             "remote",
             {"SERVICE_URL": "http://127.0.0.1:1"},
             1,
-            "The service does not answer: Cannot connect to host 127.0.0.1:1",
+            "The service does not respond: Cannot connect to host 127.0.0.1:1",
         ),
         (
             "remote",

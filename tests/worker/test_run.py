@@ -350,7 +350,7 @@ async def test_callback_that_fails_is_owed(
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"), callbacks=owed_callbacks(worker_setup))
     assert record.webhook is not None
     assert (Status.COMPLETED, CallbackState.OWED) == (record.status, record.webhook.state)
-    assert "The receiver answered 500." == record.webhook.last_error
+    assert "The receiver responded with 500." == record.webhook.last_error
     assert [TASK] == [mark.task_id for mark in await worker_setup.deps.store.active()]
 
 
