@@ -72,8 +72,18 @@ class PostRun:
             with self.result.errors_recorded("uploadFiles"):
                 self.result.uploaded += await self._upload(actions.upload_files)
 
-    async def rescue(self) -> None:
-        """Upload all changes as a patch, if there are any. Errors are recorded like those of an action."""
+    @property
+    def pushes(self) -> bool:
+        """Whether the request asks for a push."""
+        git = self.spec.post_execution_actions.git
+        return git is not None and git.push
+
+    async def rescue(self, *, is_pushed: bool) -> None:
+        """Upload all changes that were not pushed as patches. Errors are recorded like those of an action.
+
+        Args:
+            is_pushed: Whether those of the work tree and the last commit were pushed.
+        """
         if self.checkout is None or self.checkout.origin is None:
             return
         rescue = Rescue(
@@ -85,7 +95,7 @@ class PostRun:
             max_bytes=self.limits.rescue_bytes,
             result=self.result,
         )
-        await rescue.run()
+        await rescue.run(is_pushed=is_pushed)
 
     async def _log(self, step: str, sentence: str, **fields: Any) -> None:
         await self.log_line(worker_line(step, content=sentence, **fields))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import IO, Final
 
 import attrs
@@ -15,15 +16,24 @@ from ccrun.store import Store
 from ccrun.task import TaskId
 from ccrun.worker.git.changes import Changes
 from ccrun.worker.git.checkout import Checkout
+from ccrun.worker.git.places import Place
 from ccrun.worker.lines import worker_line
 from ccrun.worker.post_run_result import PostRunResult
 from ccrun.worker.redaction import Redactor
+from ccrun.worker.uploads import printable
 from ccrun.worker.workspace import private_directory
 
-#: The path of the patch below the uploads of the task.
+#: The path of the patch of the repository's work tree and last commit below the uploads of the task.
 RESCUE_PATCH: Final = "rescue.patch"
+#: The directory of the other patches.
+RESCUE_DIRECTORY: Final = "rescue"
+#: Characters of the name of such a patch, without its suffix. A file system limits a name to 255 bytes.
+MAX_NAME_CHARS: Final = 100
 #: What each file's part of a patch starts with, after the first.
 _FILE_HEADER: Final = b"\ndiff --git "
+
+#: Writes a patch of at most so many bytes into a file, and returns whether it is complete.
+WritePatch = Callable[[IO[bytes], int], Awaitable[bool]]
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +42,7 @@ class Rescue:
 
     Args:
         log_line: Adds a line to the log of the task.
-        max_bytes: The size of a patch.
+        max_bytes: The size of a patch, and of all those of other places together.
         result: Gets the uploaded files and the errors.
     """
 
@@ -44,46 +54,86 @@ class Rescue:
     max_bytes: int
     result: PostRunResult
 
-    async def run(self) -> None:
-        """Upload all changes as a patch, if there are any. Errors are recorded."""
+    async def run(self, *, is_pushed: bool) -> None:
+        """Upload all changes as patches, if there are any. Errors are recorded.
+
+        Args:
+            is_pushed: Whether those of the work tree and the last commit were pushed. They are not stored then.
+        """
         with self.result.errors_recorded("rescue"):
             found = await self.checkout.changes()
-            staged = await found.stage()
-            if staged.is_empty and found.head == found.base:
-                return
-            async with private_directory(self.task_id) as directory:
-                path = directory / RESCUE_PATCH
-                is_complete = await self._write_patch(found, path)
-                size = (await asyncio.to_thread(path.stat)).st_size
-                if not size:
-                    if is_complete:
-                        # Only files that must not be shown were changed.
-                        return
-                    raise CcrunError(f"The changes are lost: no file's patch fits into {self.max_bytes} bytes.")
-                with await asyncio.to_thread(path.open, "rb") as file:
-                    url = await self.store.add_upload(self.task_id, RESCUE_PATCH, file, size=size)
-            uploaded = UploadedFile(original_path=RESCUE_PATCH, gcs_path=url, size_bytes=size)
-            self.result.uploaded = [*(self.result.uploaded or ()), uploaded]
-            if not is_complete:
-                self.result.fail(
-                    "rescue", f"The patch of the changes was cut at {self.max_bytes} bytes; the rest is lost."
-                )
-            await self.log_line(worker_line("rescue", content=f"The changes are stored as {uploaded.gcs_path}."))
+            if not is_pushed:
+                with self.result.errors_recorded("rescue"):
+                    await self._store_work_tree(found)
+            await self._store_places(found)
 
-    async def _write_patch(self, found: Changes, path: Path) -> bool:
-        """Write the patch, with secrets redacted. Return whether it is complete."""
-        with await asyncio.to_thread(path.open, "x+b") as file:
-            is_complete = await found.patch(file, max_bytes=self.max_bytes)
-            await asyncio.to_thread(_finish_patch, file, self.redactor, is_complete=is_complete)
-        return is_complete
+    async def _store_work_tree(self, found: Changes) -> None:
+        staged = await found.stage()
+        if not staged.is_empty or found.head != found.base:
+
+            async def write(file: IO[bytes], max_bytes: int) -> bool:
+                return await found.patch(file, old=found.base, max_bytes=max_bytes)
+
+            await self._store(RESCUE_PATCH, "changes", write, self.max_bytes)
+
+    async def _store_places(self, found: Changes) -> None:
+        left, names = self.max_bytes, set[str]()
+        async for place in self.checkout.other_places(found):
+            if isinstance(place, str):
+                self.result.fail("rescue", place)
+                continue
+            path = f"{RESCUE_DIRECTORY}/{_file_name(place, names)}"
+            with self.result.errors_recorded("rescue"):
+
+                async def write(file: IO[bytes], max_bytes: int, place: Place = place) -> bool:
+                    return await place.patch(file, max_bytes=max_bytes)
+
+                left -= await self._store(path, f"changes in {printable(str(place))}", write, left)
+
+    async def _store(self, name: str, what: str, write: WritePatch, max_bytes: int) -> int:
+        """Store one patch. Return its size in bytes.
+
+        Raises:
+            CcrunError: It cannot be stored.
+        """
+        async with private_directory(self.task_id) as directory:
+            path = directory / RESCUE_PATCH
+            with await asyncio.to_thread(path.open, "x+b") as file:
+                is_complete = await write(file, max_bytes)
+                size = await asyncio.to_thread(_finish_patch, file, self.redactor, is_complete=is_complete)
+            if not size:
+                if is_complete:
+                    # Only files that must not be shown were changed.
+                    return 0
+                raise CcrunError(f"The {what} are lost: no file's patch fits into {max_bytes} bytes.")
+            with await asyncio.to_thread(path.open, "rb") as file:
+                url = await self.store.add_upload(self.task_id, name, file, size=size)
+        uploaded = UploadedFile(original_path=name, gcs_path=url, size_bytes=size)
+        self.result.uploaded = [*(self.result.uploaded or ()), uploaded]
+        if not is_complete:
+            self.result.fail("rescue", f"The patch of the {what} was cut at {max_bytes} bytes; the rest is lost.")
+        await self.log_line(worker_line("rescue", content=f"The {what} are stored as {uploaded.gcs_path}."))
+        return size
 
 
-def _finish_patch(file: IO[bytes], redactor: Redactor, *, is_complete: bool) -> None:
-    """Redact the secrets in a patch. Cut an incomplete one after its last complete file."""
+def _file_name(place: Place, taken: set[str]) -> str:
+    """Return a new name for the patch of a place, with letters that are safe in any file system."""
+    full = "-".join(filter(None, (place.inside, place.kind, place.name)))
+    stem = re.sub(r"[^A-Za-z0-9._]+", "-", full)[:MAX_NAME_CHARS].strip("-.")
+    names = (
+        f"{stem}{suffix}.patch" for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    )
+    name = next(name for name in names if name.lower() not in taken)
+    taken.add(name.lower())
+    return name
+
+
+def _finish_patch(file: IO[bytes], redactor: Redactor, *, is_complete: bool) -> int:
+    """Redact the secrets in a patch. Cut an incomplete one after its last complete file. Return its size in bytes."""
     file.seek(0)
     content = file.read()
     if not is_complete:
         content = content[: content.rfind(_FILE_HEADER) + 1]
     file.seek(0)
     file.truncate()
-    file.write(redactor.text(content.decode(errors="surrogateescape")).encode(errors="surrogateescape"))
+    return file.write(redactor.text(content.decode(errors="surrogateescape")).encode(errors="surrogateescape"))

@@ -245,7 +245,7 @@ def _credential(deps: WorkerDependencies, spec: TaskSpec) -> tuple[Secret, Crede
 
 
 async def _finish_work(post_run: PostRun, outcome: Outcome, stop: StopRequest, timeouts: WorkerTimeouts) -> Outcome:
-    """Run the actions of a task that has succeeded; store the changes of one that has not as a patch."""
+    """Run the actions of a task that has succeeded; store changes that are not pushed as patches."""
     if outcome.status is Status.COMPLETED:
         stop.cancel_deadline()
         try:
@@ -255,13 +255,14 @@ async def _finish_work(post_run: PostRun, outcome: Outcome, stop: StopRequest, t
                 outcome = lifecycle.cancelled_outcome(outcome)
             else:
                 post_run.result.fail("worker", "The worker was shut down before all actions were done.")
-    if outcome.status is not Status.COMPLETED or post_run.result.is_unpushed:
-        await _rescue(post_run, stop, timeouts)
+    is_pushed = outcome.status is Status.COMPLETED and not post_run.result.is_unpushed
+    if not is_pushed or post_run.pushes:
+        await _rescue(post_run, stop, timeouts, is_pushed=is_pushed)
     return post_run.result.apply_to(outcome, post_run.redactor)
 
 
-async def _rescue(post_run: PostRun, stop: StopRequest, timeouts: WorkerTimeouts) -> None:
-    """Store the changes as a patch within its timeout, which a shutdown shortens."""
+async def _rescue(post_run: PostRun, stop: StopRequest, timeouts: WorkerTimeouts, *, is_pushed: bool) -> None:
+    """Store the changes as patches within its timeout, which a shutdown shortens."""
     loop = asyncio.get_running_loop()
 
     async def shorten(timeout: asyncio.Timeout) -> None:
@@ -273,7 +274,7 @@ async def _rescue(post_run: PostRun, stop: StopRequest, timeouts: WorkerTimeouts
         async with asyncio.timeout_at(loop.time() + timeouts.rescue) as timeout:
             shortening = asyncio.create_task(shorten(timeout))
             try:
-                await post_run.rescue()
+                await post_run.rescue(is_pushed=is_pushed)
             finally:
                 shortening.cancel()
     except TimeoutError:

@@ -35,13 +35,17 @@ class PostRunSetup:
         self, cli: Callable[[], Path], *, actions: PostRunActions = COMMIT_AND_PUSH, **fields: Any
     ) -> TaskRecord:
         """Run a task until it is final."""
+        await self.submit(actions=actions, **fields)
+        return await self.worker_setup.run(cli=cli, agent_user=self.user)
+
+    async def submit(self, *, actions: PostRunActions = COMMIT_AND_PUSH, **fields: Any) -> None:
+        """Create the task."""
         defaults = {
             "git_repo": self.server.url(self.repository.name),
             "ssh_key": KEY,
             "post_execution_actions": actions,
         }
         await self.worker_setup.submit(**{**defaults, **fields})
-        return await self.worker_setup.run(cli=cli, agent_user=self.user)
 
     async def uploaded(self, record: TaskRecord) -> dict[str, bytes]:
         """Return the contents of the uploaded files, by path."""

@@ -218,17 +218,21 @@ class Changes:
         if not await self._write(("pack-objects", "--quiet", "--revs", "--stdout"), target, MAX_PACK_BYTES, wanted):
             raise GitError(f"The changes are larger than {MAX_PACK_BYTES // 1024**3} GiB.")
 
-    async def patch(self, target: IO[bytes], *, max_bytes: int) -> bool:
-        """Write everything that was staged and committed since the base as a patch for `git apply`.
+    async def patch(self, target: IO[bytes], *, old: str | None, new: str | None = None, max_bytes: int) -> bool:
+        """Write the differences between two commits as a patch for `git apply`.
+
+        Args:
+            old: None for no files.
+            new: None for what was staged.
 
         Returns:
             Whether the patch is complete. Otherwise it is cut at `max_bytes`.
         """
-        options = ("--cached", "--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
-        exclusions = ("--", ".", f":(top,exclude){DOTENV}") if self.excludes_dotenv else ()
-        return await self._write(
-            ("diff", *options, await self._or_empty_tree(self.base), *exclusions), target, max_bytes
-        )
+        options = ("--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
+        compared = ["--cached"] if new is None else []
+        compared += [await self._or_empty_tree(old), *([] if new is None else [new])]
+        exclusions = (".", f":(top,exclude){DOTENV}") if self.excludes_dotenv else ()
+        return await self._write(("diff", *options, *compared, "--", *exclusions), target, max_bytes)
 
     async def _write(self, arguments: Sequence[str], target: IO[bytes], max_bytes: int, stdin: bytes = b"") -> bool:
         left = max_bytes

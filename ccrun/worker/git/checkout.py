@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes
 from ccrun.worker.git.changes import Changes
 from ccrun.worker.git.clone import Clone, CloneOptions, PackSnapshot, clone
+from ccrun.worker.git.places import Place, find_places
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import SYSTEM_PATH, Git, environment, find_git
 from ccrun.worker.lines import worker_line
@@ -66,6 +67,12 @@ class Checkout:
             excludes_dotenv=self.excludes_dotenv,
             sparse=self.sparse,
             parent=self.workspace.root,
+        )
+
+    def other_places(self, top: Changes) -> AsyncIterator[Place | str]:
+        """Yield the other places in which the agent has left changes, see `find_places`."""
+        return find_places(
+            self.agent_git, self.workspace.repository, top, sparse=self.sparse, parent=self.workspace.root
         )
 
 

@@ -219,7 +219,7 @@ async def test_patch_restores_the_tree(setup: CloneSetup) -> None:
     found = await setup.changes()
     staged = await found.stage()
     patch = io.BytesIO()
-    assert await found.patch(patch, max_bytes=10_000_000)
+    assert await found.patch(patch, old=found.base, max_bytes=10_000_000)
     clone = setup.git_setup.folder / "clone"
     await setup.git_setup.git("clone", "--quiet", f"file://{setup.repository.path}", str(clone))
     await setup.git_setup.git.at(clone)("apply", "--index", "-", stdin=patch.getvalue())
@@ -232,7 +232,7 @@ async def test_patch_is_limited(setup: CloneSetup) -> None:
     found = await setup.changes()
     await found.stage()
     patch = io.BytesIO()
-    assert not await found.patch(patch, max_bytes=1000)
+    assert not await found.patch(patch, old=found.base, max_bytes=1000)
     assert 1000 == len(patch.getvalue())
 
 
