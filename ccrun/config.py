@@ -172,6 +172,27 @@ def _credential(value: str) -> Secret:
     return Secret(value)
 
 
+def _headers(value: str) -> tuple[tuple[str, Secret], ...]:
+    """Parse lines `Name: value`, as the CLI does. Where a value has one line, a backslash and an n separate them."""
+    headers = []
+    for line in value.replace("\\n", "\n").split("\n"):
+        name, colon, text = line.partition(":")
+        if line.strip():
+            # Field names and values of RFC 9110. Those of the connection are not the operator's to set.
+            if not (colon and re.fullmatch(r"[!#-'*+.^_`|~0-9A-Za-z-]+", name.strip())) or not re.fullmatch(
+                r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", text.strip()
+            ):
+                raise ValueError("lines `Name: value` of printable ASCII characters")
+            if name.strip().lower() in _CONNECTION_HEADERS:
+                raise ValueError(f"headers other than {', '.join(sorted(_CONNECTION_HEADERS))}")
+            headers.append((name.strip(), Secret(text.strip())))
+    return tuple(headers)
+
+
+def _urls(value: str) -> tuple[str, ...]:
+    return tuple(_url(item.strip()) for item in value.split(",") if item.strip())
+
+
 def _tokens(value: str) -> tuple[Secret, ...]:
     tokens = [token.strip() for token in value.split(",") if token.strip()]
     if not tokens or not all(re.fullmatch(rf"[\x21-\x7e]{{{MIN_API_TOKEN_CHARS},}}", token) for token in tokens):
@@ -182,9 +203,14 @@ def _tokens(value: str) -> tuple[Secret, ...]:
 
 
 #: Settings that only the workers of a service in the cloud need.
-_WORKER_SECRETS: Final = frozenset({"CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
+_MODEL_CREDENTIALS: Final = frozenset({"ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"})
+_WORKER_SECRETS: Final = _MODEL_CREDENTIALS | {"ANTHROPIC_CUSTOM_HEADERS", "CLOUDRUN_CALLBACK_SECRET"}
+#: Headers that an HTTP client sets itself.
+_CONNECTION_HEADERS: Final = frozenset(
+    {"accept-encoding", "connection", "content-length", "host", "te", "trailer", "transfer-encoding", "upgrade"}
+)
 #: Settings whose values no error shows.
-_SECRET_READERS: Final = (_secret, _credential, _tokens)
+_SECRET_READERS: Final = (_secret, _credential, _headers, _tokens)
 
 
 def _setting(name: str, read: Callable[[str], Any] = _word, *, default: Any = None) -> Any:
@@ -273,6 +299,12 @@ class Config:
     anthropic_base_url: str = _setting("ANTHROPIC_BASE_URL", _url, default="https://api.anthropic.com")
     anthropic_api_key: Secret | None = _setting("ANTHROPIC_API_KEY", _credential)
     claude_code_oauth_token: Secret | None = _setting("CLAUDE_CODE_OAUTH_TOKEN", _credential)
+    anthropic_auth_token: Secret | None = _setting("ANTHROPIC_AUTH_TOKEN", _credential)
+    anthropic_custom_headers: tuple[tuple[str, Secret], ...] = _setting(
+        "ANTHROPIC_CUSTOM_HEADERS", _headers, default=()
+    )
+    #: Base URLs that requests may name instead.
+    allowed_base_urls: tuple[str, ...] = _setting("ALLOWED_BASE_URLS", _urls, default=())
     flush_lines: int = _setting("FLUSH_LINES", _whole(1, 100_000), default=100)
     flush_seconds: float = _setting("FLUSH_SECONDS", _number(0.01, 60), default=1.0)
 
@@ -289,8 +321,8 @@ class Config:
     @property
     def operator_has_credential(self) -> bool:
         """Whether requests need no credential for the model API."""
-        mine = self.anthropic_api_key or self.claude_code_oauth_token
-        return bool(mine or self._of_workers & {"ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"})
+        mine = self.anthropic_api_key or self.claude_code_oauth_token or self.anthropic_auth_token
+        return bool(mine or self._of_workers & _MODEL_CREDENTIALS)
 
     @property
     def signs_callbacks(self) -> bool:

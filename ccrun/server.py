@@ -196,6 +196,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, sweep_needed: asynci
         ),
         defaults=Defaults(
             operator_has_credential=config.operator_has_credential,
+            allowed_base_urls=config.allowed_base_urls,
             allowed_tools=config.allowed_tools,
             permission_mode=config.permission_mode,
             max_timeout_minutes=config.max_timeout_minutes,

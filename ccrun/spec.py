@@ -150,6 +150,8 @@ class TaskSpec:
     timeout_minutes: float
     anthropic_api_key: Secret | None = None
     anthropic_oauth_token: Secret | None = None
+    anthropic_auth_token: Secret | None = None
+    anthropic_base_url: str | None = None
     callback_url: Secret | None = None
     system_prompt: str | None = attrs.field(default=None, repr=False)
     append_system_prompt: str | None = attrs.field(default=None, repr=False)
@@ -209,7 +211,7 @@ class TaskSpec:
     @property
     def secrets(self) -> tuple[Secret, ...]:
         """All values that must not appear in a log, a record or a callback."""
-        named = [self.anthropic_api_key, self.anthropic_oauth_token, self.ssh_key]
+        named = [self.anthropic_api_key, self.anthropic_oauth_token, self.anthropic_auth_token, self.ssh_key]
         if self.git_token is not None:
             named += [self.git_token.token, self.git_token.text]
         return (*(secret for secret in named if secret is not None), *self.environment_secrets.values())

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stores the secrets of .env in Secret Manager and grants access to them: CLOUDRUN_CALLBACK_SECRET to the worker and the sweep
-# (generated if it does not exist), ANTHROPIC_API_KEY and CLAUDE_CODE_OAUTH_TOKEN, if set, to the worker. The API reads no secret.
+# (generated if it does not exist) and, if set, ANTHROPIC_API_KEY, CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_AUTH_TOKEN and
+# ANTHROPIC_CUSTOM_HEADERS to the worker. The API reads no secret.
 # A changed value becomes a new version; old versions are retained. Can be run again at any time.
 #   scripts/create-secrets.sh [--dry-run]
 # Settings come from the environment and from .env; .env.example explains them.
@@ -52,6 +53,7 @@ is_latest() {
 
 enable_api
 store CLOUDRUN_CALLBACK_SECRET "$WORKER" "$SWEEP"
-store ANTHROPIC_API_KEY "$WORKER"
-store CLAUDE_CODE_OAUTH_TOKEN "$WORKER"
+for name in ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN ANTHROPIC_AUTH_TOKEN ANTHROPIC_CUSTOM_HEADERS; do
+  store "$name" "$WORKER"
+done
 finish

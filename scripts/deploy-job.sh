@@ -58,13 +58,15 @@ api_image='' worker_image=''
 tag=$(image_tag)
 find_image api_image api "$tag" || fail "There is no image api:$tag: run scripts/build-and-push.sh first."
 find_image worker_image worker "$tag" || fail "There is no image worker:$tag: run scripts/build-and-push.sh first."
-worker_secrets=$(secrets_of CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN)
+# shellcheck disable=SC2086 # a list of names
+worker_secrets=$(secrets_of $WORKER_SECRETS)
 sweep_secrets=$(secrets_of CLOUDRUN_CALLBACK_SECRET)
 [ -n "$sweep_secrets" ] || missing "The secret CLOUDRUN_CALLBACK_SECRET" create-secrets.sh
 
 deploy "$CLOUDRUN_JOB_NAME" "$WORKER" "$worker_image" "" "$JOB_MEMORY" "$JOB_CPU" $(((minutes + OVERHEAD_MINUTES) * 60)) \
   "$(variables CCRUN_BACKEND PROJECT_ID REGION GCS_LOGS_BUCKET KMS_LOCATION KMS_KEY_RING KMS_KEY_NAME CLOUDRUN_JOB_NAME \
-    MAX_TIMEOUT_MINUTES CALLBACK_ALLOWED_HOSTS ANTHROPIC_BASE_URL FLUSH_LINES FLUSH_SECONDS LOG_LEVEL)" "$worker_secrets"
+    MAX_TIMEOUT_MINUTES CALLBACK_ALLOWED_HOSTS ANTHROPIC_BASE_URL ANTHROPIC_MODEL ANTHROPIC_DEFAULT_OPUS_MODEL \
+    ANTHROPIC_DEFAULT_SONNET_MODEL ANTHROPIC_DEFAULT_HAIKU_MODEL FLUSH_LINES FLUSH_SECONDS LOG_LEVEL)" "$worker_secrets"
 deploy "$CLOUDRUN_SWEEP_NAME" "$SWEEP" "$api_image" sweep 512Mi 1 $((SWEEP_MINUTES * 60)) \
   "$(variables CCRUN_BACKEND PROJECT_ID REGION GCS_LOGS_BUCKET KMS_LOCATION KMS_KEY_RING KMS_KEY_NAME CLOUDRUN_JOB_NAME \
     CALLBACK_ALLOWED_HOSTS LOG_LEVEL)" "$sweep_secrets"

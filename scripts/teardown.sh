@@ -13,7 +13,7 @@ begin "--data --yes" "$@"
 WHEN_API_DISABLED=absent
 FOUND=$'\n'
 ON_RING=(--keyring="$KMS_KEY_RING" --location="$KMS_LOCATION")
-SECRETS="CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN"
+SECRETS=$WORKER_SECRETS
 ACCOUNTS="ccrun-api ccrun-worker ccrun-sweep ccrun-scheduler"
 ROLES="ccrunAdd ccrunReplace ccrunList ccrunLaunch ccrunLook ccrunRelaunch ccrunStart"
 

@@ -354,6 +354,16 @@ def object_prefix(value: Any, location: Location) -> str:
     return prefix
 
 
+def base_url(value: Any, location: Location, *, allowed: tuple[str, ...]) -> str:
+    """Check the base URL of the model API, and return it without a slash at its end."""
+    url = as_string(value, max_bytes=MAX_URL_CHARS).rstrip("/")
+    if not allowed:
+        raise InvalidValue("is not allowed: the service has no ALLOWED_BASE_URLS")
+    if url not in allowed:
+        raise InvalidValue(f"must be one of the URLs that the service allows: {', '.join(allowed)}")
+    return url
+
+
 def callback_url(value: Any, location: Location) -> str:
     """Check the URL of a callback."""
     if not isinstance(value, str) or len(value) > MAX_URL_CHARS or not is_http_url(value):

@@ -42,6 +42,8 @@ MAX_MCP_CONFIG_BYTES: Final = 256 * 1024
 MAX_COMMIT_MESSAGE_BYTES: Final = 64 * 1024
 #: The depth that git treats as unlimited (git-clone(1), `--depth`).
 MAX_GIT_DEPTH: Final = 2**31 - 1
+#: The credentials for the model API, in the order of the CLI: the first that is given is used.
+_CREDENTIALS: Final = ("anthropicAuthToken", "anthropicApiKey", "anthropicOAuthToken")
 #: Fields that make no sense without a repository, each with the reason.
 _NEEDS_REPOSITORY: Final = {
     "gitBase": "it is a branch of that repository",
@@ -61,6 +63,7 @@ class Defaults:
         allowed_tools: For requests without `allowedTools`.
         permission_mode: For requests without `permissionMode`.
         max_timeout_minutes: The limit of `timeoutMinutes`.
+        allowed_base_urls: What `anthropicBaseUrl` may be.
         backend_is_local: Repositories may have `http` and `file` URLs.
     """
 
@@ -68,14 +71,15 @@ class Defaults:
     allowed_tools: tuple[str, ...] = ()
     permission_mode: str | None = None
     max_timeout_minutes: float = 60.0
+    allowed_base_urls: tuple[str, ...] = ()
     backend_is_local: bool = False
 
 
 def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults: Defaults) -> TaskSpec:
     """Return the task that a request body describes, with all defaults filled in.
 
-    A field that is null or a blank string counts as absent. If both model API credentials are given, the API key is used, as the
-    CLI does. Errors are in the order of `request_fields`, because clients match the text of the first one.
+    A field that is null or a blank string counts as absent. If several model API credentials are given, one is used, in the
+    order of the CLI. Errors are in the order of `request_fields`, because clients match the text of the first one.
 
     Args:
         body: The bytes of the body.
@@ -111,8 +115,8 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     if errors:
         raise InvalidRequest(errors)
 
-    if "anthropicApiKey" in given:
-        given.pop("anthropicOAuthToken", None)
+    for name in [name for name in _CREDENTIALS if name in given][1:]:
+        del given[name]
     given.pop("useNamedPipe", None)
     spec = spec_from_values(
         {
@@ -137,6 +141,8 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "callbackUrl": checks.callback_url,
         "anthropicApiKey": checks.credential,
         "anthropicOAuthToken": checks.credential,
+        "anthropicAuthToken": checks.credential,
+        "anthropicBaseUrl": functools.partial(checks.base_url, allowed=defaults.allowed_base_urls),
         "taskId": checks.task_id,
         "systemPrompt": checks.text(MAX_PROMPT_BYTES),
         "appendSystemPrompt": checks.text(MAX_PROMPT_BYTES),
@@ -182,10 +188,19 @@ def _required(value: object, task_type: TaskType, defaults: Defaults) -> dict[st
     required = {"prompt": "prompt is required"}
     if task_type is TaskType.ASYNC:
         required["callbackUrl"] = "callbackUrl is required for async tasks"
-    has_token = isinstance(value, dict) and not checks.is_absent(value.get("anthropicOAuthToken"))
-    if not (has_token or defaults.operator_has_credential):
+    has_token = any(_has(value, name) for name in ("anthropicOAuthToken", "anthropicAuthToken"))
+    if not has_token and _has(value, "anthropicBaseUrl"):
+        required["anthropicApiKey"] = (
+            "anthropicBaseUrl needs anthropicAuthToken, anthropicApiKey or anthropicOAuthToken: "
+            "the service sends its own credential to no other server"
+        )
+    elif not (has_token or defaults.operator_has_credential):
         required["anthropicApiKey"] = "Either anthropicApiKey or anthropicOAuthToken is required"
     return required
+
+
+def _has(value: object, name: str) -> bool:
+    return isinstance(value, dict) and not checks.is_absent(value.get(name))
 
 
 def _has_push(given: Mapping[str, Any]) -> bool:

@@ -141,7 +141,7 @@ def example(file: Path, environment: Mapping[str, str]) -> Check:
         except Skipped as error:
             raise Skipped(f"{file.name}: {error.message}") from None
         # These are examples in the file, and would prevent a second run.
-        for name in ("taskId", "anthropicApiKey", "anthropicOAuthToken"):
+        for name in ("taskId", "anthropicApiKey", "anthropicOAuthToken", "anthropicAuthToken"):
             body.pop(name, None)
         send = _run_async if body.pop("callbackUrl", None) else _run
         try:
@@ -259,7 +259,11 @@ async def remote_target(screen: Screen, environment: Mapping[str, str]) -> Async
     is_loopback = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
     if token and not url.startswith("https:") and not is_loopback:
         raise DemoFailed("SERVICE_URL must begin with https: the token would be sent without encryption.")
-    names = {"anthropicApiKey": "ANTHROPIC_API_KEY", "anthropicOAuthToken": "CLAUDE_CODE_OAUTH_TOKEN"}
+    names = {
+        "anthropicAuthToken": "ANTHROPIC_AUTH_TOKEN",
+        "anthropicApiKey": "ANTHROPIC_API_KEY",
+        "anthropicOAuthToken": "CLAUDE_CODE_OAUTH_TOKEN",
+    }
     credentials = {field: environment[name] for field, name in names.items() if environment.get(name)}
     screen.row("service", url)
     async with aiohttp.ClientSession(

@@ -18,6 +18,10 @@ from ccrun.task import Secret
 
 #: With a longer path, that of the CLI's socket exceeds 103 bytes, and the CLI uses the shared /tmp/cc-socks-UID instead.
 MAX_TEMPORARY_PATH_BYTES: Final = 80
+#: The variables of the worker that the agent gets, besides PATH.
+_INHERITED: Final = re.compile(
+    r"LANG|TZ|LC_\w+|ANTHROPIC_(?:MODEL|SMALL_FAST_MODEL|(?:DEFAULT|CUSTOM)_\w*MODEL(?:_\w+)?)"
+)
 #: An item of a list. A comma in parentheses belongs to the item, as in `Bash(git log:*, -n)`.
 _LIST_ITEM: Final = re.compile(r"(?:[^,(]|\([^)]*\)?)+")
 
@@ -35,7 +39,7 @@ def environment(
     is_root: bool,
     marker: str,
 ) -> dict[str, str]:
-    """Return all environment variables of the agent. Those of the worker are PATH, locale and time zone only.
+    """Return all environment variables of the agent. Those of the worker are PATH, locale, time zone and names of models only.
 
     Args:
         inherited: The environment of the worker.
@@ -55,7 +59,7 @@ def environment(
     no_proxy = ",".join(filter(None, (secrets.get("NO_PROXY") or secrets.get("no_proxy"), "127.0.0.1")))
     return {
         "LANG": "C.UTF-8",
-        **{name: value for name, value in inherited.items() if name in ("LANG", "TZ") or name.startswith("LC_")},
+        **{name: value for name, value in inherited.items() if _INHERITED.fullmatch(name)},
         **secrets,
         # A PATH of the request comes before the one that the CLI needs. A proxy of the request is not used for loopback.
         "PATH": os.pathsep.join(filter(None, paths)),

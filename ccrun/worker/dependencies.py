@@ -74,6 +74,8 @@ class WorkerDependencies:
         upstream: The base URL of the model API.
         api_key: The operator's API key, for requests without a credential.
         oauth_token: The operator's OAuth token, used when there is no API key.
+        auth_token: The operator's bearer token, used before an API key.
+        custom_headers: The operator's additional headers for the model API.
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
         marker: An environment variable's value by which the processes of this task are found.
         execution_name: The name of this execution at the platform.
@@ -88,6 +90,8 @@ class WorkerDependencies:
     upstream: str
     api_key: Secret | None = None
     oauth_token: Secret | None = None
+    auth_token: Secret | None = None
+    custom_headers: tuple[tuple[str, Secret], ...] = attrs.field(default=(), repr=False)
     inherited: Mapping[str, str]
     marker: str
     flush_policy: FlushPolicy = attrs.field(factory=FlushPolicy)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import enum
 import json
 import re
 import secrets
@@ -23,12 +22,10 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from ccrun.errors import CredentialUnusable
 from ccrun.results import ApiError
 from ccrun.task import Secret
 from ccrun.worker.api_errors import parse_api_error
-
-DEFAULT_UPSTREAM: Final = "https://api.anthropic.com"
+from ccrun.worker.upstream import Upstream
 
 #: Bytes: the limit of the API for a request to `/v1/messages` (https://docs.anthropic.com/en/api/errors).
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
@@ -44,19 +41,11 @@ IDLE_SECONDS: Final = 600.0
 #: Seconds that requests have to finish when the context is left. The agent has exited by then.
 STOP_SECONDS: Final = 0.1
 
-#: The API needs it for an OAuth token. The CLI sends it only when it has such a token.
-OAUTH_BETA: Final = "oauth-2025-04-20"
-
 #: The requests that the agent may send, as in the request line. The same host and credential give access to much more (files,
 #: sessions, batches, the administration of the organization), so this is an allowlist. It is matched before anything is decoded:
 #: `..`, `%2e`, `//` and absolute URIs do not match.
 _ALLOWED: Final = re.compile(
     r"(?:POST /v1/messages(?:/count_tokens)?|GET /v1/models(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)?)(?:\?[!\"$-~]*)?"
-)
-#: The headers of the agent that are forwarded. Others could make a gateway ignore its rules (`X-Original-URL`).
-_FORWARDED_TO_API: Final = re.compile(
-    r"accept|content-(?:type|length|encoding)|user-agent|x-app|x-client-request-id|(anthropic|x-stainless|x-claude)-.+",
-    re.IGNORECASE,
 )
 #: The headers of a response that are not forwarded: those of the connection (RFC 9110, section 7.6.1), and cookies.
 _NOT_FORWARDED_TO_AGENT: Final = re.compile(
@@ -64,14 +53,6 @@ _NOT_FORWARDED_TO_AGENT: Final = re.compile(
     r"|set-cookie",
     re.IGNORECASE,
 )
-_CREDENTIAL: Final = re.compile(r"[!-~]+")
-
-
-class CredentialKind(enum.StrEnum):
-    """The kind of the credential."""
-
-    API_KEY = "api_key"
-    OAUTH = "oauth"
 
 
 def is_allowed(method: str, target: str) -> bool:
@@ -91,51 +72,27 @@ def has_token(headers: Mapping[str, str], token: Secret) -> bool:
     return any(secrets.compare_digest(value.encode("utf-8", "surrogateescape"), expected) for value in sent)
 
 
-def upstream_headers(headers: Mapping[str, str], credential: Secret, kind: CredentialKind) -> CIMultiDict[str]:
-    """Return the headers to forward, with the real credential instead of the agent's."""
-    forwarded = CIMultiDict((name, value) for name, value in headers.items() if _FORWARDED_TO_API.fullmatch(name))
-    # An uncompressed response can be redacted, and no gateway needs to buffer it.
-    forwarded["Accept-Encoding"] = "identity"
-    match kind:
-        case CredentialKind.API_KEY:
-            forwarded["X-Api-Key"] = credential.reveal()
-        case CredentialKind.OAUTH:
-            forwarded["Authorization"] = f"Bearer {credential.reveal()}"
-            if OAUTH_BETA not in ",".join(forwarded.getall("Anthropic-Beta", [])):
-                forwarded.add("Anthropic-Beta", OAUTH_BETA)
-    return forwarded
-
-
 class CredentialProxy:
     """Serves the model API on 127.0.0.1 while its context is open, and forwards the requests to the real one.
 
     Args:
-        credential: The real credential.
-        kind: Its kind.
-        upstream: The base URL of the model API, as in `ANTHROPIC_BASE_URL`.
+        upstream: The model API.
         run_token: The token that the agent must send. By default, a new one.
         egress_proxy: The URL of an HTTP proxy to the model API. The environment is not used, since aiohttp would then also read
             `~/.netrc`, which could have another credential.
         connect_seconds: See `CONNECT_SECONDS`.
         idle_seconds: See `IDLE_SECONDS`.
-
-    Raises:
-        CredentialUnusable: The credential cannot be part of a header.
     """
 
     def __init__(
         self,
-        credential: Secret,
-        kind: CredentialKind,
+        upstream: Upstream,
         *,
-        upstream: str = DEFAULT_UPSTREAM,
         run_token: Secret | None = None,
         egress_proxy: Secret | None = None,
         connect_seconds: float = CONNECT_SECONDS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        if _CREDENTIAL.fullmatch(credential.reveal()) is None:
-            raise CredentialUnusable
         #: The token that the agent sends instead of the credential.
         self.run_token = run_token or Secret(secrets.token_urlsafe(32))
         #: The base URL for the agent, without a trailing slash.
@@ -145,9 +102,7 @@ class CredentialProxy:
         self.rejected: str | None = None
         #: The last error of the model API with each status; that of a connection has status 502.
         self.api_errors: dict[int, ApiError] = {}
-        self._credential = credential
-        self._kind = kind
-        self._upstream = upstream.rstrip("/")
+        self._upstream = upstream
         self._egress_proxy = egress_proxy
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_seconds, sock_read=idle_seconds)
         self._resources = AsyncExitStack()
@@ -194,8 +149,8 @@ class CredentialProxy:
         try:
             async with self._session.request(
                 request.method,
-                URL(self._upstream + request.raw_path, encoded=True),
-                headers=upstream_headers(request.headers, self._credential, self._kind),
+                URL(self._upstream.url + request.raw_path, encoded=True),
+                headers=self._upstream.headers(request.headers),
                 data=upload if request.body_exists else None,
                 allow_redirects=False,
             ) as upstream:
@@ -254,7 +209,9 @@ class CredentialProxy:
         )
 
     def _mask(self, text: str) -> str:
-        return text.replace(self._credential.reveal(), "***")
+        for secret in self._upstream.secrets:
+            text = text.replace(secret.reveal(), "***")
+        return text
 
 
 @attrs.define(kw_only=True)

@@ -21,7 +21,7 @@ from ccrun import lifecycle
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import CcrunError, IllegalTransition, StorageError, TaskNotFound
 from ccrun.spec import TaskSpec
-from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Secret, Status, TaskId, TaskRecord
+from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Status, TaskId, TaskRecord
 from ccrun.worker import claude
 from ccrun.worker.agent import AgentSession, run_agent
 from ccrun.worker.commands import command_files, run_commands
@@ -31,9 +31,10 @@ from ccrun.worker.log_writer import LogIncomplete, LogWriter
 from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
 from ccrun.worker.preparation import check_settings, prepare_dotenv
-from ccrun.worker.proxy import CredentialKind, CredentialProxy
+from ccrun.worker.proxy import CredentialProxy
 from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, StopRequested, stopped_outcome
+from ccrun.worker.upstream import CredentialKind, choose_upstream
 from ccrun.worker.workspace import Workspace, chown_to_agent, open_workspace, write_inputs
 
 log = structlog.get_logger()
@@ -160,10 +161,10 @@ async def _until_shutdown(work: Coroutine[Any, Any, Outcome], stop: StopRequest,
 
 async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspace, stop: StopRequest) -> Outcome:
     """Do what the request asks for. Afterwards the log is complete and no process of the agent runs."""
-    credential, kind = _credential(deps, spec)
+    upstream = choose_upstream(deps, spec)
     async with AsyncExitStack() as stack:
         writer = await stack.enter_async_context(LogWriter(deps.store, spec.task_id, deps.flush_policy))
-        proxy = await stack.enter_async_context(CredentialProxy(credential, kind, upstream=deps.upstream))
+        proxy = await stack.enter_async_context(CredentialProxy(upstream))
         environment = claude.environment(
             spec,
             inherited=deps.inherited,
@@ -172,11 +173,11 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
             temporary=workspace.temporary,
             base_url=proxy.url,
             run_token=proxy.run_token,
-            is_oauth=kind is CredentialKind.OAUTH,
+            is_oauth=upstream.kind is CredentialKind.OAUTH,
             is_root=workspace.agent is None and os.geteuid() == 0,
             marker=deps.marker,
         )
-        redactor = Redactor((*spec.secrets, credential, proxy.run_token))
+        redactor = Redactor((*spec.secrets, *upstream.secrets, proxy.run_token))
 
         async def log_line(line: bytes | bytearray) -> None:
             await writer.write(redactor.line(line))
@@ -225,23 +226,6 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
         outcome = await _finish_work(post_run, outcome, stop, deps.timeouts)
     redacted = ("error", "result", "api_error", "background_tasks", "mcp_servers")
     return attrs.evolve(outcome, **{name: redactor.value(getattr(outcome, name)) for name in redacted})
-
-
-def _credential(deps: WorkerDependencies, spec: TaskSpec) -> tuple[Secret, CredentialKind]:
-    """Return the credential of the request, else the operator's; an API key before a token, as the CLI does.
-
-    Raises:
-        CcrunError: There is none.
-    """
-    for secret, kind in (
-        (spec.anthropic_api_key, CredentialKind.API_KEY),
-        (spec.anthropic_oauth_token, CredentialKind.OAUTH),
-        (deps.api_key, CredentialKind.API_KEY),
-        (deps.oauth_token, CredentialKind.OAUTH),
-    ):
-        if secret is not None:
-            return secret, kind
-    raise CcrunError("There is no credential for the model API: neither the request nor the worker has one.")
 
 
 async def _finish_work(post_run: PostRun, outcome: Outcome, stop: StopRequest, timeouts: WorkerTimeouts) -> Outcome:

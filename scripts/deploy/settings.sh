@@ -41,6 +41,11 @@ settings() {
   "$1" PERMISSION_MODE '' "$any" 'one line'
   "$1" CALLBACK_ALLOWED_HOSTS '' "$any" 'one line'
   "$1" ANTHROPIC_BASE_URL '' "$any" 'one line'
+  "$1" ALLOWED_BASE_URLS '' "$any" 'one line'
+  "$1" ANTHROPIC_MODEL '' "$any" 'one line'
+  "$1" ANTHROPIC_DEFAULT_OPUS_MODEL '' "$any" 'one line'
+  "$1" ANTHROPIC_DEFAULT_SONNET_MODEL '' "$any" 'one line'
+  "$1" ANTHROPIC_DEFAULT_HAIKU_MODEL '' "$any" 'one line'
   "$1" FLUSH_LINES '' "$any" 'one line'
   "$1" FLUSH_SECONDS '' "$any" 'one line'
   "$1" POLL_SECONDS '' "$any" 'one line'
@@ -51,6 +56,8 @@ settings() {
   "$1" CLOUDRUN_CALLBACK_SECRET '' "$any" 'one line'
   "$1" ANTHROPIC_API_KEY '' '[!-~]*' 'printable ASCII characters without blanks'
   "$1" CLAUDE_CODE_OAUTH_TOKEN '' '[!-~]*' 'printable ASCII characters without blanks'
+  "$1" ANTHROPIC_AUTH_TOKEN '' '[!-~]*' 'printable ASCII characters without blanks'
+  "$1" ANTHROPIC_CUSTOM_HEADERS '' "$any" 'one line'
   "$1" CCRUN_API_TOKENS '' "$any" 'one line'
   "$1" AUTH_TOKEN '' '[!-~]*' 'printable ASCII characters without blanks'
 }
@@ -58,7 +65,9 @@ settings() {
 # Settings of the local backend. The deployment does not use them, but they may be in the same file.
 OTHER_SETTINGS=" HOST PORT CCRUN_BACKEND CCRUN_DATA_DIR MAX_CONCURRENT_TASKS CLAUDE_CLI CCRUN_AGENT_USER LOG_FORMAT
 STORAGE_EMULATOR_HOST KMS_EMULATOR_HOST CLOUD_RUN_EMULATOR_HOST "
-SECRET_SETTINGS=' CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN CCRUN_API_TOKENS AUTH_TOKEN '
+# Those that Secret Manager stores for the worker.
+WORKER_SECRETS='CLOUDRUN_CALLBACK_SECRET ANTHROPIC_API_KEY CLAUDE_CODE_OAUTH_TOKEN ANTHROPIC_AUTH_TOKEN ANTHROPIC_CUSTOM_HEADERS'
+SECRET_SETTINGS=" $WORKER_SECRETS CCRUN_API_TOKENS AUTH_TOKEN "
 KNOWN_SETTINGS=' '
 
 # Reads .env and checks every setting. The environment takes precedence over the file, and the file over the default.

@@ -169,11 +169,38 @@ def test_sync_request_needs_no_callback_url() -> None:
     assert parse({"prompt": "p", "anthropicApiKey": "k"}, task_type=TaskType.SYNC).callback_url is None
 
 
-def test_api_key_takes_precedence_over_token() -> None:
-    """If both credentials are given, the task has only the API key, as the CLI would choose."""
-    spec = parse({**MINIMAL, "anthropicOAuthToken": "made-up-token"})
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        (["anthropicApiKey", "anthropicOAuthToken"], "anthropic_api_key"),
+        (["anthropicApiKey", "anthropicAuthToken", "anthropicOAuthToken"], "anthropic_auth_token"),
+        (["anthropicOAuthToken"], "anthropic_oauth_token"),
+    ],
+)
+def test_one_credential_is_used(given: list[str], used: str) -> None:
+    """If several credentials are given, the task has the one that the CLI would choose."""
+    spec = parse({"prompt": "p", **dict.fromkeys(given, "made-up")}, task_type=TaskType.SYNC)
+    names = ("anthropic_auth_token", "anthropic_api_key", "anthropic_oauth_token")
+    assert {used: Secret("made-up")} == {name: value for name in names if (value := getattr(spec, name)) is not None}
 
-    assert (Secret("made-up-key"), None) == (spec.anthropic_api_key, spec.anthropic_oauth_token)
+
+def test_base_url_must_be_allowed_and_needs_a_credential() -> None:
+    """The operator lists the allowed ones. The operator's credential is not sent to them."""
+    allowed = {"allowed_base_urls": ("https://gateway.example/v1",), "operator_has_credential": True}
+    body = {"prompt": "p", "anthropicBaseUrl": "https://gateway.example/v1/"}
+    spec = parse({**body, "anthropicAuthToken": "made-up"}, task_type=TaskType.SYNC, **allowed)
+    assert "https://gateway.example/v1" == spec.anthropic_base_url
+    assert {
+        "anthropicApiKey": "anthropicBaseUrl needs anthropicAuthToken, anthropicApiKey or anthropicOAuthToken: "
+        "the service sends its own credential to no other server"
+    } == errors_of(body, task_type=TaskType.SYNC, **allowed)
+    other = "http://169.254.169.254"
+    assert {
+        "anthropicBaseUrl": "anthropicBaseUrl must be one of the URLs that the service allows: https://gateway.example/v1"
+    } == field_errors("anthropicBaseUrl", other, **allowed)
+    assert {
+        "anthropicBaseUrl": "anthropicBaseUrl is not allowed: the service has no ALLOWED_BASE_URLS"
+    } == field_errors("anthropicBaseUrl", other)
 
 
 def test_push_requires_a_repository() -> None:

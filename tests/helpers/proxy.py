@@ -15,11 +15,9 @@ from aiohttp import web
 from pytest_aiohttp import AiohttpServer
 
 from ccrun.task import Secret
-from ccrun.worker.proxy import (
-    MAX_BODY_BYTES,
-    CredentialKind,
-    CredentialProxy,
-)
+from ccrun.worker.proxy import MAX_BODY_BYTES, CredentialProxy
+from ccrun.worker.upstream import CredentialKind
+from ccrun.worker.upstream import Upstream as ModelApi
 
 CREDENTIAL = "made-up-real-credential"
 
@@ -63,7 +61,7 @@ def cli(tmp_path: Path) -> Cli:
     (tmp_path / "work").mkdir()
 
     async def run(proxy: CredentialProxy, kind: CredentialKind) -> tuple[int, list[dict[str, Any]]]:
-        variable = "ANTHROPIC_API_KEY" if kind is CredentialKind.API_KEY else "CLAUDE_CODE_OAUTH_TOKEN"
+        variable = "CLAUDE_CODE_OAUTH_TOKEN" if kind is CredentialKind.OAUTH else "ANTHROPIC_API_KEY"
         environment = {
             "PATH": "/usr/local/bin:/usr/bin:/bin",
             "HOME": str(tmp_path),
@@ -104,7 +102,8 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 def new_proxy(upstream: str, kind: CredentialKind = CredentialKind.API_KEY, **options: Any) -> CredentialProxy:
     """Return a proxy that adds a made-up credential."""
-    return CredentialProxy(Secret(CREDENTIAL), kind, upstream=upstream, **options)
+    model_api = ModelApi(url=upstream, credential=Secret(CREDENTIAL), kind=kind)
+    return CredentialProxy(model_api, **options)
 
 
 def token_header(proxy: CredentialProxy) -> dict[str, str]:

@@ -180,20 +180,20 @@ variable "worker_secrets" {
 
   validation {
     condition = contains(var.worker_secrets, "CLOUDRUN_CALLBACK_SECRET") && length(setsubtract(var.worker_secrets, [
-      "CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN",
+      "CLOUDRUN_CALLBACK_SECRET", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_CUSTOM_HEADERS",
     ])) == 0
-    error_message = "worker_secrets must have CLOUDRUN_CALLBACK_SECRET, and may have ANTHROPIC_API_KEY and CLAUDE_CODE_OAUTH_TOKEN."
+    error_message = "worker_secrets must have CLOUDRUN_CALLBACK_SECRET, and may have ANTHROPIC_API_KEY, CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_AUTH_TOKEN and ANTHROPIC_CUSTOM_HEADERS."
   }
 }
 
 variable "service_settings" {
-  description = "More settings of the service: MAX_REQUEST_BYTES, ALLOWED_TOOLS, PERMISSION_MODE, POLL_SECONDS, LOG_LEVEL."
+  description = "More settings of the service: MAX_REQUEST_BYTES, ALLOWED_TOOLS, PERMISSION_MODE, ALLOWED_BASE_URLS, POLL_SECONDS, LOG_LEVEL."
   type        = map(string)
   default     = {}
 }
 
 variable "worker_settings" {
-  description = "More settings of the worker: CALLBACK_ALLOWED_HOSTS, ANTHROPIC_BASE_URL, FLUSH_LINES, FLUSH_SECONDS, LOG_LEVEL."
+  description = "More settings of the worker: CALLBACK_ALLOWED_HOSTS, ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, ANTHROPIC_DEFAULT_OPUS_MODEL, ANTHROPIC_DEFAULT_SONNET_MODEL, ANTHROPIC_DEFAULT_HAIKU_MODEL, FLUSH_LINES, FLUSH_SECONDS, LOG_LEVEL."
   type        = map(string)
   default     = {}
 }
