@@ -189,6 +189,26 @@ def _headers(value: str) -> tuple[tuple[str, Secret], ...]:
     return tuple(headers)
 
 
+def _proxy(value: str) -> Secret:
+    try:
+        url = _url(value if "://" in value else f"http://{value}")
+        is_proxy = urlsplit(url).path in ("", "/") and not urlsplit(url).query
+    except ValueError:
+        is_proxy = False
+    if not is_proxy:
+        raise ValueError("the URL of an HTTP proxy, such as http://proxy.example:3128")
+    return Secret(url)
+
+
+def _agent_proxy(value: str) -> str:
+    if value == "none":
+        return value
+    url = _proxy(value).reveal()
+    if "@" in url:
+        raise ValueError("the URL of an HTTP proxy without user and password, or none")
+    return url
+
+
 def _urls(value: str) -> tuple[str, ...]:
     return tuple(_url(item.strip()) for item in value.split(",") if item.strip())
 
@@ -210,7 +230,7 @@ _CONNECTION_HEADERS: Final = frozenset(
     {"accept-encoding", "connection", "content-length", "host", "te", "trailer", "transfer-encoding", "upgrade"}
 )
 #: Settings whose values no error shows.
-_SECRET_READERS: Final = (_secret, _credential, _headers, _tokens)
+_SECRET_READERS: Final = (_secret, _credential, _headers, _proxy, _tokens)
 
 
 def _setting(name: str, read: Callable[[str], Any] = _word, *, default: Any = None) -> Any:
@@ -308,6 +328,14 @@ class Config:
     flush_lines: int = _setting("FLUSH_LINES", _whole(1, 100_000), default=100)
     flush_seconds: float = _setting("FLUSH_SECONDS", _number(0.01, 60), default=1.0)
 
+    http_proxy: Secret | None = _setting("HTTP_PROXY", _proxy)
+    https_proxy: Secret | None = _setting("HTTPS_PROXY", _proxy)
+    no_proxy: str = _setting("NO_PROXY", str, default="")
+    #: For the agent's own traffic: a URL, or `none`. By default the other two, unless they have a password.
+    agent_proxy: str | None = _setting("AGENT_PROXY", _agent_proxy)
+    ssl_cert_file: Path | None = _setting("SSL_CERT_FILE", _path)
+    node_extra_ca_certs: Path | None = _setting("NODE_EXTRA_CA_CERTS", _path)
+
     log_level: str = _setting("LOG_LEVEL", _log_level, default="INFO")
     log_format: LogFormat = _setting(
         "LOG_FORMAT", lambda value: LogFormat(_one_of(*LogFormat)(value)), default=LogFormat.JSON
@@ -346,6 +374,8 @@ def load(environment: Mapping[str, str] = os.environ, *, on_terminal: bool | Non
             secret.
     """
     values = {name: value.strip() for name, value in environment.items() if value.strip()}
+    # Programs differ in which spelling they prefer; curl takes only the lower one for http.
+    values |= {name.upper(): values[name] for name in ("http_proxy", "https_proxy", "no_proxy") if name in values}
     if on_terminal is None:
         on_terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
     if on_terminal and not values.keys() & {"K_SERVICE", "CLOUD_RUN_JOB"}:

@@ -27,6 +27,7 @@ from ccrun.backends.local.jobs import SubprocessJobs
 from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker, services
 from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
 from ccrun.config import Config, environment
+from ccrun.egress import open_egress
 from ccrun.errors import ConfigError
 from ccrun.jobs import Jobs
 from ccrun.process import linux
@@ -68,6 +69,7 @@ async def serve(config: Config) -> None:
     raise_open_files_limit()
     async with serving(config, environment()) as address:
         log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)
+        await _log_proxies(config)
         if config.is_local and config.callback_secret is None:
             log.info(
                 "callback_secret_generated",
@@ -80,6 +82,17 @@ async def serve(config: Config) -> None:
             )
         await _wait_for_stop_signal()
         log.info("service_stopping", message="Shutting down")
+
+
+async def _log_proxies(config: Config) -> None:
+    egress = await asyncio.to_thread(open_egress, config)
+    if egress.shown:
+        log.info("proxy_used", message="Other servers are reached through a proxy", **egress.shown)
+    if config.agent_proxy is None and not egress.agent_gets_proxies:
+        log.warning(
+            "agent_proxy_missing",
+            message="Agents use no proxy, because its URL has a password: set AGENT_PROXY to a URL without one, or to none",
+        )
 
 
 @contextlib.asynccontextmanager

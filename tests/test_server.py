@@ -158,6 +158,26 @@ async def test_waiting_connections_are_logged_once(tmp_path: Path) -> None:
     assert 1 == (await asyncio.to_thread(log_file.read_text)).count("connections_waiting")
 
 
+async def test_start_logs_the_proxies_without_their_passwords(tmp_path: Path) -> None:
+    """The log also says that agents do not get a proxy whose URL has a password."""
+    log_file = tmp_path / "log"
+    settings = {"HTTPS_PROXY": "http://me:made-up-password@proxy.invalid:3128", "NO_PROXY": "corp.example"}
+
+    def logged() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in log_file.read_text().splitlines()]
+
+    async with serve_process(tmp_path / "data", log_file, **settings):
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not (lines := {line["event"]: line for line in await asyncio.to_thread(logged)}).keys() >= {
+                "proxy_used",
+                "agent_proxy_missing",
+            }:
+                await asyncio.sleep(0.02)
+    used = lines["proxy_used"]
+    assert ("http://proxy.invalid:3128", "corp.example") == (used["httpsProxy"], used["noProxy"])
+    assert "made-up-password" not in str(lines)
+
+
 @pytest.mark.parametrize(
     "sent",
     [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"],

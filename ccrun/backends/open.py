@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-import aiohttp
 import attrs
 
 from ccrun.backends.local import key
@@ -23,6 +22,7 @@ from ccrun.backends.local.layout import callback_secret_file, sealing_key_file
 from ccrun.callbacks import deliver, guard
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.config import Config
+from ccrun.egress import Egress, open_egress
 from ccrun.errors import ConfigError
 from ccrun.seal import KeyWrapper
 from ccrun.store import Store
@@ -43,6 +43,7 @@ class OpenBackend:
     #: Signs callbacks. None: the service does not support callbacks.
     callback_secret: Secret | None
     guard: guard.CallbackGuard
+    egress: Egress
 
     def callbacks(self, *, single_attempt: bool = False) -> OwedCallbacks | None:
         """Return what delivers owed callbacks; None if there is no secret to sign them.
@@ -57,6 +58,7 @@ class OpenBackend:
             wrapper=self.wrapper,
             secret=self.callback_secret,
             guard=self.guard,
+            egress=self.egress,
             policy=SINGLE_ATTEMPT if single_attempt else deliver.RetryPolicy(),
             single_attempt=single_attempt,
         )
@@ -71,10 +73,12 @@ async def open_backend(config: Config, *, retry_seconds: float | None = None) ->
         retry_seconds: For how long calls of Google's services are retried, if not for the time that a client would wait.
 
     Raises:
-        ConfigError: The data directory cannot be created, or Google's libraries or credentials are missing.
+        ConfigError: The data directory cannot be created, a file of certificates cannot be read, or Google's libraries or
+            credentials are missing.
         KeyServiceError: The callback secret can be neither read nor created.
     """
-    async with _open_local(config) if config.is_local else _open_gcp(config, retry_seconds) as backend:
+    egress = await asyncio.to_thread(open_egress, config)
+    async with _open_local(config, egress) if config.is_local else _open_gcp(config, egress, retry_seconds) as backend:
         yield backend
 
 
@@ -104,28 +108,31 @@ def missing_setting(config: Config) -> str | None:
 
 
 @contextlib.asynccontextmanager
-async def _open_local(config: Config) -> AsyncIterator[OpenBackend]:
+async def _open_local(config: Config, egress: Egress) -> AsyncIterator[OpenBackend]:
     await asyncio.to_thread(_create_data_dir, config.data_dir)
     yield OpenBackend(
         store=Store(DirectoryBlobs(config.data_dir)),
         wrapper=LocalKey(sealing_key_file(config.data_dir)),
         callback_secret=config.callback_secret or await asyncio.to_thread(_callback_secret, config.data_dir),
         guard=guard.CallbackGuard(everywhere=True),
+        egress=egress,
     )
 
 
 @contextlib.asynccontextmanager
-async def _open_gcp(config: Config, retry_seconds: float | None) -> AsyncIterator[OpenBackend]:
+async def _open_gcp(config: Config, egress: Egress, retry_seconds: float | None) -> AsyncIterator[OpenBackend]:
     await load_modules("ccrun.backends.gcp.blobs", "ccrun.backends.gcp.key")
     from ccrun.backends.gcp.blobs import open_blobs
-    from ccrun.backends.gcp.calls import CallPolicy, credentials
+    from ccrun.backends.gcp.calls import CallPolicy, credentials, open_session
     from ccrun.backends.gcp.key import KmsKey
 
     policy = CallPolicy() if retry_seconds is None else CallPolicy(attempts=None, total_seconds=retry_seconds)
     async with (
         # `missing_setting` makes the API reject all tasks when one of the two settings is missing.
-        open_blobs(config.gcs_logs_bucket or "", emulator=config.storage_emulator_host, policy=policy) as blobs,
-        aiohttp.ClientSession() as session,
+        open_blobs(
+            config.gcs_logs_bucket or "", emulator=config.storage_emulator_host, policy=policy, tls=egress.tls
+        ) as blobs,
+        open_session(egress.tls, emulated=config.kms_emulator_host is not None) as session,
     ):
         key = KmsKey(
             project=config.project_id or "",
@@ -142,6 +149,7 @@ async def _open_gcp(config: Config, retry_seconds: float | None) -> AsyncIterato
             wrapper=key,
             callback_secret=config.callback_secret,
             guard=guard.CallbackGuard(allowed_hosts=frozenset(config.callback_allowed_hosts)),
+            egress=egress,
         )
 
 

@@ -10,6 +10,7 @@ import datetime as dt
 import email.utils
 import io
 import random
+import socket
 import time
 from typing import Final
 
@@ -18,8 +19,9 @@ import attrs
 import structlog
 from yarl import URL
 
-from ccrun.callbacks.guard import AddressNotPublic, CallbackGuard, public_socket
+from ccrun.callbacks.guard import AddressNotPublic, CallbackGuard, is_public, public_socket
 from ccrun.callbacks.sign import sign
+from ccrun.egress import Egress
 from ccrun.errors import CcrunError
 from ccrun.task import Secret
 
@@ -75,6 +77,7 @@ async def deliver(
     webhook_id: str,
     secret: Secret,
     guard: CallbackGuard,
+    egress: Egress | None = None,
     policy: RetryPolicy | None = None,
 ) -> Delivery:
     """POST a body until the receiver accepts it or a retry makes no sense. All errors are in the result.
@@ -86,6 +89,7 @@ async def deliver(
     Args:
         url: http or https. `user:password@` in it becomes Basic authentication.
         webhook_id: See `sign`.
+        egress: By default, direct.
         policy: By default, that of a worker.
     """
     policy = policy or RetryPolicy()
@@ -98,7 +102,7 @@ async def deliver(
         attempts += 1
         headers = sign(body, webhook_id=webhook_id, secret=secret, timestamp=int(time.time()))
         try:
-            await _post(url, body, headers, guard, attempt_seconds)
+            await _post(url, body, headers, guard, egress or Egress(), attempt_seconds)
         except _Undelivered as error:
             seconds = (error.retry_after_seconds or 0.0) + delay * random.uniform(0.5, 1)  # noqa: S311 - not a secret
             if error.final or attempts == policy.attempts or clock() + seconds > last_start:
@@ -125,19 +129,41 @@ class _Undelivered(CcrunError):
         super().__init__(message)
 
 
-def _session(guard: CallbackGuard, host: str) -> aiohttp.ClientSession:
+def _session(guard: CallbackGuard, egress: Egress, host: str, proxy: str | None) -> aiohttp.ClientSession:
     """Return a session for one request, without proxies of the environment, cookies, cached addresses or open connections."""
+    checks_address = proxy is None and not guard.trusts(host)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
-            socket_factory=None if guard.trusts(host) else public_socket, use_dns_cache=False, force_close=True
+            socket_factory=public_socket if checks_address else None,
+            use_dns_cache=False,
+            force_close=True,
+            ssl=egress.tls,
         ),
+        proxy=proxy,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
         trust_env=False,
     )
 
 
-async def _post(url: Secret, body: bytes, headers: dict[str, str], guard: CallbackGuard, seconds: float) -> None:
+async def _check_host(host: str) -> None:
+    """Check the addresses of a name that a proxy connects to. The proxy may know names that this machine does not.
+
+    Raises:
+        _Undelivered: It has an address that is not public.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return
+    if not all(is_public(str(address[0])) for *_, address in found):
+        raise _not_public()
+
+
+async def _post(
+    url: Secret, body: bytes, headers: dict[str, str], guard: CallbackGuard, egress: Egress, seconds: float
+) -> None:
     """Send one request. Raise `_Undelivered` unless the response is 2xx."""
     try:
         target = URL(url.reveal())
@@ -146,8 +172,12 @@ async def _post(url: Secret, body: bytes, headers: dict[str, str], guard: Callba
             credentials = aiohttp.encode_basic_auth(target.user or "", target.password or "")
             headers = {**headers, "Authorization": credentials}
             target = target.with_user(None)
-        async with _session(guard, target.raw_host or "") as session:
+        host = target.raw_host or ""
+        proxy = egress.proxy_for(str(target))
+        async with _session(guard, egress, host, proxy) as session:
             async with asyncio.timeout(seconds):
+                if proxy is not None and not guard.trusts(host):
+                    await _check_host(host)
                 # A file, which aiohttp sends in pieces.
                 response = await session.post(target, data=io.BytesIO(body), headers=headers, allow_redirects=False)
             response.close()
@@ -172,7 +202,11 @@ async def _post(url: Secret, body: bytes, headers: dict[str, str], guard: Callba
 def _explain(error: aiohttp.ClientError | ValueError) -> _Undelivered:
     match error:
         case aiohttp.ClientConnectorError(os_error=AddressNotPublic()):
-            return _Undelivered("The callback's address is not public.", final=True)
+            return _not_public()
+        case aiohttp.ClientProxyConnectionError():
+            return _Undelivered("The proxy could not be connected to.")
+        case aiohttp.ClientHttpProxyError():
+            return _Undelivered(f"The proxy responded with {error.status}.")
         case aiohttp.ClientConnectorCertificateError():
             return _Undelivered("The receiver's certificate cannot be trusted.")
         case aiohttp.ClientSSLError():
@@ -187,6 +221,10 @@ def _explain(error: aiohttp.ClientError | ValueError) -> _Undelivered:
             return _Undelivered("The callback's address is not a valid URL.", final=True)
         case _:
             return _Undelivered("The receiver closed the connection without a response.")
+
+
+def _not_public() -> _Undelivered:
+    return _Undelivered("The callback's address is not public.", final=True)
 
 
 def _retry_after(wish: str | None, now: dt.datetime) -> float | None:

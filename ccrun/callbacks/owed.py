@@ -14,6 +14,7 @@ import structlog
 
 from ccrun import codec, lifecycle
 from ccrun.callbacks import deliver, guard
+from ccrun.egress import Egress
 from ccrun.errors import KeyServiceError, SealError
 from ccrun.seal import KeyWrapper, Purpose
 from ccrun.store import Store
@@ -37,6 +38,7 @@ class OwedCallbacks:
     Args:
         secret: The key of the signatures.
         guard: Where callbacks may go.
+        egress: How they get there.
         single_attempt: Whether a failed delivery makes the callback due immediately, for a sweep.
     """
 
@@ -44,6 +46,7 @@ class OwedCallbacks:
     wrapper: KeyWrapper
     secret: Secret
     guard: guard.CallbackGuard
+    egress: Egress = attrs.field(factory=Egress)
     policy: deliver.RetryPolicy
     single_attempt: bool = False
 
@@ -85,6 +88,7 @@ class OwedCallbacks:
                 webhook_id=f"task_{record.task_id}",
                 secret=self.secret,
                 guard=self.guard,
+                egress=self.egress,
                 policy=self.policy,
             )
         if delivery.delivered:

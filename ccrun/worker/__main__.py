@@ -91,6 +91,7 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
             oauth_token=settings.claude_code_oauth_token,
             auth_token=settings.anthropic_auth_token,
             custom_headers=settings.anthropic_custom_headers,
+            egress=backend.egress,
             inherited=inherited,
             marker=process_marker(settings.data_dir, task_id),
             flush_policy=FlushPolicy(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),

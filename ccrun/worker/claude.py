@@ -30,6 +30,7 @@ def environment(
     spec: TaskSpec,
     *,
     inherited: Mapping[str, str],
+    network: Mapping[str, str],
     home: Path,
     config: Path,
     temporary: Path,
@@ -43,6 +44,7 @@ def environment(
 
     Args:
         inherited: The environment of the worker.
+        network: The variables for proxies and certificates, which those of the request override.
         home: HOME of the agent.
         config: The configuration directory of the CLI, with the `config_files` of the task.
         temporary: TMPDIR, at most `MAX_TEMPORARY_PATH_BYTES` long so that the CLI puts all its files there.
@@ -56,10 +58,12 @@ def environment(
         name: secret.reveal() for name, secret in spec.environment_secrets.items() if not is_reserved_variable(name)
     }
     paths = (secrets.get("PATH"), inherited.get("PATH", os.defpath))
-    no_proxy = ",".join(filter(None, (secrets.get("NO_PROXY") or secrets.get("no_proxy"), "127.0.0.1")))
+    direct = secrets.get("NO_PROXY") or secrets.get("no_proxy") or network.get("NO_PROXY")
+    no_proxy = ",".join(filter(None, (direct, "127.0.0.1")))
     return {
         "LANG": "C.UTF-8",
         **{name: value for name, value in inherited.items() if _INHERITED.fullmatch(name)},
+        **network,
         **secrets,
         # A PATH of the request comes before the one that the CLI needs. A proxy of the request is not used for loopback.
         "PATH": os.pathsep.join(filter(None, paths)),

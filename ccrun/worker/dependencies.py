@@ -9,6 +9,7 @@ from typing import Final
 import attrs
 
 from ccrun.callbacks.owed import OwedCallbacks
+from ccrun.egress import Egress
 from ccrun.process.user import User
 from ccrun.seal import KeyWrapper
 from ccrun.store import Store
@@ -76,6 +77,7 @@ class WorkerDependencies:
         oauth_token: The operator's OAuth token, used when there is no API key.
         auth_token: The operator's bearer token, used before an API key.
         custom_headers: The operator's additional headers for the model API.
+        egress: How the worker reaches other servers.
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
         marker: An environment variable's value by which the processes of this task are found.
         execution_name: The name of this execution at the platform.
@@ -92,6 +94,7 @@ class WorkerDependencies:
     oauth_token: Secret | None = None
     auth_token: Secret | None = None
     custom_headers: tuple[tuple[str, Secret], ...] = attrs.field(default=(), repr=False)
+    egress: Egress = attrs.field(factory=Egress)
     inherited: Mapping[str, str]
     marker: str
     flush_policy: FlushPolicy = attrs.field(factory=FlushPolicy)

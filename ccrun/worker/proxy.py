@@ -22,6 +22,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+from ccrun.egress import Egress
 from ccrun.results import ApiError
 from ccrun.task import Secret
 from ccrun.worker.api_errors import parse_api_error
@@ -78,8 +79,8 @@ class CredentialProxy:
     Args:
         upstream: The model API.
         run_token: The token that the agent must send. By default, a new one.
-        egress_proxy: The URL of an HTTP proxy to the model API. The environment is not used, since aiohttp would then also read
-            `~/.netrc`, which could have another credential.
+        egress: How to reach it. The environment is not used, since aiohttp would then also read `~/.netrc`, which could have
+            another credential.
         connect_seconds: See `CONNECT_SECONDS`.
         idle_seconds: See `IDLE_SECONDS`.
     """
@@ -89,7 +90,7 @@ class CredentialProxy:
         upstream: Upstream,
         *,
         run_token: Secret | None = None,
-        egress_proxy: Secret | None = None,
+        egress: Egress | None = None,
         connect_seconds: float = CONNECT_SECONDS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
@@ -103,7 +104,7 @@ class CredentialProxy:
         #: The last error of the model API with each status; that of a connection has status 502.
         self.api_errors: dict[int, ApiError] = {}
         self._upstream = upstream
-        self._egress_proxy = egress_proxy
+        self._egress = egress or Egress()
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_seconds, sock_read=idle_seconds)
         self._resources = AsyncExitStack()
 
@@ -111,12 +112,12 @@ class CredentialProxy:
         async with AsyncExitStack() as resources:
             self._session = await resources.enter_async_context(
                 aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(limit=MAX_UPSTREAM_CONNECTIONS),
+                    connector=aiohttp.TCPConnector(limit=MAX_UPSTREAM_CONNECTIONS, ssl=self._egress.tls),
                     cookie_jar=aiohttp.DummyCookieJar(),
                     auto_decompress=False,
                     timeout=self._timeout,
                     trust_env=False,
-                    proxy=None if self._egress_proxy is None else self._egress_proxy.reveal(),
+                    proxy=self._egress.proxy_for(self._upstream.url),
                 )
             )
             app = web.Application()

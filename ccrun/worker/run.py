@@ -35,7 +35,7 @@ from ccrun.worker.proxy import CredentialProxy
 from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, StopRequested, stopped_outcome
 from ccrun.worker.upstream import CredentialKind, choose_upstream
-from ccrun.worker.workspace import Workspace, chown_to_agent, open_workspace, write_inputs
+from ccrun.worker.workspace import CA_FILE, Workspace, chown_to_agent, open_workspace, write_inputs
 
 log = structlog.get_logger()
 
@@ -164,10 +164,11 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
     upstream = choose_upstream(deps, spec)
     async with AsyncExitStack() as stack:
         writer = await stack.enter_async_context(LogWriter(deps.store, spec.task_id, deps.flush_policy))
-        proxy = await stack.enter_async_context(CredentialProxy(upstream))
+        proxy = await stack.enter_async_context(CredentialProxy(upstream, egress=deps.egress))
         environment = claude.environment(
             spec,
             inherited=deps.inherited,
+            network=deps.egress.agent_variables(workspace.inputs / CA_FILE if deps.egress.ca_bundle else None),
             home=workspace.home,
             config=workspace.config,
             temporary=workspace.temporary,
@@ -177,7 +178,7 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
             is_root=workspace.agent is None and os.geteuid() == 0,
             marker=deps.marker,
         )
-        redactor = Redactor((*spec.secrets, *upstream.secrets, proxy.run_token))
+        redactor = Redactor((*spec.secrets, *upstream.secrets, *deps.egress.secrets, proxy.run_token))
 
         async def log_line(line: bytes | bytearray) -> None:
             await writer.write(redactor.line(line))
@@ -193,7 +194,10 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
                 workspace,
                 config_files=claude.config_files(spec),
                 option_files=claude.option_files(spec, environment),
-                command_files=command_files(spec.pre_execution_commands),
+                other_files={
+                    **command_files(spec.pre_execution_commands),
+                    **({CA_FILE: deps.egress.ca_bundle} if deps.egress.ca_bundle else {}),
+                },
             )
             await chown_to_agent(workspace)
             await stop.run(check_settings(spec, workspace, cli=deps.cli, environment=environment))

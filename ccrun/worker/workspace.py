@@ -24,6 +24,8 @@ from ccrun.task import TaskId
 from ccrun.task_directories import candidate_names, private_prefix
 from ccrun.worker.git.changes import DEFAULT_EMAIL, DEFAULT_NAME
 
+#: The name of a file with trusted certificates.
+CA_FILE: Final = "ca-bundle.pem"
 #: Names to try for the workspace. The first is taken when the same task has left a directory.
 NAME_ATTEMPTS: Final = 3
 
@@ -142,19 +144,19 @@ async def write_inputs(
     *,
     config_files: Mapping[str, ConfigFile],
     option_files: Mapping[str, bytes],
-    command_files: Mapping[str, bytes],
+    other_files: Mapping[str, bytes],
 ) -> dict[str, Path]:
     """Write what the request gives the CLI, and return the paths of the option files by option.
 
     Args:
         config_files: The files in the configuration directory of the CLI, by path.
         option_files: The contents of files for options of the CLI, by option.
-        command_files: The contents of the scripts of the commands before the agent, by file name.
+        other_files: The contents of more files for the agent and its commands, by name.
 
     Raises:
         WorkspaceError: A file cannot be written.
     """
-    return await asyncio.to_thread(_write_inputs, workspace, config_files, option_files, command_files)
+    return await asyncio.to_thread(_write_inputs, workspace, config_files, option_files, other_files)
 
 
 def _make(task_id: TaskId) -> Workspace:
@@ -188,7 +190,7 @@ def _write_inputs(
     workspace: Workspace,
     config_files: Mapping[str, ConfigFile],
     option_files: Mapping[str, bytes],
-    command_files: Mapping[str, bytes],
+    other_files: Mapping[str, bytes],
 ) -> dict[str, Path]:
     try:
         for name, file in config_files.items():
@@ -197,7 +199,7 @@ def _write_inputs(
             path.write_text(_text(file), encoding="utf-8")
             if file.content.startswith("#!"):
                 path.chmod(0o700)
-        for name, content in (*option_files.items(), *command_files.items()):
+        for name, content in (*option_files.items(), *other_files.items()):
             (workspace.inputs / name).write_bytes(content)
     except OSError as error:
         raise WorkspaceError(f"The CLI's configuration cannot be written: {error.strerror}.") from error

@@ -62,6 +62,7 @@ async def run_bare(model: ScriptedModel, directory: Path) -> Bare:
     environment = claude.environment(
         spec,
         inherited=os.environ,
+        network={},
         home=workspace["home"],
         config=workspace["config"],
         temporary=workspace["tmp"],

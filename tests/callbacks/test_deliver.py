@@ -3,9 +3,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import datetime as dt
 import socket
-import ssl
 import time
 from pathlib import Path
 
@@ -13,10 +11,6 @@ import attrs
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from helpers.callbacks import (
     QUICK,
     ScriptedReceiver,
@@ -25,6 +19,7 @@ from helpers.callbacks import (
     respond,
     send,
 )
+from helpers.tls import self_signed
 
 from ccrun.callbacks.deliver import Delivery
 
@@ -67,28 +62,11 @@ async def test_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPa
 
 async def test_untrusted_certificate_gets_no_request(tmp_path: Path) -> None:
     """Nothing is sent to a receiver whose certificate is not trusted."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder(
-            name, name, key.public_key(), 1, now - dt.timedelta(hours=1), now + dt.timedelta(hours=1)
-        )
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = tmp_path / "server.pem"
-    pem.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(pem)
     scripted = ScriptedReceiver([respond(200)])
     app = web.Application()
     app.router.add_post("/", scripted.handle)
     server = TestServer(app, scheme="https")
-    await server.start_server(ssl=context)
+    await server.start_server(ssl=self_signed(tmp_path)[0])
     delivery = await send(f"https://localhost:{server.port}/", policy=attrs.evolve(QUICK, attempts=1))
     await server.close()
     assert delivery.error == "The receiver's certificate cannot be trusted."

@@ -16,6 +16,7 @@ def agent_environment(spec: TaskSpec, **changed: Any) -> dict[str, str]:
     """Return the environment of the agent; the directories do not exist."""
     defaults = {
         "inherited": {"PATH": "/usr/bin:/bin"},
+        "network": {},
         "home": Path("/t/home"),
         "config": Path("/t/config"),
         "temporary": Path("/t/tmp"),

@@ -81,6 +81,7 @@ def run_cli(task_dir: Path) -> Callable[..., Any]:
             variables = environment(
                 spec,
                 inherited={"PATH": os.environ["PATH"]},
+                network={},
                 home=task_dir / "home",
                 config=task_dir / "config",
                 temporary=task_dir / "tmp",

@@ -1,23 +1,19 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
 import gzip
 import json
 import logging
-import ssl
 from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from helpers.proxy import CREDENTIAL, MAX_SECONDS, Upstream, error_of, new_proxy, session, token_header, upstream
+from helpers.tls import self_signed
 from pytest_aiohttp import AiohttpServer
 
+from ccrun.egress import Egress
 from ccrun.task import Secret
 from ccrun.worker.proxy import (
     MAX_ERROR_BYTES,
@@ -187,7 +183,7 @@ async def test_untrusted_certificate_is_rejected(
 
     app = web.Application()
     app.router.add_post("/v1/messages", api)
-    server = await aiohttp_server(app, ssl=_self_signed(tmp_path))
+    server = await aiohttp_server(app, ssl=self_signed(tmp_path)[0])
     async with (
         new_proxy(f"https://127.0.0.1:{server.port}") as proxy,
         session.post(f"{proxy.url}/v1/messages", headers=token_header(proxy)) as response,
@@ -195,24 +191,6 @@ async def test_untrusted_certificate_is_rejected(
         status, _, message = await error_of(response)
     assert (status, received) == (502, [])
     assert "Certificate" in message
-
-
-def _self_signed(directory: Path) -> ssl.SSLContext:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = dt.datetime.now(dt.UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    certificate = (
-        builder.not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (directory / "server.pem").write_bytes(private + certificate.public_bytes(pem))
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(directory / "server.pem")
-    return context
 
 
 async def test_requests_use_the_egress_proxy(upstream: Upstream, session: aiohttp.ClientSession) -> None:
@@ -225,7 +203,7 @@ async def test_requests_use_the_egress_proxy(upstream: Upstream, session: aiohtt
 
     url = await upstream(egress)
     async with (
-        new_proxy("http://model.invalid/base", egress_proxy=Secret(url)) as proxy,
+        new_proxy("http://model.invalid/base", egress=Egress(http_proxy=Secret(url))) as proxy,
         session.post(f"{proxy.url}/v1/messages?beta=true", headers=token_header(proxy)) as response,
     ):
         assert response.status == 200

@@ -217,7 +217,7 @@ async def test_slash_commands_are_files_for_the_cli(workspace: Workspace) -> Non
     await write_inputs(
         workspace,
         config_files={"commands/deploy.md": ConfigFile(content="Deploy it.\n")},
-        command_files={},
+        other_files={},
         option_files={},
     )
     assert (workspace.config / "commands" / "deploy.md").read_bytes() == b"Deploy it.\n"
@@ -226,7 +226,7 @@ async def test_slash_commands_are_files_for_the_cli(workspace: Workspace) -> Non
 async def test_scripts_are_executable(workspace: Workspace) -> None:
     """A file that begins with `#!` can be run; other files cannot."""
     files = {"skills/a/run.sh": ConfigFile(content="#!/bin/sh\n"), "skills/a/SKILL.md": ConfigFile(content="x")}
-    await write_inputs(workspace, config_files=files, command_files={}, option_files={})
+    await write_inputs(workspace, config_files=files, other_files={}, option_files={})
     assert [True, False] == [os.access(workspace.config / path, os.X_OK) for path in files]
 
 
@@ -235,7 +235,7 @@ async def test_option_files_are_written(workspace: Workspace) -> None:
     files = await write_inputs(
         workspace,
         config_files={},
-        command_files={},
+        other_files={},
         option_files={"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"},
     )
     assert {"system-prompt": b"\xc3\xa9\r\n", "mcp-config": b"{}"} == {
@@ -267,7 +267,7 @@ async def test_front_matter_is_preserved(temporary: Path, fields: dict[str, obje
     await write_inputs(
         workspace,
         config_files={"c.md": ConfigFile(frontmatter=fields, content=content)},
-        command_files={},
+        other_files={},
         option_files={},
     )
     post = frontmatter.loads((workspace.config / "c.md").read_text(encoding="utf-8"))
@@ -277,9 +277,7 @@ async def test_front_matter_is_preserved(temporary: Path, fields: dict[str, obje
 async def test_error_when_the_configuration_cannot_be_written(workspace: Workspace) -> None:
     """The error for a name that is too long for the file system does not contain the path."""
     with pytest.raises(WorkspaceError, match=r"^The CLI's configuration cannot be written: File name too long\.$"):
-        await write_inputs(
-            workspace, config_files={"x" * 300: ConfigFile(content="")}, command_files={}, option_files={}
-        )
+        await write_inputs(workspace, config_files={"x" * 300: ConfigFile(content="")}, other_files={}, option_files={})
 
 
 # --- a separate user -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import datetime as dt
 import functools
 import mimetypes
 import secrets
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, BinaryIO, Final, TypeVar
 
@@ -65,6 +66,7 @@ async def open_blobs(
     policy: CallPolicy | None = None,
     page_names: int = PAGE_NAMES,
     part_bytes: int = PART_BYTES,
+    tls: ssl.SSLContext | bool = True,
 ) -> AsyncIterator[GcsBlobs]:
     """Connect to a bucket, and close the connections on exit.
 
@@ -74,13 +76,14 @@ async def open_blobs(
         policy: Timeouts and retries.
         page_names: How many names one request of a listing returns at most.
         part_bytes: The size of the parts of an upload, which are kept in memory. A multiple of 256 KiB.
+        tls: The trusted certificates; True for those of the system.
 
     Raises:
         ConfigError: The credentials cannot be read.
     """
     # The first use of `mimetypes` reads tables of the machine, which would block the event loop.
     await asyncio.to_thread(mimetypes.init)
-    async with aiohttp.ClientSession() as session:
+    async with calls.open_session(tls, emulated=emulator is not None) as session:
         shared: Any = session  # The library annotates the parameter with the type of its synchronous variant.
         storage = ResumableStorage(
             session=shared,

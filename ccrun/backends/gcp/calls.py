@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import io
 import json
+import ssl
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Final, TypeVar
 
@@ -177,6 +178,16 @@ class Credentials(Token):
             return await asyncio.shield(super().get())
         except Exception as error:  # The library may raise any exception.
             raise NoCredentials from error
+
+
+def open_session(tls: ssl.SSLContext | bool, *, emulated: bool) -> aiohttp.ClientSession:
+    """Return a session for calls of Google's services, through the proxies that the environment names.
+
+    Args:
+        tls: The trusted certificates; True for those of the system.
+        emulated: Whether an emulator is called. If so, no proxy is used.
+    """
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls), trust_env=not emulated)
 
 
 async def credentials(session: aiohttp.ClientSession, *, emulated: bool) -> Credentials:

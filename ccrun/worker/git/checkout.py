@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ccrun.worker.git.places import Place, find_places
 from ccrun.worker.git.remote import Access
 from ccrun.worker.git.run import SYSTEM_PATH, Git, environment, find_git
 from ccrun.worker.lines import worker_line
-from ccrun.worker.workspace import Workspace, private_directory
+from ccrun.worker.workspace import CA_FILE, Workspace, private_directory
 
 
 @attrs.frozen(kw_only=True)
@@ -98,16 +98,23 @@ async def check_out(
         return None
     program = await asyncio.to_thread(find_git, SYSTEM_PATH)
 
-    def git_at(home: Path, user: User | None, protocols: str = "") -> Git:
+    network = deps.egress.git_variables(await _ca_file(deps, spec, stack))
+
+    def git_at(home: Path, user: User | None, protocols: str = "", network: Mapping[str, str] | None = None) -> Git:
         variables = environment(
-            program=program, inherited=deps.inherited, home=home, marker=deps.marker, protocols=protocols
+            program=program,
+            inherited=deps.inherited,
+            home=home,
+            marker=deps.marker,
+            protocols=protocols,
+            network=network,
         )
         return Git(program=program, environment=variables, cwd=home, user=user)
 
     checkout = Checkout(
         workspace=workspace,
         agent_git=git_at(workspace.root, workspace.agent),
-        worker_git=lambda home: git_at(home, None, deps.git_protocols),
+        worker_git=lambda home: git_at(home, None, deps.git_protocols, network),
         excludes_dotenv=bool(spec.environment_secrets),
         sparse=spec.sparse_checkout,
     )
@@ -136,3 +143,12 @@ async def check_out(
         snapshot = await PackSnapshot.of(workspace.repository)
         stack.callback(snapshot.close)
     return attrs.evolve(checkout, origin=Origin(access=access, clone=cloned, snapshot=snapshot))
+
+
+async def _ca_file(deps: WorkerDependencies, spec: TaskSpec, stack: AsyncExitStack) -> Path | None:
+    """Return a file with the trusted certificates that the agent cannot change, None if they are those of the system."""
+    if deps.egress.ca_bundle is None:
+        return None
+    file = await stack.enter_async_context(private_directory(spec.task_id)) / CA_FILE
+    await asyncio.to_thread(file.write_bytes, deps.egress.ca_bundle)
+    return file

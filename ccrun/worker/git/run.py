@@ -28,13 +28,8 @@ MAX_QUOTED_CHARS: Final = 500
 
 #: The directories of system programs. A process with secrets must not use a PATH that the agent can write to.
 SYSTEM_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
-#: The variables of the worker's environment that configure the network.
-_NETWORK: Final = frozenset(
-    {
-        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
-        *("GIT_SSL_CAINFO", "GIT_SSL_CAPATH", "SSL_CERT_FILE", "SSL_CERT_DIR"),
-    }
-)
+#: The variables of the worker's environment that configure certificates.
+_NETWORK: Final = frozenset({"GIT_SSL_CAINFO", "GIT_SSL_CAPATH", "SSL_CERT_FILE", "SSL_CERT_DIR"})
 #: Settings that disable what a repository could run, and interactive questions.
 _SETTINGS: Final = (
     "advice.detachedHead=false",
@@ -145,19 +140,27 @@ def find_git(path: str) -> Path:
 
 
 def environment(
-    *, program: Path, inherited: Mapping[str, str], home: Path, marker: str, protocols: str = ""
+    *,
+    program: Path,
+    inherited: Mapping[str, str],
+    home: Path,
+    marker: str,
+    protocols: str = "",
+    network: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return all environment variables of git.
 
     Args:
         program: The path of git. ssh and other programs are searched in its directory and in those of the system.
-        inherited: The environment of the worker, of which git gets the network configuration.
+        inherited: The environment of the worker, of which git gets the certificates.
         home: A directory without files for git.
         marker: The marker by which the processes of the task are found.
         protocols: The protocols that git may use, separated by colons.
+        network: More variables, for proxies and certificates.
     """
     return {
         **{name: value for name, value in inherited.items() if name in _NETWORK},
+        **(network or {}),
         "PATH": f"{program.parent}:{SYSTEM_PATH}",
         "HOME": str(home),
         "XDG_CONFIG_HOME": str(home),

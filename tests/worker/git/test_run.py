@@ -12,21 +12,22 @@ from ccrun.worker.git.run import MAX_QUOTED_CHARS, GitError, first_error, last_e
 
 
 def test_environment_is_minimal(tmp_path: Path) -> None:
-    """Of the worker's variables, it has only those of proxies. Prompts and, by default, all protocols are disabled."""
+    """Of the worker's variables, it has only those of certificates. Prompts and, by default, all protocols are disabled."""
     inherited = {
         "PATH": "/other",
-        "HTTPS_PROXY": "http://proxy",
+        "HTTPS_PROXY": "http://user:password@proxy",
+        "GIT_SSL_CAINFO": "/etc/company.pem",
         "GIT_SSH_COMMAND": "other",
         "ANTHROPIC_API_KEY": "k",
         "HOME": "/root",
     }
     environment = run.environment(program=Path("/opt/git/bin/git"), inherited=inherited, home=tmp_path, marker="m")
     assert {
-        "HTTPS_PROXY": "http://proxy",
+        "GIT_SSL_CAINFO": "/etc/company.pem",
         "PATH": "/opt/git/bin:/usr/local/bin:/usr/bin:/bin",
         "HOME": str(tmp_path),
-    } == {name: environment[name] for name in ("HTTPS_PROXY", "PATH", "HOME")}
-    assert not {"GIT_SSH_COMMAND", "ANTHROPIC_API_KEY"} & set(environment)
+    } == {name: environment[name] for name in ("GIT_SSL_CAINFO", "PATH", "HOME")}
+    assert not {"GIT_SSH_COMMAND", "ANTHROPIC_API_KEY", "HTTPS_PROXY"} & set(environment)
     assert ("none", "0", "1", "/dev/null", "m") == tuple(
         environment[name]
         for name in ("GIT_ALLOW_PROTOCOL", "GIT_TERMINAL_PROMPT", "GIT_CONFIG_NOSYSTEM", "GIT_CONFIG_GLOBAL", MARK)
