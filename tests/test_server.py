@@ -161,7 +161,10 @@ async def test_waiting_connections_are_logged_once(tmp_path: Path) -> None:
 async def test_start_logs_the_proxies_without_their_passwords(tmp_path: Path) -> None:
     """The log also says that agents do not get a proxy whose URL has a password."""
     log_file = tmp_path / "log"
-    settings = {"HTTPS_PROXY": "http://me:made-up-password@proxy.invalid:3128", "NO_PROXY": "corp.example"}
+    settings: dict[str, Any] = {
+        "HTTPS_PROXY": "http://me:made-up-password@proxy.invalid:3128",
+        "NO_PROXY": "corp.example",
+    }
 
     def logged() -> list[dict[str, Any]]:
         return [json.loads(line) for line in log_file.read_text().splitlines()]
