@@ -8,8 +8,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
-from helpers.tls import self_signed
 from pytest_aiohttp import AiohttpServer
+from standins.tls import self_signed
 
 from ccrun import config
 from ccrun.egress import Egress, open_egress

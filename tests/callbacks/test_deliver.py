@@ -19,7 +19,7 @@ from helpers.callbacks import (
     respond,
     send,
 )
-from helpers.tls import self_signed
+from standins.tls import self_signed
 
 from ccrun.callbacks.deliver import Delivery
 

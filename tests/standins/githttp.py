@@ -9,13 +9,10 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import datetime as dt
 import enum
-import ipaddress
 import re
 import shutil
 import socket
-import ssl
 import struct
 import subprocess
 import tempfile
@@ -26,12 +23,9 @@ from typing import Any, Final, Self
 import attrs
 import pytest
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from standins.git_process import CHUNK_BYTES, backend, environment, pump
 from standins.repos import Repos
+from standins.tls import self_signed
 
 TOKEN: Final = "made-up-token-of-the-tests"
 REALM: Final = 'Basic realm="Git"'
@@ -143,7 +137,7 @@ class GitHttp:
             if self._tls:
                 self._directory = Path(await asyncio.to_thread(tempfile.mkdtemp))
                 stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
-                context = _server_context(self._directory)
+                context, _ = self_signed(self._directory)
             # git-http-backend decompresses bodies itself.
             server = web.Server(self._handle, access_log=None, auto_decompress=False, handler_cancellation=True)
             runner = web.ServerRunner(server, shutdown_timeout=0.05)
@@ -305,27 +299,3 @@ def _credential(header: str | None) -> tuple[str, str] | None:
     except (binascii.Error, UnicodeDecodeError):
         return None
     return user, password
-
-
-def _server_context(directory: Path) -> ssl.SSLContext:
-    """Return a TLS context with a new self-signed certificate for loopback, which is written into a directory."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "A git host of the tests")])
-    now = dt.datetime.now(dt.UTC)
-    names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    certificate_file, key_file = directory / "certificate.pem", directory / "key.pem"
-    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate_file, key_file)
-    return context

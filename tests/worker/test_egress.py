@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import attrs
@@ -12,7 +11,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from helpers.git import GitSetup, git_setup
-from helpers.tls import self_signed, tls_front
 from helpers.worker import Agent, WorkerSetup, agent, agent_user, worker_setup
 from standins.forward_proxy import ForwardProxy
 from standins.githttp import TOKEN, GitHttp, needs_backend
@@ -83,18 +81,15 @@ async def test_git_uses_the_proxy(worker_setup: WorkerSetup, agent: Agent, git_s
 
 @needs_backend
 async def test_git_and_agent_trust_the_operators_authority(
-    worker_setup: WorkerSetup, agent: Agent, agent_user: User | None, git_setup: GitSetup, tmp_path: Path
+    worker_setup: WorkerSetup, agent: Agent, agent_user: User | None, git_setup: GitSetup
 ) -> None:
     """A repository on a server with a company's certificate is cloned; the agent has a file with that authority."""
     await git_setup.repos.create("demo", {"a.txt": "one"})
-    context, file = self_signed(tmp_path)
-    async with GitHttp(git_setup.repos) as server, tls_front(port_of(server.url("demo")), context) as port:
-        url = urlsplit(server.url("demo"))._replace(scheme="https", netloc=f"127.0.0.1:{port}").geturl()
-        egress = await asyncio.to_thread(
-            lambda: open_egress(load({"NODE_EXTRA_CA_CERTS": str(file)}, on_terminal=False))
-        )
-        await worker_setup.submit(git_repo=url, git_token=GitToken.parse(TOKEN))
-        certificate = file.read_text().splitlines()[1]
+    async with GitHttp(git_setup.repos, tls=True) as server:
+        settings = {"NODE_EXTRA_CA_CERTS": str(server.ca_file)}
+        egress = await asyncio.to_thread(lambda: open_egress(load(settings, on_terminal=False)))
+        await worker_setup.submit(git_repo=server.url("demo"), git_token=GitToken.parse(TOKEN))
+        certificate = server.ca_file.read_text().splitlines()[1]
         cli = agent(
             f'for file in "$NODE_EXTRA_CA_CERTS" "$SSL_CERT_FILE" "$GIT_SSL_CAINFO"; do grep -c {certificate} "$file"; done'
         )

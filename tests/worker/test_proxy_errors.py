@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 from helpers.proxy import CREDENTIAL, MAX_SECONDS, Upstream, error_of, new_proxy, session, token_header, upstream
-from helpers.tls import self_signed
 from pytest_aiohttp import AiohttpServer
+from standins.tls import self_signed
 
 from ccrun.egress import Egress
 from ccrun.task import Secret

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import datetime as dt
 import ipaddress
 import ssl
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from standins.forward_proxy import copy
 
 
 def self_signed(directory: Path) -> tuple[ssl.SSLContext, Path]:
@@ -37,17 +33,3 @@ def self_signed(directory: Path) -> tuple[ssl.SSLContext, Path]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(directory / "server.pem")
     return context, file
-
-
-@contextlib.asynccontextmanager
-async def tls_front(port: int, context: ssl.SSLContext) -> AsyncIterator[int]:
-    """Serve TLS in front of a server on loopback, and return the port."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            to_reader, to_writer = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.gather(copy(reader, to_writer), copy(to_reader, writer))
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    yield server.sockets[0].getsockname()[1]
-    server.close()
