@@ -18,7 +18,7 @@ from ccrun.spec import GitAction, TaskSpec, UploadAction
 from ccrun.store import Store
 from ccrun.task import TaskId
 from ccrun.worker.dependencies import PostRunLimits
-from ccrun.worker.git import push
+from ccrun.worker.git import lfs, push
 from ccrun.worker.git.changes import DOTENV, Changes, Staged
 from ccrun.worker.git.checkout import Checkout, Origin
 from ccrun.worker.git.clone import PackSnapshot
@@ -36,7 +36,7 @@ MAX_NAMED_PATHS: Final = 5
 #: The part of the time for a push in which the servers of changed submodule links are asked: of five minutes, one.
 LINKS_SHARE: Final = 0.2
 #: The message of a commit that does nothing but leave out what the agent has committed.
-RESTORE_MESSAGE: Final = "Leave out submodule links to commits that are not on their server"
+RESTORE_MESSAGE: Final = "Leave out what the server cannot have"
 
 
 @attrs.frozen(kw_only=True)
@@ -120,18 +120,21 @@ class PostRun:
 
     async def _commit_and_push(self, checkout: Checkout, action: GitAction) -> None:
         self.result.is_unpushed = action.push
-        found = await checkout.changes()
+        found = await checkout.changes(with_lfs=True)
         staged = await found.stage(Globs(action.files).matches if action.files else None)
         self._record_skipped(staged)
         identity = await found.identity()
         message = action.commit_message or f"Changes by Claude Code\n\nTask: {self.task_id}"
         last = await found.tree_of(found.head)
+        objects: tuple[lfs.LfsObject, ...] = ()
         if not action.commit or staged.is_empty:
-            # Then the only reason for a commit is a link that the agent has committed.
+            # Then the only reason for a commit is a link or a file that the agent has committed and that is left out.
             staged, message = attrs.evolve(staged, tree=last), RESTORE_MESSAGE
         began = asyncio.get_running_loop().time()
         if action.push and checkout.origin is not None:
-            staged = attrs.evolve(staged, tree=await self._with_known_links(checkout, checkout.origin, found, staged))
+            tree = await self._with_known_links(checkout, checkout.origin, found, staged)
+            tree, objects = await self._with_lfs_objects(checkout, found, tree)
+            staged = attrs.evolve(staged, tree=tree)
         spent = asyncio.get_running_loop().time() - began
         commit = found.head
         if staged.tree != last:
@@ -157,8 +160,8 @@ class PostRun:
             branch=action.branch, base=found.base, identity=identity, rebases=action.conflict_strategy == "auto"
         )
         seconds = self.limits.push - spent
-        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, wanted, seconds=seconds)
-        self.result.is_unpushed = False
+        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, objects, wanted, seconds=seconds)
+        self.result.is_unpushed = self.result.lfs_left_out
         self.result.git_commit = attrs.evolve(git_commit, sha=pushed.sha, pushed=True, recovery=pushed.recovery)
         await self._log("git", f"Pushed {pushed.sha[:12]} to {action.branch}.", commit=pushed.sha)
 
@@ -169,6 +172,7 @@ class PostRun:
         snapshot: PackSnapshot,
         found: Changes,
         commit: str,
+        objects: Sequence[lfs.LfsObject],
         wanted: push.Push,
         *,
         seconds: float,
@@ -187,6 +191,12 @@ class PostRun:
                 snapshot=snapshot,
                 shallow=found.shallow,
             )
+            if objects:
+                stores = lfs.stores_of(found, self.workspace.repository)
+                await lfs.import_objects(found.git, stores, objects, bare_repo.cwd)
+                began = asyncio.get_running_loop().time()
+                await lfs.upload(bare_repo, origin.access, objects, seconds=seconds)
+                seconds -= asyncio.get_running_loop().time() - began
             return await push.push(bare_repo, origin.access, wanted, seconds=seconds)
 
     async def _with_known_links(self, checkout: Checkout, origin: Origin, found: Changes, staged: Staged) -> str:
@@ -208,6 +218,23 @@ class PostRun:
         if (others := len(left_out) - MAX_NAMED_PATHS) > 0:
             self.result.fail("git", f"{others} other submodule links were left out of the push for such reasons.")
         return await found.restored(staged.tree, [entry for entry, _ in changed if entry.path in reasons])
+
+    async def _with_lfs_objects(
+        self, checkout: Checkout, found: Changes, tree: str
+    ) -> tuple[str, tuple[lfs.LfsObject, ...]]:
+        """Return the tree without the files of Git LFS that cannot be pushed as such, and the objects of the others."""
+        stores = lfs.stores_of(found, self.workspace.repository)
+        files = await lfs.examine_tree(found, tree, stores, is_installed=checkout.has_lfs)
+        for entry, reason in files.left_out[:MAX_NAMED_PATHS]:
+            self.result.fail(
+                "git", f"{printable(entry.path)}, a file of Git LFS, was left out of the push, since {reason}."
+            )
+        if (others := len(files.left_out) - MAX_NAMED_PATHS) > 0:
+            self.result.fail("git", f"{others} other files of Git LFS were left out of the push for such reasons.")
+        self.result.lfs_left_out = bool(files.left_out)
+        if files.left_out:
+            tree = await found.restored(tree, [entry for entry, _ in files.left_out])
+        return tree, tuple(files.objects.values())
 
     def _record_skipped(self, staged: Staged) -> None:
         if staged.left_out:

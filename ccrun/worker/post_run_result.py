@@ -25,6 +25,8 @@ class PostRunResult:
     errors: list[ActionError] = attrs.field(factory=list)
     #: Whether changes that should be pushed exist only in the workspace.
     is_unpushed: bool = False
+    #: Whether files of Git LFS were left out of the push.
+    lfs_left_out: bool = False
 
     def fail(self, action: str, sentence: str) -> None:
         """Record that an action has failed."""

@@ -24,6 +24,7 @@ import attrs
 import pytest
 from aiohttp import web
 from standins.git_process import CHUNK_BYTES, backend, environment, pump
+from standins.lfs import LfsServer
 from standins.repos import Repos
 from standins.tls import self_signed
 
@@ -100,6 +101,8 @@ class GitHttp:
         self.drop_after_bytes: int | None = None
         #: Called with method and path before git starts.
         self.before: Callable[[str], Awaitable[None]] | None = None
+        #: The server of Git LFS for all repositories, if there is one.
+        self.lfs: LfsServer | None = None
         self.requests: list[Request] = []
         self.port = 0
         self._repos = repos
@@ -179,6 +182,10 @@ class GitHttp:
         return await self._serve(request)
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self.lfs is not None and self.lfs.handles(request.path):
+            if self.lfs.needs_login(request.path) and not self._is_authorized(request):
+                return web.Response(status=401, headers={"WWW-Authenticate": REALM, "LFS-Authenticate": REALM})
+            return await self.lfs.handle(request, self.base)
         service = SERVICE.search(request.path)
         if service is None or (service[1] == "info/refs" and "service" not in request.query):
             return web.Response(status=404, text="Not found. This server supports only git's smart protocol.")

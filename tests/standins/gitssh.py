@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import enum
 import functools
+import json
 import shlex
 import shutil
 import socket
@@ -121,6 +122,8 @@ class GitSsh:
         self.drop_after_bytes: int | None = None
         #: Called with the command before git starts.
         self.before: Callable[[str], Awaitable[None]] | None = None
+        #: What `git-lfs-authenticate` prints: where the objects are, and a credential for it.
+        self.lfs: dict[str, object] | None = None
         self.read_only = read_only
         #: The user names with which clients tried to log in, in order.
         self.users: list[str] = []
@@ -273,6 +276,10 @@ class GitSsh:
         if self.mode is Mode.HANG:
             await asyncio.Event().wait()
         words = _words(process.command)
+        if self.lfs is not None and words[:1] == ["git-lfs-authenticate"]:
+            process.stdout.write(json.dumps(self.lfs).encode())
+            process.exit(0)
+            return None
         if len(words) != 2 or words[0] not in COMMANDS:
             return _reject(process, "You've successfully authenticated, but this server does not provide shell access.")
         name, path = words

@@ -23,6 +23,7 @@ from ccrun.process.capture import capture
 from ccrun.process.child import spawn
 from ccrun.worker.git.clone import COMMIT, in_sparse_checkout
 from ccrun.worker.git.run import LOCAL_SECONDS, Git, GitError, last_error
+from ccrun.worker.git.tree_changes import MISSING, RAW, TreeChange, parse_raw
 
 #: The committer, unless the repository configures another one.
 DEFAULT_NAME: Final = "Claude Code"
@@ -43,12 +44,6 @@ DOTENV: Final = ".env"
 #: The exit code of git when it has stopped early. After 1, it has only skipped files that it cannot read.
 FATAL: Final = 128
 
-#: The output that `_entries` parses, see git-diff-index(1).
-_RAW: Final = ("--raw", "--no-renames", "-z")
-#: The modes of a submodule and of a missing path in that output.
-_GITLINK: Final = "160000"
-_MISSING: Final = "000000"
-
 
 @attrs.frozen(kw_only=True)
 class Identity:
@@ -64,32 +59,6 @@ class Identity:
             for role in ("AUTHOR", "COMMITTER")
             for part, value in (("NAME", self.name), ("EMAIL", self.email))
         }
-
-
-@attrs.frozen(kw_only=True)
-class TreeChange:
-    """A path that differs between two trees, with its modes and objects in both."""
-
-    path: str
-    old_mode: str
-    mode: str
-    old_blob: str
-    blob: str
-
-    @property
-    def is_deleted(self) -> bool:
-        """Whether it is missing from the new tree."""
-        return self.mode == _MISSING
-
-    @property
-    def is_link(self) -> bool:
-        """Whether it is a submodule link, new or to another commit."""
-        return self.mode == _GITLINK
-
-    @property
-    def is_new_repository(self) -> bool:
-        """Whether it is a new repository inside the repository, whose files cannot be committed."""
-        return self.is_link and self.old_mode != _GITLINK
 
 
 @attrs.frozen(kw_only=True)
@@ -138,7 +107,7 @@ class Changes:
             GitError: The tree cannot be read.
         """
         unreadable = await self._add()
-        entries = _entries(await self.git("diff-index", "--cached", *_RAW, await self._or_empty_tree(self.head)))
+        entries = parse_raw(await self.git("diff-index", "--cached", *RAW, await self._or_empty_tree(self.head)))
         modules = await self._modules() if any(entry.is_new_repository for entry in entries) else {}
         nested = [entry.path for entry in entries if entry.is_new_repository and entry.path not in modules]
         # A damaged index no longer tells the files that were never checked out from those that were deleted.
@@ -160,10 +129,29 @@ class Changes:
     async def new_links(self, tree: str) -> tuple[tuple[TreeChange, str | None], ...]:
         """Return the submodule links that differ from the base, each with its URL in `.gitmodules`."""
         # `.gitmodules` must not hide a link.
-        arguments = ("diff-tree", "-r", "--ignore-submodules=none", *_RAW, await self._or_empty_tree(self.base), tree)
-        found = [entry for entry in _entries(await self.git(*arguments)) if entry.is_link]
+        arguments = ("diff-tree", "-r", "--ignore-submodules=none", *RAW, await self._or_empty_tree(self.base), tree)
+        found = [entry for entry in parse_raw(await self.git(*arguments)) if entry.is_link]
         modules = await self._modules(tree) if found else {}
         return tuple((entry, modules.get(entry.path)) for entry in found)
+
+    async def filtered(self, tree: str, name: str) -> tuple[TreeChange, ...]:
+        """Return the files of a tree that differ from the base and have this filter, see gitattributes(5)."""
+        raw = await self.git("diff-tree", "-r", *RAW, await self._or_empty_tree(self.base), tree)
+        files = {entry.path: entry for entry in parse_raw(raw) if entry.mode.startswith("100")}
+        if not files:
+            return ()
+        await self.git("read-tree", tree)
+        paths = b"".join(os.fsencode(path) + b"\0" for path in files)
+        printed = await self.git("check-attr", "--cached", "-z", "--stdin", "filter", stdin=paths)
+        fields = os.fsdecode(printed).split("\0")
+        return tuple(files[path] for path, value in zip(fields[::3], fields[2::3], strict=False) if value == name)
+
+    async def base_has_blob(self, blob: str) -> bool:
+        """Return whether a file of the base has this content."""
+        if self.base is None:
+            return False
+        listed = await self.git("ls-tree", "-r", "--format=%(objectname)", self.base)
+        return blob.encode() in listed.split()
 
     async def restored(self, tree: str, entries: Sequence[TreeChange]) -> str:
         """Return the tree with these paths as they were before their changes."""
@@ -173,7 +161,7 @@ class Changes:
     async def _write_tree(self, entries: list[tuple[str, str, str]]) -> str:
         """Return the tree of the index with other entries, of path, mode and object."""
         # Deletions come first: a directory may have become a file.
-        entries.sort(key=lambda entry: entry[1] != _MISSING)
+        entries.sort(key=lambda entry: entry[1] != MISSING)
         lines = b"".join(os.fsencode(f"{mode} {blob}\t{path}") + b"\0" for path, mode, blob in entries)
         await self.git("update-index", "-z", "--index-info", stdin=lines)
         return (await self.git("write-tree")).decode().strip()
@@ -295,7 +283,14 @@ class Changes:
 
 
 async def examine(
-    git: Git, repository: Path, *, base: str | None, excludes_dotenv: bool, sparse: tuple[str, ...] = (), parent: Path
+    git: Git,
+    repository: Path,
+    *,
+    base: str | None,
+    excludes_dotenv: bool,
+    sparse: tuple[str, ...] = (),
+    filters: Sequence[str] = (),
+    parent: Path,
 ) -> Changes:
     """Return the changes of the agent.
 
@@ -303,6 +298,7 @@ async def examine(
         git: git as the agent's user.
         repository: The agent's tree.
         sparse: The directories whose files were checked out; if empty, all files were.
+        filters: Settings of filters with which files are staged.
         parent: A directory that this user may write to. The new git directory is created in it.
 
     Raises:
@@ -320,7 +316,7 @@ async def examine(
     ours = git.at(git_dir, GIT_DIR=str(git_dir), GIT_ALTERNATE_OBJECT_DIRECTORIES=str(objects))
     # With the second setting, git does not ignore a file that exists although it was not checked out.
     settings = ("core.bare=false", f"core.sparseCheckout={'true' if sparse else 'false'}")
-    tree = ours.at(repository, *settings, GIT_WORK_TREE=str(repository))
+    tree = ours.at(repository, *settings, *filters, GIT_WORK_TREE=str(repository))
     for source, name in ((index, "index"), (shallow, "shallow")):
         # As the agent's user, so that a link cannot expose a file that the agent cannot read.
         await _copy(ours, source, git_dir / name)
@@ -371,13 +367,3 @@ def _commit(printed: bytes) -> str:
     if COMMIT.fullmatch(commit) is None:
         raise GitError("git did not print the ID of a commit.")
     return commit
-
-
-def _entries(raw: bytes) -> list[TreeChange]:
-    """Return the entries of a `--raw -z` output: `:mode mode blob blob status`, then the path. See git-diff-index(1)."""
-    fields = os.fsdecode(raw).split("\0")
-    entries = []
-    for header, path in zip(fields[::2], fields[1::2], strict=False):
-        old_mode, mode, old_blob, blob, _ = header.removeprefix(":").split(" ")
-        entries.append(TreeChange(path=path, old_mode=old_mode, mode=mode, old_blob=old_blob, blob=blob))
-    return entries

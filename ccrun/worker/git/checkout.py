@@ -12,7 +12,7 @@ import attrs
 from ccrun.process.user import User
 from ccrun.spec import TaskSpec
 from ccrun.worker.dependencies import WorkerDependencies
-from ccrun.worker.git import changes
+from ccrun.worker.git import changes, lfs
 from ccrun.worker.git.changes import Changes
 from ccrun.worker.git.clone import Clone, CloneOptions, PackSnapshot, clone
 from ccrun.worker.git.places import Place, find_places
@@ -45,6 +45,7 @@ class Checkout:
         origin: None when the request names no repository.
         excludes_dotenv: Whether ccrun has written `.env`.
         sparse: The directories whose files were checked out; if empty, all files were.
+        has_lfs: Whether git-lfs is installed.
     """
 
     workspace: Workspace
@@ -53,9 +54,13 @@ class Checkout:
     origin: Origin | None = None
     excludes_dotenv: bool = False
     sparse: tuple[str, ...] = ()
+    has_lfs: bool = False
 
-    async def changes(self) -> Changes:
+    async def changes(self, *, with_lfs: bool = False) -> Changes:
         """Return what the agent has changed.
+
+        Args:
+            with_lfs: Whether to stage the files of Git LFS as pointers, if git-lfs is installed.
 
         Raises:
             GitError: The repository cannot be read.
@@ -66,6 +71,9 @@ class Checkout:
             base=self.origin.clone.base if self.origin else None,
             excludes_dotenv=self.excludes_dotenv,
             sparse=self.sparse,
+            filters=[f"{name}={value}" for name, value in lfs.FILTER_SETTINGS.items()]
+            if with_lfs and self.has_lfs
+            else (),
             parent=self.workspace.root,
         )
 
@@ -117,6 +125,7 @@ async def check_out(
         worker_git=lambda home: git_at(home, None, deps.git_protocols, network),
         excludes_dotenv=bool(spec.environment_secrets),
         sparse=spec.sparse_checkout,
+        has_lfs=await asyncio.to_thread(lfs.is_installed, SYSTEM_PATH),
     )
     if spec.git_repo is None:
         return checkout
@@ -135,6 +144,7 @@ async def check_out(
                 submodules=spec.git_submodules,
                 sparse=spec.sparse_checkout,
             ),
+            finish=lambda here: _pull_lfs(here, access, log_line, is_installed=checkout.has_lfs),
             seconds=spec.clone_timeout_minutes * 60,
         )
     await log_line(worker_line("clone", host=remote.host or None, revision=spec.git_branch, commit=cloned.base))
@@ -143,6 +153,24 @@ async def check_out(
         snapshot = await PackSnapshot.of(workspace.repository)
         stack.callback(snapshot.close)
     return attrs.evolve(checkout, origin=Origin(access=access, clone=cloned, snapshot=snapshot))
+
+
+async def _pull_lfs(
+    here: Git, access: Access, log_line: Callable[[bytes], Awaitable[None]], *, is_installed: bool
+) -> None:
+    """Download the files of Git LFS, or log why they stay pointers."""
+    if not await lfs.is_used(here):
+        return
+    if not is_installed:
+        reason = "git-lfs is not installed"
+    elif access.remote.scheme == "file":
+        reason = "a file URL has no server for them"
+    elif await lfs.names_other_server(here, access.remote):
+        reason = ".lfsconfig names another server, which is not asked"
+    else:
+        await lfs.pull(here, access)
+        return
+    await log_line(worker_line("lfs", content=f"The files of Git LFS are pointers, since {reason}."))
 
 
 async def _ca_file(deps: WorkerDependencies, spec: TaskSpec, stack: AsyncExitStack) -> Path | None:

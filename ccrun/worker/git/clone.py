@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Final, Self
 
@@ -68,6 +68,7 @@ async def clone(
     into: Path,
     options: CloneOptions,
     *,
+    finish: Callable[[Git], Awaitable[None]] | None = None,
     seconds: float,
     pauses: Sequence[float] = RETRY_PAUSES,
 ) -> Clone:
@@ -75,6 +76,7 @@ async def clone(
 
     Args:
         git: git with an empty current directory.
+        finish: Called with git in the clone while it can connect to the server. Part of each attempt.
         seconds: The timeout.
         pauses: Seconds between the attempts.
 
@@ -92,6 +94,8 @@ async def clone(
                         await _clone(opened, access, into, options)
                     if options.review_base is not None:
                         await _fetch_base(opened.at(into), access, options.review_base, options.depth)
+                    if finish is not None:
+                        await finish(opened.at(into))
                     break
                 except RemoteError as error:
                     if not error.is_transient or pause is None:

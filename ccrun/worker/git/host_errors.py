@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from ccrun.process.capture import ProcessResult
 from ccrun.urls import GitUrl
 from ccrun.worker.git.remote import Access
-from ccrun.worker.git.run import GitError, last_error, shortened
+from ccrun.worker.git.run import GitError, first_error, last_error, shortened
 
 
 class RemoteError(GitError):
@@ -47,6 +47,18 @@ def exchange_error(remote: GitUrl, ran: ProcessResult, access: Access, doing: st
     if len(sentences) > 1:
         sentences[0] = sentences[0].rstrip(".") + "."
     return RemoteError(" ".join(sentences), is_transient=is_transient)
+
+
+def lfs_error(ran: ProcessResult, doing: str) -> RemoteError:
+    """Return the error for a failed transfer of files of Git LFS.
+
+    Args:
+        doing: What failed: `downloaded` or `uploaded`.
+    """
+    is_transient = _TRANSIENT.search(ran.stderr.decode(errors="replace")) is not None
+    return RemoteError(
+        f"The files of Git LFS could not be {doing}: {first_error(ran.stderr)}", is_transient=is_transient
+    )
 
 
 def timeout_error(remote: GitUrl, doing: str, seconds: float) -> RemoteError:
