@@ -143,6 +143,7 @@ def test_the_worker_image_runs_ccrun(worker: Image) -> None:
         ("node --version", r"v(2[0-9]|[3-9][0-9])\."),
         ("npx --version", r"\d+\.\d+"),
         ("rg --version", "ripgrep"),
+        ("git lfs version", "git-lfs"),
         ("python3 --version", r"Python 3\."),
     ],
 )
