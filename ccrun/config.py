@@ -21,7 +21,9 @@ from ccrun.setting import (
     as_agent_proxy,
     as_bucket,
     as_credential,
+    as_flag,
     as_headers,
+    as_host_label,
     as_hosts,
     as_log_level,
     as_number,
@@ -138,6 +140,25 @@ class Config:
     anthropic_custom_headers: tuple[tuple[str, Secret], ...] = setting(
         "ANTHROPIC_CUSTOM_HEADERS", as_headers, default=()
     )
+    #: Clouds with the model API, as the CLI reads them.
+    use_vertex: bool = setting("CLAUDE_CODE_USE_VERTEX", as_flag, default=False)
+    anthropic_vertex_project_id: str | None = setting("ANTHROPIC_VERTEX_PROJECT_ID")
+    cloud_ml_region: str | None = setting("CLOUD_ML_REGION", as_host_label)
+    anthropic_vertex_base_url: str | None = setting("ANTHROPIC_VERTEX_BASE_URL", as_url)
+    use_bedrock: bool = setting("CLAUDE_CODE_USE_BEDROCK", as_flag, default=False)
+    aws_region: str | None = setting("AWS_REGION", as_host_label)
+    anthropic_bedrock_base_url: str | None = setting("ANTHROPIC_BEDROCK_BASE_URL", as_url)
+    aws_bearer_token_bedrock: Secret | None = setting("AWS_BEARER_TOKEN_BEDROCK", as_credential)
+    aws_access_key_id: str | None = setting("AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: Secret | None = setting("AWS_SECRET_ACCESS_KEY", as_credential)
+    aws_session_token: Secret | None = setting("AWS_SESSION_TOKEN", as_credential)
+    use_foundry: bool = setting("CLAUDE_CODE_USE_FOUNDRY", as_flag, default=False)
+    anthropic_foundry_resource: str | None = setting("ANTHROPIC_FOUNDRY_RESOURCE", as_host_label)
+    anthropic_foundry_base_url: str | None = setting("ANTHROPIC_FOUNDRY_BASE_URL", as_url)
+    anthropic_foundry_api_key: Secret | None = setting("ANTHROPIC_FOUNDRY_API_KEY", as_credential)
+    anthropic_foundry_auth_token: Secret | None = setting("ANTHROPIC_FOUNDRY_AUTH_TOKEN", as_credential)
+    #: Whether the agent gets the credentials of a cloud that cannot be kept from it.
+    expose_cloud_credentials: bool = setting("CCRUN_EXPOSE_CLOUD_CREDENTIALS", as_flag, default=False)
     #: Base URLs that requests may name instead.
     allowed_base_urls: tuple[str, ...] = setting("ALLOWED_BASE_URLS", as_urls, default=())
     flush_lines: int = setting("FLUSH_LINES", as_whole(1, 100_000), default=100)
@@ -165,7 +186,8 @@ class Config:
     def operator_has_credential(self) -> bool:
         """Whether requests need no credential for the model API."""
         mine = self.anthropic_api_key or self.claude_code_oauth_token or self.anthropic_auth_token
-        return bool(mine or self._of_workers & MODEL_CREDENTIALS)
+        cloud = self.use_vertex or self.use_bedrock or self.use_foundry
+        return bool(mine or cloud or self._of_workers & MODEL_CREDENTIALS)
 
     @property
     def signs_callbacks(self) -> bool:
@@ -190,6 +212,8 @@ def load(environment: Mapping[str, str] = os.environ, *, on_terminal: bool | Non
     """
     values = {name: value.strip() for name, value in environment.items() if value.strip()}
     # Programs differ in which spelling they prefer; curl takes only the lower one for http.
+    if "AWS_DEFAULT_REGION" in values:
+        values.setdefault("AWS_REGION", values["AWS_DEFAULT_REGION"])
     values |= {name.upper(): values[name] for name in ("http_proxy", "https_proxy", "no_proxy") if name in values}
     if on_terminal is None:
         on_terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()

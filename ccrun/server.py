@@ -34,6 +34,7 @@ from ccrun.process import linux
 from ccrun.process.limits import open_files_limit, raise_open_files_limit
 from ccrun.settle import settle
 from ccrun.sweep import Sweeper
+from ccrun.worker.clouds import check_cloud
 
 log = structlog.get_logger()
 
@@ -66,6 +67,8 @@ async def serve(config: Config) -> None:
     if config.is_local:
         # Processes of killed workers become children of the service, which kills them.
         linux.become_subreaper()
+        # Workers have the same settings, and would fail one after the other.
+        check_cloud(config, environment())
     raise_open_files_limit()
     async with serving(config, environment()) as address:
         log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)

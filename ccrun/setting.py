@@ -72,6 +72,23 @@ def as_one_of(*allowed: str) -> Callable[[str], str]:
     return read
 
 
+def as_flag(value: str) -> bool:
+    """Return whether a setting is switched on, in the spellings of the CLI."""
+    spellings = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }
+    if value.lower() not in spellings:
+        raise ValueError("1 or 0")
+    return spellings[value.lower()]
+
+
 def as_log_level(value: str) -> str:
     """Return a log level, in any case."""
     return as_one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")(value.upper())
@@ -95,6 +112,13 @@ def as_url(value: str) -> str:
     if not is_url:
         raise ValueError("an http or https URL")
     return value.rstrip("/")
+
+
+def as_host_label(value: str) -> str:
+    """Return a word that becomes part of a host name, such as a region."""
+    if not re.fullmatch(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", value):
+        raise ValueError("lower-case letters, digits and hyphens")
+    return value
 
 
 def as_address(value: str) -> str:

@@ -79,6 +79,13 @@ async def test_service_does_not_start_with_an_invalid_setting() -> None:
     assert (78, 'MAX_TIMEOUT_MINUTES must be a number from 1 to 1440, not "soon".\n') == (status, stderr)
 
 
+async def test_service_does_not_start_with_an_incomplete_cloud(tmp_path: Path) -> None:
+    """Its workers would fail one after the other."""
+    settings = {"CLAUDE_CODE_USE_BEDROCK": "1", "CCRUN_DATA_DIR": str(tmp_path), "PORT": "0"}
+    status, _, stderr = await run_ccrun("serve", **settings)
+    assert (78, "CLAUDE_CODE_USE_BEDROCK needs AWS_REGION.\n") == (status, stderr)
+
+
 async def test_service_does_not_start_without_its_data_directory(tmp_path: Path) -> None:
     """The error says why the directory cannot be created."""
     (tmp_path / "data").touch()

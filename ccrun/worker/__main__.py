@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import structlog
 
@@ -15,19 +15,22 @@ from ccrun import config, log
 from ccrun.backends.local import pidfile
 from ccrun.backends.local.layout import pid_files, process_marker
 from ccrun.backends.local.pidfile import AlreadyHeld
-from ccrun.backends.open import open_backend
+from ccrun.backends.open import load_modules, open_backend
 from ccrun.claude_cli import find_cli
 from ccrun.config import Config
+from ccrun.egress import Egress
 from ccrun.errors import CcrunError, ConfigError, exit_status
 from ccrun.names import payload_name
 from ccrun.process import cgroup, linux, user
 from ccrun.process.guardian import run_guarded
 from ccrun.process.user import User
 from ccrun.task import TaskId
+from ccrun.worker.clouds import open_cloud
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git.run import SYSTEM_PATH
 from ccrun.worker.log_writer import STORAGE_RETRY_SECONDS, FlushPolicy
 from ccrun.worker.run import run_task
+from ccrun.worker.upstream import ModelApi
 
 logger = structlog.get_logger()
 
@@ -79,7 +82,10 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shutdown.set)
     inherited = {"PATH": os.defpath, **config.environment()}
-    async with open_backend(settings, retry_seconds=STORAGE_RETRY_SECONDS) as backend:
+    async with (
+        contextlib.AsyncExitStack() as stack,
+        open_backend(settings, retry_seconds=STORAGE_RETRY_SECONDS) as backend,
+    ):
         deps = WorkerDependencies(
             store=backend.store,
             wrapper=backend.wrapper,
@@ -89,6 +95,7 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
             upstream=settings.anthropic_base_url,
             api_key=settings.anthropic_api_key,
             oauth_token=settings.claude_code_oauth_token,
+            cloud=await _cloud(settings, inherited, backend.egress, stack),
             auth_token=settings.anthropic_auth_token,
             custom_headers=settings.anthropic_custom_headers,
             egress=backend.egress,
@@ -100,6 +107,20 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
             git_protocols="https:ssh:http:file" if settings.is_local else "https:ssh",
         )
         await run_task(deps, task_id, shutdown=shutdown)
+
+
+async def _cloud(
+    settings: Config, inherited: Mapping[str, str], egress: Egress, stack: contextlib.AsyncExitStack
+) -> ModelApi | None:
+    """Return the operator's cloud, if there is one."""
+    get_token = None
+    if settings.use_vertex:
+        await load_modules("ccrun.backends.gcp.calls")
+        from ccrun.backends.gcp.calls import credentials, open_session
+
+        session = await stack.enter_async_context(open_session(egress.tls, emulated=False))
+        get_token = (await credentials(session, emulated=False)).get
+    return open_cloud(settings, inherited, get_token)
 
 
 if __name__ == "__main__":

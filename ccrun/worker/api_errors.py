@@ -23,7 +23,7 @@ MAX_RESET: Final = dt.timedelta(days=366)
 def parse_api_error(
     status: int, body: str, headers: Mapping[str, str], *, now: dt.datetime, mask: Callable[[str], str]
 ) -> ApiError:
-    """Return what an error response of the model API says.
+    """Return what an error response of the model API says, also that of a cloud.
 
     Args:
         status: The HTTP status, at least 400.
@@ -33,10 +33,14 @@ def parse_api_error(
         mask: Removes the credential from a text.
     """
     try:
-        error = json.loads(body)["error"]
-        kind, message = error.get("type"), error.get("message")
+        found = json.loads(body)
+        # Amazon has the error alone and its type in a header, Google may have it in a list.
+        found = found[0] if isinstance(found, list) else found
+        error = found.get("error", found)
+        kind, message = error.get("type") or error.get("status"), error.get("message")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         kind = message = None
+    kind = kind or headers.get("X-Amzn-ErrorType", "").partition(":")[0] or None
     should_retry = headers.get("X-Should-Retry")
     return ApiError(
         status=status,

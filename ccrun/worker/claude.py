@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from ccrun.process.tree import MARKER_VARIABLE
 from ccrun.spec import ConfigFile, TaskSpec, is_reserved_variable
-from ccrun.task import Secret
 
 #: With a longer path, that of the CLI's socket exceeds 103 bytes, and the CLI uses the shared /tmp/cc-socks-UID instead.
 MAX_TEMPORARY_PATH_BYTES: Final = 80
@@ -34,9 +33,7 @@ def environment(
     home: Path,
     config: Path,
     temporary: Path,
-    base_url: str,
-    run_token: Secret,
-    is_oauth: bool,
+    model_api: Mapping[str, str],
     is_root: bool,
     marker: str,
 ) -> dict[str, str]:
@@ -48,9 +45,7 @@ def environment(
         home: HOME of the agent.
         config: The configuration directory of the CLI, with the `config_files` of the task.
         temporary: TMPDIR, at most `MAX_TEMPORARY_PATH_BYTES` long so that the CLI puts all its files there.
-        base_url: The URL of the proxy.
-        run_token: The token for the proxy.
-        is_oauth: Whether the real credential is an OAuth token, with which the CLI sends other requests.
+        model_api: The variables with which the CLI sends its requests to the proxy.
         is_root: Whether the agent runs as root. The CLI then rejects `bypassPermissions` unless it is in a sandbox.
         marker: The marker by which the processes of the task are found.
     """
@@ -73,8 +68,7 @@ def environment(
         "CLAUDE_CONFIG_DIR": str(config),
         "TMPDIR": str(temporary),
         "TERM": "dumb",
-        "ANTHROPIC_BASE_URL": base_url,
-        "CLAUDE_CODE_OAUTH_TOKEN" if is_oauth else "ANTHROPIC_API_KEY": run_token.reveal(),
+        **model_api,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_AUTOUPDATER": "1",
         **({"IS_SANDBOX": "1"} if is_root else {}),
@@ -82,20 +76,21 @@ def environment(
     }
 
 
-#: The variables by which the CLI gets the run token.
-CREDENTIAL_VARIABLES: Final = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
 #: The variables that decide where the CLI sends its requests and with which credential.
-_PINNED_VARIABLES: Final = (
+ROUTING_VARIABLES: Final = (
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_AUTH_TOKEN",
     "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_BEDROCK_BASE_URL",
+    "ANTHROPIC_FOUNDRY_API_KEY",
+    "ANTHROPIC_FOUNDRY_BASE_URL",
+    "ANTHROPIC_VERTEX_BASE_URL",
     "CLAUDE_CODE_OAUTH_TOKEN",
     "CLAUDE_CODE_USE_BEDROCK",
     "CLAUDE_CODE_USE_FOUNDRY",
     "CLAUDE_CODE_USE_VERTEX",
-    "NO_PROXY",
-    "no_proxy",
 )
+_PINNED_VARIABLES: Final = (*ROUTING_VARIABLES, "NO_PROXY", "no_proxy")
 
 
 def option_files(spec: TaskSpec, environment: Mapping[str, str]) -> dict[str, bytes]:

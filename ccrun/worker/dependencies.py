@@ -15,6 +15,7 @@ from ccrun.seal import KeyWrapper
 from ccrun.store import Store
 from ccrun.task import Secret
 from ccrun.worker.log_writer import FlushPolicy
+from ccrun.worker.upstream import ModelApi
 
 #: Bytes of a patch. It is in memory while secrets are redacted in it.
 MAX_RESCUE_BYTES: Final = 32 * 1024 * 1024
@@ -75,6 +76,7 @@ class WorkerDependencies:
         upstream: The base URL of the model API.
         api_key: The operator's API key, for requests without a credential.
         oauth_token: The operator's OAuth token, used when there is no API key.
+        cloud: The operator's cloud, used before any other credential of the operator.
         auth_token: The operator's bearer token, used before an API key.
         custom_headers: The operator's additional headers for the model API.
         egress: How the worker reaches other servers.
@@ -92,6 +94,7 @@ class WorkerDependencies:
     upstream: str
     api_key: Secret | None = None
     oauth_token: Secret | None = None
+    cloud: ModelApi | None = None
     auth_token: Secret | None = None
     custom_headers: tuple[tuple[str, Secret], ...] = attrs.field(default=(), repr=False)
     egress: Egress = attrs.field(factory=Egress)

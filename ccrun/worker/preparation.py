@@ -134,7 +134,7 @@ async def check_settings(
         return
     directory = workspace.config / claude.SETTINGS_CHECK_DIRECTORY
     # Without its credential the CLI sends no request.
-    variables = {name: value for name, value in environment.items() if name not in claude.CREDENTIAL_VARIABLES}
+    variables = {name: value for name, value in environment.items() if name not in claude.ROUTING_VARIABLES}
     try:
         ran = await capture(
             [str(await asyncio.to_thread(cli)), "doctor"],

@@ -26,7 +26,7 @@ from ccrun.egress import Egress
 from ccrun.results import ApiError
 from ccrun.task import Secret
 from ccrun.worker.api_errors import parse_api_error
-from ccrun.worker.upstream import Upstream
+from ccrun.worker.upstream import ModelApi
 
 #: Bytes: the limit of the API for a request to `/v1/messages` (https://docs.anthropic.com/en/api/errors).
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024
@@ -42,27 +42,12 @@ IDLE_SECONDS: Final = 600.0
 #: Seconds that requests have to finish when the context is left. The agent has exited by then.
 STOP_SECONDS: Final = 0.1
 
-#: The requests that the agent may send, as in the request line. The same host and credential give access to much more (files,
-#: sessions, batches, the administration of the organization), so this is an allowlist. It is matched before anything is decoded:
-#: `..`, `%2e`, `//` and absolute URIs do not match.
-_ALLOWED: Final = re.compile(
-    r"(?:POST /v1/messages(?:/count_tokens)?|GET /v1/models(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)?)(?:\?[!\"$-~]*)?"
-)
 #: The headers of a response that are not forwarded: those of the connection (RFC 9110, section 7.6.1), and cookies.
 _NOT_FORWARDED_TO_AGENT: Final = re.compile(
     r"connection|keep-alive|proxy-(authenticate|authentication-info|connection)|te|trailer|transfer-encoding|upgrade"
     r"|set-cookie",
     re.IGNORECASE,
 )
-
-
-def is_allowed(method: str, target: str) -> bool:
-    """Return whether the agent may send this request.
-
-    Args:
-        target: The request target as it was sent, not decoded, with its query.
-    """
-    return _ALLOWED.fullmatch(f"{method} {target}") is not None
 
 
 def has_token(headers: Mapping[str, str], token: Secret) -> bool:
@@ -87,7 +72,7 @@ class CredentialProxy:
 
     def __init__(
         self,
-        upstream: Upstream,
+        upstream: ModelApi,
         *,
         run_token: Secret | None = None,
         egress: Egress | None = None,
@@ -101,7 +86,7 @@ class CredentialProxy:
         #: The message of the last rejection by the model API: of the credential (401) or of its permissions (403). The latter may
         #: concern a single model, so the caller decides whether the task has failed.
         self.rejected: str | None = None
-        #: The last error of the model API with each status; that of a connection has status 502.
+        #: The last error of the model API with each status that the agent got; that of a connection has status 502.
         self.api_errors: dict[int, ApiError] = {}
         self._upstream = upstream
         self._egress = egress or Egress()
@@ -117,7 +102,6 @@ class CredentialProxy:
                     auto_decompress=False,
                     timeout=self._timeout,
                     trust_env=False,
-                    proxy=self._egress.proxy_for(self._upstream.url),
                 )
             )
             app = web.Application()
@@ -139,21 +123,25 @@ class CredentialProxy:
         await self._resources.aclose()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        if not has_token(request.headers, self.run_token):
+        path = self._authenticated_path(request)
+        if path is None:
             return _error(401, "authentication_error", "This is not the token of this task.", retry=False)
-        if not is_allowed(request.method, request.raw_path):
+        url = self._upstream.target(request.method, path)
+        if url is None:
             return _error(404, "not_found_error", "A task may only use the messages and the models of the model API.")
         upload = _Upload(source=request.content)
         if (request.content_length or 0) > MAX_BODY_BYTES:
             return upload.too_large()
         response: web.StreamResponse | None = None
         try:
+            body = b"".join([chunk async for chunk in upload]) if self._upstream.signs_body else b""
             async with self._session.request(
                 request.method,
-                URL(self._upstream.url + request.raw_path, encoded=True),
-                headers=self._upstream.headers(request.headers),
-                data=upload if request.body_exists else None,
+                URL(url, encoded=True),
+                headers=await self._upstream.headers(request.method, url, request.headers, body),
+                data=body or (upload if request.body_exists else None),
                 allow_redirects=False,
+                proxy=self._egress.proxy_for(url),
             ) as upstream:
                 if upstream.status >= 300:
                     return await self._error_response(upstream)
@@ -176,6 +164,14 @@ class CredentialProxy:
             self.api_errors[502] = ApiError(message=message, retryable=True)
             return _error(502, "api_error", message)
 
+    def _authenticated_path(self, request: web.Request) -> str | None:
+        """Return the path of a request with the run token, which is in a header or the first part of the path; else None."""
+        if has_token(request.headers, self.run_token):
+            return request.raw_path
+        _, first, *rest = request.raw_path.split("/", 2) if request.raw_path.startswith("/") else ("", "")
+        is_token = secrets.compare_digest(first.encode("utf-8", "surrogateescape"), self.run_token.reveal().encode())
+        return f"/{rest[0]}" if is_token and rest else None
+
     async def _error_response(self, upstream: aiohttp.ClientResponse) -> web.Response:
         """Return the response to the agent for a redirect or an error, whose text may quote the credential."""
         if upstream.status < 400:
@@ -195,12 +191,14 @@ class CredentialProxy:
         for name in ("Content-Encoding", "Content-Length"):
             headers.popall(name, None)
         api_error = parse_api_error(upstream.status, text, headers, now=dt.datetime.now(dt.UTC), mask=self._mask)
-        self.api_errors[upstream.status] = api_error
+        is_repeated = upstream.status in (401, 403) and self._upstream.repeats_rejected
+        status = 400 if is_repeated else upstream.status
+        self.api_errors[status] = api_error
         if upstream.status in (401, 403):
             self.rejected = api_error.message or sentence
             # Otherwise the CLI retries for minutes.
             headers["X-Should-Retry"] = "false"
-        return web.Response(body=self._mask(text).encode(), status=upstream.status, headers=headers)
+        return web.Response(body=self._mask(text).encode(), status=status, headers=headers)
 
     def _downstream_headers(self, upstream: aiohttp.ClientResponse) -> CIMultiDict[str]:
         return CIMultiDict(

@@ -25,6 +25,7 @@ from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Status, TaskId, TaskRec
 from ccrun.worker import claude
 from ccrun.worker.agent import AgentSession, run_agent
 from ccrun.worker.commands import command_files, run_commands
+from ccrun.worker.credential import choose_upstream
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.checkout import Checkout, check_out
 from ccrun.worker.log_writer import LogIncomplete, LogWriter
@@ -34,7 +35,6 @@ from ccrun.worker.preparation import check_settings, prepare_dotenv
 from ccrun.worker.proxy import CredentialProxy
 from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, StopRequested, stopped_outcome
-from ccrun.worker.upstream import CredentialKind, choose_upstream
 from ccrun.worker.workspace import CA_FILE, Workspace, chown_to_agent, open_workspace, write_inputs
 
 log = structlog.get_logger()
@@ -172,9 +172,7 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
             home=workspace.home,
             config=workspace.config,
             temporary=workspace.temporary,
-            base_url=proxy.url,
-            run_token=proxy.run_token,
-            is_oauth=upstream.kind is CredentialKind.OAUTH,
+            model_api=upstream.variables(proxy.url, proxy.run_token),
             is_root=workspace.agent is None and os.geteuid() == 0,
             marker=deps.marker,
         )

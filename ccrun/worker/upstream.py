@@ -5,15 +5,13 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 from multidict import CIMultiDict
 
-from ccrun.errors import CcrunError, CredentialUnusable
-from ccrun.spec import TaskSpec
+from ccrun.errors import CredentialUnusable
 from ccrun.task import Secret
-from ccrun.worker.dependencies import WorkerDependencies
 
 #: The API needs it for an OAuth token. The CLI sends it only when it has such a token.
 OAUTH_BETA: Final = "oauth-2025-04-20"
@@ -24,6 +22,54 @@ _FORWARDED: Final = re.compile(
     re.IGNORECASE,
 )
 _CREDENTIAL: Final = re.compile(r"[!-~]+")
+
+#: The requests that the agent may send, as in the request line. The same host and credential give access to much more (files,
+#: sessions, batches, the administration of the organization), so this is an allowlist. It is matched before anything is decoded:
+#: `..`, `%2e`, `//` and absolute URIs do not match.
+_ALLOWED: Final = re.compile(
+    r"(?:POST /v1/messages(?:/count_tokens)?|GET /v1/models(?:/[A-Za-z0-9][A-Za-z0-9._:@-]*)?)(?:\?[!\"$-~]*)?"
+)
+
+
+class ModelApi(Protocol):
+    """A model API with its credential."""
+
+    @property
+    def secrets(self) -> tuple[Secret, ...]:
+        """What must not reach the agent."""
+
+    @property
+    def signs_body(self) -> bool:
+        """Whether `headers` needs the body."""
+
+    @property
+    def repeats_rejected(self) -> bool:
+        """Whether the CLI repeats a request with status 401 or 403 for minutes, since it wants to refresh its credential."""
+
+    def variables(self, proxy_url: str, run_token: Secret) -> dict[str, str]:
+        """Return the variables with which the CLI sends its requests to the proxy, with the run token."""
+
+    def target(self, method: str, path: str) -> str | None:
+        """Return the URL for a request of the agent; None if the agent may not send it.
+
+        Args:
+            path: The path of the request as it was sent, not decoded, with its query.
+        """
+
+    async def headers(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> CIMultiDict[str]:
+        """Return the headers to forward, with the real credential instead of the agent's.
+
+        Args:
+            body: Empty unless `signs_body`.
+        """
+
+
+def forwarded_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """Return the headers of the agent that any model API gets."""
+    forwarded = CIMultiDict((name, value) for name, value in headers.items() if _FORWARDED.fullmatch(name))
+    # An uncompressed response can be redacted, and no gateway needs to buffer it.
+    forwarded["Accept-Encoding"] = "identity"
+    return forwarded
 
 
 class CredentialKind(enum.StrEnum):
@@ -66,11 +112,29 @@ class Upstream:
         """What must not reach the agent."""
         return (self.credential, *(value for _, value in self.custom_headers))
 
-    def headers(self, headers: Mapping[str, str]) -> CIMultiDict[str]:
+    @property
+    def signs_body(self) -> bool:
+        """Whether `headers` needs the body."""
+        return False
+
+    @property
+    def repeats_rejected(self) -> bool:
+        """Whether the CLI repeats a request with a rejected credential."""
+        return False
+
+    def variables(self, proxy_url: str, run_token: Secret) -> dict[str, str]:
+        """Return the variables of the agent. With an OAuth token, the CLI sends other requests."""
+        is_oauth = self.kind is CredentialKind.OAUTH
+        name = "CLAUDE_CODE_OAUTH_TOKEN" if is_oauth else "ANTHROPIC_API_KEY"
+        return {"ANTHROPIC_BASE_URL": proxy_url, name: run_token.reveal()}
+
+    def target(self, method: str, path: str) -> str | None:
+        """Return the URL of an allowed request."""
+        return f"{self.url}{path}" if _ALLOWED.fullmatch(f"{method} {path}") else None
+
+    async def headers(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> CIMultiDict[str]:
         """Return the headers to forward, with the real credential instead of the agent's."""
-        forwarded = CIMultiDict((name, value) for name, value in headers.items() if _FORWARDED.fullmatch(name))
-        # An uncompressed response can be redacted, and no gateway needs to buffer it.
-        forwarded["Accept-Encoding"] = "identity"
+        forwarded = forwarded_headers(headers)
         if self.kind is CredentialKind.API_KEY:
             forwarded["X-Api-Key"] = self.credential.reveal()
         else:
@@ -80,31 +144,3 @@ class Upstream:
         for name, value in self.custom_headers:
             forwarded[name] = value.reveal()
         return forwarded
-
-
-def choose_upstream(deps: WorkerDependencies, spec: TaskSpec) -> Upstream:
-    """Return the model API of a task, with the credential of the request, else with the operator's.
-
-    A bearer token comes before an API key, and that before an OAuth token, as in the CLI. The operator's credential and headers
-    are for the operator's model API alone.
-
-    Raises:
-        CcrunError: There is no credential.
-    """
-    url = deps.upstream if spec.anthropic_base_url is None else spec.anthropic_base_url
-    is_operators = url == deps.upstream
-    own = (
-        (spec.anthropic_auth_token, CredentialKind.BEARER),
-        (spec.anthropic_api_key, CredentialKind.API_KEY),
-        (spec.anthropic_oauth_token, CredentialKind.OAUTH),
-    )
-    operators = (
-        (deps.auth_token, CredentialKind.BEARER),
-        (deps.api_key, CredentialKind.API_KEY),
-        (deps.oauth_token, CredentialKind.OAUTH),
-    )
-    for credential, kind in (*own, *(operators if is_operators else ())):
-        if credential is not None:
-            headers = deps.custom_headers if is_operators else ()
-            return Upstream(url=url, credential=credential, kind=kind, custom_headers=headers)
-    raise CcrunError("There is no credential for the model API: neither the request nor the worker has one.")

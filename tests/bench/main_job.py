@@ -27,7 +27,7 @@ from helpers.service import MADE_UP_KEY, WAIT_SECONDS, read_events, serve_proces
 from ccrun.claude_cli import find_cli
 from ccrun.process.child import spawn
 from ccrun.spec import TaskSpec
-from ccrun.task import Secret, TaskId, TaskType
+from ccrun.task import TaskId, TaskType
 from ccrun.testing.model import Say, ScriptedModel, sequence
 from ccrun.worker import claude
 
@@ -66,9 +66,7 @@ async def run_bare(model: ScriptedModel, directory: Path) -> Bare:
         home=workspace["home"],
         config=workspace["config"],
         temporary=workspace["tmp"],
-        base_url=model.url,
-        run_token=Secret(MADE_UP_KEY),
-        is_oauth=False,
+        model_api={"ANTHROPIC_BASE_URL": model.url, "ANTHROPIC_API_KEY": MADE_UP_KEY},
         is_root=os.geteuid() == 0,
         marker="bare",
     )

@@ -11,6 +11,8 @@ from ccrun.spec import ConfigFile, TaskSpec, is_reserved_variable
 from ccrun.task import Secret
 from ccrun.worker.claude import argv, environment, option_files
 
+OAUTH = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1", "CLAUDE_CODE_OAUTH_TOKEN": "run-token"}
+
 
 def agent_environment(spec: TaskSpec, **changed: Any) -> dict[str, str]:
     """Return the environment of the agent; the directories do not exist."""
@@ -20,9 +22,7 @@ def agent_environment(spec: TaskSpec, **changed: Any) -> dict[str, str]:
         "home": Path("/t/home"),
         "config": Path("/t/config"),
         "temporary": Path("/t/tmp"),
-        "base_url": "http://127.0.0.1:1",
-        "run_token": Secret("run-token"),
-        "is_oauth": False,
+        "model_api": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1", "ANTHROPIC_API_KEY": "run-token"},
         "is_root": False,
         "marker": "t1",
     }
@@ -64,12 +64,12 @@ def test_environment_has_only_the_expected_variables() -> None:
 
 def test_secrets_cannot_override_variables_of_ccrun() -> None:
     """A secret with the name of a reserved variable is ignored; PATH and NO_PROXY are merged; LANG may be overridden."""
-    defaults = {**agent_environment(task()), **agent_environment(task(), is_oauth=True, is_root=True)}
+    defaults = {**agent_environment(task()), **agent_environment(task(), model_api=OAUTH, is_root=True)}
     secrets = {name: Secret("secret") for name in (*defaults, "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK")}
     del secrets["no_proxy"]
-    changed = {**agent_environment(task(environment_secrets=secrets), is_oauth=True, is_root=True)}
+    changed = {**agent_environment(task(environment_secrets=secrets), model_api=OAUTH, is_root=True)}
     merged = {"PATH": "secret:/usr/bin:/bin", "NO_PROXY": "secret,127.0.0.1", "no_proxy": "secret,127.0.0.1"}
-    assert changed == {**agent_environment(task(), is_oauth=True, is_root=True), **merged, "LANG": "secret"}
+    assert changed == {**agent_environment(task(), model_api=OAUTH, is_root=True), **merged, "LANG": "secret"}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_variables_that_route_the_cli_are_reserved(name: str) -> None:
 def test_environment_with_an_oauth_token_as_root() -> None:
     """The run token is passed as an OAuth token, and IS_SANDBOX lets root use every permission mode."""
     plain = agent_environment(task())
-    changed = agent_environment(task(), is_oauth=True, is_root=True)
+    changed = agent_environment(task(), model_api=OAUTH, is_root=True)
     del plain["ANTHROPIC_API_KEY"]
     assert changed == {**plain, "CLAUDE_CODE_OAUTH_TOKEN": "run-token", "IS_SANDBOX": "1"}
 

@@ -85,9 +85,10 @@ def run_cli(task_dir: Path) -> Callable[..., Any]:
                 home=task_dir / "home",
                 config=task_dir / "config",
                 temporary=task_dir / "tmp",
-                base_url=model.url,
-                run_token=Secret("made-up-key"),
-                is_oauth=is_oauth,
+                model_api={
+                    "ANTHROPIC_BASE_URL": model.url,
+                    "CLAUDE_CODE_OAUTH_TOKEN" if is_oauth else "ANTHROPIC_API_KEY": "made-up-key",
+                },
                 is_root=os.geteuid() == 0,
                 marker=str(task_dir),
             )

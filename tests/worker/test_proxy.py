@@ -22,8 +22,9 @@ from helpers.proxy import (
 
 from ccrun.task import Secret
 from ccrun.testing.model import Conversation, Fail, Reply, Say, ScriptedModel, UseTool, sequence
-from ccrun.worker.proxy import CredentialProxy, is_allowed
+from ccrun.worker.proxy import CredentialProxy
 from ccrun.worker.upstream import OAUTH_BETA, CredentialKind
+from ccrun.worker.upstream import Upstream as ModelApi
 
 __all__ = ["cli", "session", "upstream"]
 
@@ -167,10 +168,11 @@ FORBIDDEN = (
 
 def test_is_allowed() -> None:
     """Messages, token counts and models are allowed, in their canonical spelling, and nothing else."""
+    api = ModelApi(url="http://model.invalid", credential=Secret(CREDENTIAL), kind=CredentialKind.API_KEY)
     requests = (*ALLOWED, *FORBIDDEN)
-    assert list(ALLOWED) == [line for line in requests if is_allowed(*line.split(" ", 1))]
-    assert not is_allowed("POST", "/v1/messages\n")
-    assert not is_allowed("POST", "/v1/messages?é")
+    assert list(ALLOWED) == [line for line in requests if api.target(*line.split(" ", 1)) is not None]
+    assert api.target("POST", "/v1/messages\n") is None
+    assert api.target("POST", "/v1/messages?é") is None
 
 
 async def test_only_allowed_requests_are_forwarded(upstream: Upstream) -> None:

@@ -14,7 +14,9 @@ from multidict import CIMultiDict
 from ccrun.errors import CcrunError, CredentialUnusable
 from ccrun.task import Secret, Status
 from ccrun.testing.model import Say, ScriptedModel, sequence
-from ccrun.worker.upstream import OAUTH_BETA, CredentialKind, Upstream, choose_upstream
+from ccrun.worker.credential import choose_upstream
+from ccrun.worker.dependencies import WorkerDependencies
+from ccrun.worker.upstream import OAUTH_BETA, CredentialKind, Upstream
 
 __all__ = ["agent", "worker_setup"]
 
@@ -28,10 +30,15 @@ def upstream(**fields: Any) -> Upstream:
     return Upstream(**{**defaults, **fields})
 
 
+async def sent(api: Upstream, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+    """Return the headers that the model API gets for a request of the agent with these headers."""
+    return await api.headers("POST", OPERATORS, headers, b"")
+
+
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def test_only_known_headers_are_forwarded() -> None:
+async def test_only_known_headers_are_forwarded() -> None:
     """Headers of the API and its client are forwarded; credentials, cookies and headers for gateways are not."""
     passed = {
         "anthropic-version": "1",
@@ -56,19 +63,19 @@ def test_only_known_headers_are_forwarded() -> None:
     }
     headers = CIMultiDict({**passed, **dropped})
     common = {**passed, "Accept-Encoding": "identity"}
-    assert upstream().headers(headers) == CIMultiDict({**common, "X-Api-Key": CREDENTIAL})
-    assert upstream(kind=CredentialKind.OAUTH).headers(headers) == CIMultiDict(
+    assert await sent(upstream(), headers) == CIMultiDict({**common, "X-Api-Key": CREDENTIAL})
+    assert await sent(upstream(kind=CredentialKind.OAUTH), headers) == CIMultiDict(
         [*common.items(), ("Authorization", f"Bearer {CREDENTIAL}"), ("anthropic-beta", OAUTH_BETA)]
     )
-    assert upstream(kind=CredentialKind.BEARER).headers(headers) == CIMultiDict(
+    assert await sent(upstream(kind=CredentialKind.BEARER), headers) == CIMultiDict(
         {**common, "Authorization": f"Bearer {CREDENTIAL}"}
     )
 
 
-def test_custom_headers_are_added() -> None:
+async def test_custom_headers_are_added() -> None:
     """They replace those of the agent, and the one for the credential."""
     custom = (("X-Team", Secret("made-up-team")), ("x-api-key", Secret("other")), ("anthropic-beta", Secret("b")))
-    headers = upstream(custom_headers=custom).headers(CIMultiDict({"Accept": "text/html", "anthropic-beta": "a"}))
+    headers = await sent(upstream(custom_headers=custom), CIMultiDict({"Accept": "text/html", "anthropic-beta": "a"}))
     expected = {"accept": "text/html", "x-team": "made-up-team", "x-api-key": "other", "anthropic-beta": "b"}
     assert {"accept-encoding": "identity", **expected} == {name.lower(): value for name, value in headers.items()}
 
@@ -79,6 +86,13 @@ def test_credential_that_cannot_be_a_header_value_is_rejected(credential: str) -
     with pytest.raises(CredentialUnusable) as rejection:
         upstream(credential=Secret(credential))
     assert not credential or credential not in str(rejection.value)
+
+
+def chosen(deps: WorkerDependencies, **fields: Any) -> Upstream:
+    """Return the model API of a task with these fields."""
+    api = choose_upstream(deps, task(**fields))
+    assert isinstance(api, Upstream)
+    return api
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -96,13 +110,11 @@ KINDS = [CredentialKind.BEARER, CredentialKind.API_KEY, CredentialKind.OAUTH]
 @pytest.mark.parametrize(("first", "kind"), list(enumerate(KINDS)))
 async def test_order_is_that_of_the_cli(worker_setup: WorkerSetup, first: int, kind: CredentialKind) -> None:
     """A bearer token comes before an API key, and that before an OAuth token; those of the request before all of the operator."""
-    deps = attrs.evolve(worker_setup.deps, **secrets("", NAMES[first:]))
-    assert (kind, Secret(NAMES[first])) == (lambda chosen: (chosen.kind, chosen.credential))(
-        choose_upstream(deps, task())
-    )
+    api = chosen(attrs.evolve(worker_setup.deps, **secrets("", NAMES[first:])))
+    assert (kind, Secret(NAMES[first])) == (api.kind, api.credential)
     own = secrets("anthropic_", NAMES[first:])
-    chosen = choose_upstream(attrs.evolve(worker_setup.deps, **secrets("", NAMES)), task(**own))
-    assert (kind, Secret(f"anthropic_{NAMES[first]}")) == (chosen.kind, chosen.credential)
+    api = chosen(attrs.evolve(worker_setup.deps, **secrets("", NAMES)), **own)
+    assert (kind, Secret(f"anthropic_{NAMES[first]}")) == (api.kind, api.credential)
 
 
 async def test_operators_credential_and_headers_are_for_the_operators_server(worker_setup: WorkerSetup) -> None:
@@ -113,11 +125,11 @@ async def test_operators_credential_and_headers_are_for_the_operators_server(wor
         api_key=Secret("operators"),
         custom_headers=(("X-Key", Secret("secret")),),
     )
-    assert 1 == len(choose_upstream(deps, task()).custom_headers)
+    assert 1 == len(chosen(deps).custom_headers)
     with pytest.raises(CcrunError, match="There is no credential for the model API"):
         choose_upstream(deps, task(anthropic_base_url="http://127.0.0.1:10"))
-    chosen = choose_upstream(deps, task(anthropic_base_url="http://127.0.0.1:10", anthropic_auth_token=Secret("own")))
-    assert ("http://127.0.0.1:10", Secret("own"), ()) == (chosen.url, chosen.credential, chosen.custom_headers)
+    api = chosen(deps, anthropic_base_url="http://127.0.0.1:10", anthropic_auth_token=Secret("own"))
+    assert ("http://127.0.0.1:10", Secret("own"), ()) == (api.url, api.credential, api.custom_headers)
 
 
 # --- with the real CLI -----------------------------------------------------------------------------------------------
