@@ -27,7 +27,7 @@ from ccrun.backends.local.jobs import SubprocessJobs
 from ccrun.backends.local.layout import callback_secret_file, pid_files, process_marker, services
 from ccrun.backends.open import OpenBackend, load_modules, missing_setting, open_backend
 from ccrun.config import Config, environment
-from ccrun.egress import open_egress
+from ccrun.egress import Egress, open_egress
 from ccrun.errors import ConfigError
 from ccrun.jobs import Jobs
 from ccrun.process import linux
@@ -114,7 +114,10 @@ async def serving(
     """
     # Set when a sweep should run immediately.
     sweep_needed = asyncio.Event()
-    async with open_backend(config) as backend, _open_jobs(config, worker_environment, sweep_needed.set) as jobs:
+    async with (
+        open_backend(config) as backend,
+        _open_jobs(config, backend.egress, worker_environment, sweep_needed.set) as jobs,
+    ):
         app = make_app(_deps(config, backend, jobs, sweep_needed))
         listener = Listener(app, max_connections=_max_connections())
         runner = web.AppRunner(
@@ -141,7 +144,7 @@ def _max_connections() -> int:
 
 @contextlib.asynccontextmanager
 async def _open_jobs(
-    config: Config, worker_environment: Mapping[str, str], on_worker_exit: Callable[[], None]
+    config: Config, egress: Egress, worker_environment: Mapping[str, str], on_worker_exit: Callable[[], None]
 ) -> AsyncIterator[Jobs]:
     if not config.is_local:
         await load_modules("ccrun.backends.gcp.jobs")
@@ -152,6 +155,7 @@ async def _open_jobs(
             region=config.region,
             job=config.cloudrun_job_name,
             emulator=config.cloud_run_emulator_host,
+            ca_bundle=egress.ca_bundle,
         ) as executions:
             yield executions
         return
@@ -175,7 +179,7 @@ async def sweep_once(config: Config) -> None:
     Raises:
         CcrunError: The storage cannot be reached.
     """
-    async with open_backend(config) as backend, _open_jobs(config, environment(), lambda: None) as jobs:
+    async with open_backend(config) as backend, _open_jobs(config, backend.egress, environment(), lambda: None) as jobs:
         # Here, no local worker is started: without the service, nothing limits their number.
         report = await _sweeper(backend, jobs, launches_pending=not config.is_local).sweep_completely()
     log.info("sweep_finished", message="Sweep finished", **attrs.asdict(report))

@@ -251,6 +251,7 @@ async def open_cloud_run(
     job: str,
     emulator: str | None = None,
     policy: LaunchPolicy = LaunchPolicy(),
+    ca_bundle: bytes | None = None,
 ) -> AsyncIterator[CloudRunJobs]:
     """Connect to Cloud Run, and close the connection on exit.
 
@@ -260,6 +261,7 @@ async def open_cloud_run(
         job: The name of the job.
         emulator: The host and port of an emulator, which is called instead of Google, in plain text and without credentials.
         policy: Timeouts and retries.
+        ca_bundle: The trusted certificates in PEM form; None for those of gRPC.
 
     Raises:
         NoCredentials: There are no credentials.
@@ -268,7 +270,11 @@ async def open_cloud_run(
     if emulator is not None:
         channel = grpc.aio.insecure_channel(emulator, options)
     else:
-        channel = JobsGrpcAsyncIOTransport.create_channel(credentials=await _credentials(), options=options)
+        channel = JobsGrpcAsyncIOTransport.create_channel(
+            credentials=await _credentials(),
+            options=options,
+            ssl_credentials=grpc.ssl_channel_credentials(ca_bundle) if ca_bundle else None,
+        )
     try:
         # Google's clients read certificate files, so they are created in a thread.
         yield await asyncio.to_thread(CloudRunJobs, channel, project=project, region=region, job=job, policy=policy)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import sys
 from pathlib import Path
+from typing import Final
 
 import attrs
 import pytest
 from helpers.gcs import POLICY
+from helpers.service import WAIT_SECONDS
 from standins.forward_proxy import ForwardProxy
 from standins.gcs import BUCKET
 
@@ -27,3 +32,36 @@ async def test_calls_and_credentials_go_through_the_proxy(tmp_path: Path, monkey
             with pytest.raises(StorageError):
                 await blobs.check()
     assert {"oauth2.googleapis.com"} == proxy.hosts
+
+
+#: Asks for the state of an execution. In a process of its own, since gRPC reads the environment when it is loaded.
+ASK: Final = """
+import asyncio
+from google.auth.credentials import AnonymousCredentials
+from ccrun.backends.gcp import jobs
+
+async def main():
+    async def anonymous():
+        return AnonymousCredentials()
+    jobs._credentials = anonymous
+    async with jobs.open_cloud_run(project="p", region="us-central1", job="j") as found:
+        await found.state("task-a", "execution-a")
+
+asyncio.run(main())
+"""
+
+
+async def test_cloud_run_is_reached_through_the_proxy() -> None:
+    """GRPC reads the variable itself."""
+    async with ForwardProxy({}) as proxy:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-c", ASK), env={**os.environ, "https_proxy": proxy.url}
+        )
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                while not proxy.requests:
+                    await asyncio.sleep(0.02)
+        finally:
+            process.kill()
+            await process.wait()
+    assert {"run.googleapis.com"} == proxy.hosts
