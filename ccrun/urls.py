@@ -11,6 +11,8 @@ import attrs
 
 #: urlsplit silently drops line breaks and tabs, and parsers disagree about backslashes.
 _INVALID_IN_URL: Final = re.compile(r"[\s\x00-\x1f\x7f-\x9f\\]")
+#: What a path or a query consists of (RFC 3986, appendix A, and for other alphabets RFC 3987).
+_PATH: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?|\[\]\u00a0-\U0010ffff-]|%[0-9A-Fa-f]{2})*")
 #: `git@host:path`. Neither user nor host nor path may look like an option of ssh or git.
 _SCP_LIKE: Final = re.compile(
     r"(?P<user>\w[\w.-]*)@(?P<host>[a-z0-9][a-z0-9.-]*):(?![-:])(?P<path>\S+)", re.ASCII | re.IGNORECASE
@@ -133,11 +135,16 @@ def _may_be_token(user: str | None, host: str) -> bool:
 
 
 def is_http_url(url: str) -> bool:
-    """Return whether this is an http or https URL with a valid host name, in Unicode or ASCII, or an IP address."""
+    """Return whether this is an http or https URL with a valid host name, in Unicode or ASCII, or an IP address.
+
+    Its path and query have only what RFC 3986 allows there, and square brackets and `|`, which many servers put into URLs.
+    """
     if _INVALID_IN_URL.search(url):
         return False
     try:
         parts = urlsplit(url)
+        if not _PATH.fullmatch(parts.path) or not _PATH.fullmatch(parts.query):
+            return False
         return parts.scheme in ("http", "https") and parts.port != 0 and _is_host(parts.hostname or "")
     except ValueError:
         return False

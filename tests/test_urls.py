@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ccrun.urls import ForbiddenInGitUrl, GitUrl, parse_git_url
+from ccrun.urls import ForbiddenInGitUrl, GitUrl, is_http_url, parse_git_url
 
 PORT_OR_DIRECTORY = (
     "must have the form ssh://user@host:port/path if the number after the host is a port, "
@@ -78,3 +78,17 @@ def test_forbidden_parts_are_named(url: str, rule: str) -> None:
     with pytest.raises(ForbiddenInGitUrl) as caught:
         parse_git_url(url)
     assert rule == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rest", ["/a b", "/a%2", "/a%zz", '/a"b', "/a<b>", "/a{b}", "/a^b", "/a`b", "/a?b#c d", "/a?%"]
+)
+def test_what_is_not_allowed_in_a_url_is_refused(rest: str) -> None:
+    """It could not be sent as it was given."""
+    assert not is_http_url(f"https://example.com{rest}")
+
+
+@pytest.mark.parametrize("rest", ["", "?a", "/%2Fa?b=%2f|c", "/a;b=1,2/(c)!*'$@:~", "/a?b[]=1&c=d/e?f", "/straße"])
+def test_any_valid_path_is_accepted(rest: str) -> None:
+    """Also escapes of any character, and what many servers put into URLs."""
+    assert is_http_url(f"https://example.com{rest}")

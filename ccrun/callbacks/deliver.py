@@ -8,18 +8,15 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import email.utils
-import io
 import random
-import socket
 import time
 from typing import Final
 
-import aiohttp
 import attrs
 import structlog
-from yarl import URL
 
-from ccrun.callbacks.guard import AddressNotPublic, CallbackGuard, is_public, public_socket
+from ccrun.callbacks.exchange import ExchangeError, post
+from ccrun.callbacks.guard import CallbackGuard
 from ccrun.callbacks.sign import sign
 from ccrun.egress import Egress
 from ccrun.errors import CcrunError
@@ -129,62 +126,17 @@ class _Undelivered(CcrunError):
         super().__init__(message)
 
 
-def _session(guard: CallbackGuard, egress: Egress, host: str, proxy: str | None) -> aiohttp.ClientSession:
-    """Return a session for one request, without proxies of the environment, cookies, cached addresses or open connections."""
-    checks_address = proxy is None and not guard.trusts(host)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            socket_factory=public_socket if checks_address else None,
-            use_dns_cache=False,
-            force_close=True,
-            ssl=egress.tls,
-        ),
-        proxy=proxy,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-        trust_env=False,
-    )
-
-
-async def _check_host(host: str) -> None:
-    """Check the addresses of a name that a proxy connects to. The proxy may know names that this machine does not.
-
-    Raises:
-        _Undelivered: It has an address that is not public.
-    """
-    loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return
-    if not all(is_public(str(address[0])) for *_, address in found):
-        raise _not_public()
-
-
 async def _post(
     url: Secret, body: bytes, headers: dict[str, str], guard: CallbackGuard, egress: Egress, seconds: float
 ) -> None:
     """Send one request. Raise `_Undelivered` unless the response is 2xx."""
     try:
-        target = URL(url.reveal())
-        if target.raw_user or target.raw_password:
-            # Not by aiohttp, which encodes them as Latin-1.
-            credentials = aiohttp.encode_basic_auth(target.user or "", target.password or "")
-            headers = {**headers, "Authorization": credentials}
-            target = target.with_user(None)
-        host = target.raw_host or ""
-        proxy = egress.proxy_for(str(target))
-        async with _session(guard, egress, host, proxy) as session:
-            async with asyncio.timeout(seconds):
-                if proxy is not None and not guard.trusts(host):
-                    await _check_host(host)
-                # A file, which aiohttp sends in pieces.
-                response = await session.post(target, data=io.BytesIO(body), headers=headers, allow_redirects=False)
-            response.close()
+        async with asyncio.timeout(seconds):
+            response = await post(url.reveal(), body, headers, guard=guard, egress=egress)
     except TimeoutError:
         raise _Undelivered(f"The receiver did not respond within {seconds:g} s.") from None
-    except (aiohttp.ClientError, ValueError) as error:
-        raise _explain(error) from None
+    except ExchangeError as error:
+        raise _Undelivered(error.message, final=error.final) from None
     status = response.status
     if 200 <= status < 300:
         return
@@ -195,36 +147,8 @@ async def _post(
     raise _Undelivered(
         f"The receiver responded with {status}.",
         final=status not in _TRANSIENT_STATUSES,
-        retry_after_seconds=_retry_after(response.headers.get("Retry-After"), dt.datetime.now(dt.UTC)),
+        retry_after_seconds=_retry_after(response.retry_after, dt.datetime.now(dt.UTC)),
     )
-
-
-def _explain(error: aiohttp.ClientError | ValueError) -> _Undelivered:
-    match error:
-        case aiohttp.ClientConnectorError(os_error=AddressNotPublic()):
-            return _not_public()
-        case aiohttp.ClientProxyConnectionError():
-            return _Undelivered("The proxy could not be connected to.")
-        case aiohttp.ClientHttpProxyError():
-            return _Undelivered(f"The proxy responded with {error.status}.")
-        case aiohttp.ClientConnectorCertificateError():
-            return _Undelivered("The receiver's certificate cannot be trusted.")
-        case aiohttp.ClientSSLError():
-            return _Undelivered("No secure connection to the receiver could be made.")
-        case aiohttp.ClientConnectorDNSError():
-            return _Undelivered("The receiver's name could not be looked up.")
-        case aiohttp.ClientConnectorError():
-            return _Undelivered("The receiver could not be connected to.")
-        case aiohttp.ClientResponseError():
-            return _Undelivered("The receiver's response is not HTTP.")
-        case aiohttp.NonHttpUrlClientError() | ValueError():
-            return _Undelivered("The callback's address is not a valid URL.", final=True)
-        case _:
-            return _Undelivered("The receiver closed the connection without a response.")
-
-
-def _not_public() -> _Undelivered:
-    return _Undelivered("The callback's address is not public.", final=True)
 
 
 def _retry_after(wish: str | None, now: dt.datetime) -> float | None:

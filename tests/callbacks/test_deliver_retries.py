@@ -93,7 +93,7 @@ async def hang(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> 
 
 async def send_headers_forever(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Send one header after the other, without end."""
-    writer.write(b"HTTP/1.1 200 OK\r\n")
+    writer.write(b"HTTP/1.1 500 Internal Server Error\r\n")
     while True:
         writer.write(b"X-Header: x\r\n")
         await writer.drain()
