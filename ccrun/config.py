@@ -20,6 +20,7 @@ from ccrun.setting import (
     as_address,
     as_agent_proxy,
     as_bucket,
+    as_callback_secret,
     as_credential,
     as_flag,
     as_headers,
@@ -31,7 +32,6 @@ from ccrun.setting import (
     as_path,
     as_permission_mode,
     as_proxy,
-    as_secret,
     as_secret_names,
     as_task_id,
     as_tokens,
@@ -128,7 +128,9 @@ class Config:
     permission_mode: str | None = setting("PERMISSION_MODE", as_permission_mode)
     poll_seconds: float = setting("POLL_SECONDS", as_number(0.01, 60), default=1.0)
 
-    callback_secret: Secret | None = setting("CLOUDRUN_CALLBACK_SECRET", as_secret)
+    callback_secret: Secret | None = setting("CLOUDRUN_CALLBACK_SECRET", as_callback_secret)
+    #: For a receiver to respond.
+    callback_timeout_seconds: float = setting("CALLBACK_TIMEOUT_SECONDS", as_number(1, 60), default=10.0)
     callback_allowed_hosts: tuple[str, ...] = setting("CALLBACK_ALLOWED_HOSTS", as_hosts, default=())
 
     claude_cli: Path | None = setting("CLAUDE_CLI", as_path)

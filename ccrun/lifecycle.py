@@ -177,6 +177,12 @@ MAX_CALLBACK_DELAY: Final = dt.timedelta(hours=6)
 MAX_CALLBACK_LEASE: Final = dt.timedelta(minutes=5)
 #: How long after the task has finished its callback is retried. Then it is abandoned.
 CALLBACK_RETRY_PERIOD: Final = dt.timedelta(days=30)
+#: The same for responses that say that the request is wrong or belongs elsewhere. A receiver can be corrected after a weekend.
+REJECTED_CALLBACK_RETRY_PERIOD: Final = dt.timedelta(days=3)
+#: Those responses besides redirects.
+_REJECTIONS: Final = frozenset({400, 401, 403, 404})
+#: 410: the receiver is not there any more, and will not come back (RFC 9110, section 15.5.11).
+_GONE: Final = 410
 
 
 def is_callback_due(record: TaskRecord, *, at: dt.datetime) -> bool:
@@ -208,6 +214,7 @@ def record_delivery(
     attempts: int,
     error: str | None,
     at: dt.datetime,
+    status: int | None = None,
     not_before: dt.datetime | None = None,
     backs_off: bool = True,
 ) -> TaskRecord:
@@ -215,6 +222,7 @@ def record_delivery(
 
     Args:
         attempts: HTTP requests that the delivery made.
+        status: The status of the last response, None without one.
         not_before: The time before which the receiver wants no retry (its `Retry-After`).
         backs_off: Whether a failure makes the delay longer; if not, the callback is due immediately.
     """
@@ -222,7 +230,7 @@ def record_delivery(
     after = attrs.evolve(before, attempts=before.attempts + attempts, last_error=error)
     if delivered:
         after = attrs.evolve(after, state=CallbackState.DELIVERED, last_error=None, next_attempt_at=None)
-    elif at - (record.completed_at or at) > CALLBACK_RETRY_PERIOD:
+    elif at - (record.completed_at or at) > _callback_retry_period(status):
         after = attrs.evolve(after, state=CallbackState.ABANDONED, next_attempt_at=None)
     else:
         delay = min(FIRST_CALLBACK_DELAY * 2 ** min(before.rounds, 10), MAX_CALLBACK_DELAY)
@@ -234,6 +242,13 @@ def record_delivery(
             next_attempt_at=max(due, not_before or due),
         )
     return attrs.evolve(record, webhook=after)
+
+
+def _callback_retry_period(status: int | None) -> dt.timedelta:
+    if status == _GONE:
+        return dt.timedelta.min
+    is_rejection = status is not None and (status in _REJECTIONS or 300 <= status < 400)
+    return REJECTED_CALLBACK_RETRY_PERIOD if is_rejection else CALLBACK_RETRY_PERIOD
 
 
 def _with_callback(record: TaskRecord, *, state: CallbackState, next_attempt_at: dt.datetime) -> TaskRecord:

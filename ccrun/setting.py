@@ -5,6 +5,7 @@ Each parser returns the value, or raises ValueError with what follows "must be".
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -20,6 +21,12 @@ from ccrun.task import TASK_ID_PATTERN, Secret, TaskId
 
 #: Shorter tokens can be guessed. 16 hexadecimal digits have 64 bits.
 MIN_API_TOKEN_CHARS: Final = 16
+#: As of a token. A shorter secret of callbacks can be guessed from one of them.
+MIN_CALLBACK_SECRET_CHARS: Final = 16
+#: The prefix of a secret whose key is in base64, and the bytes of such a key: Standard Webhooks, section "Signature scheme".
+KEY_PREFIX: Final = "whsec_"
+MIN_KEY_BYTES: Final = 24
+MAX_KEY_BYTES: Final = 64
 #: Characters of an invalid value that its error shows.
 MAX_SHOWN_CHARS: Final = 60
 #: Settings that only the workers of a service in the cloud need.
@@ -186,6 +193,22 @@ def as_secret(value: str) -> Secret:
     return Secret(value)
 
 
+def as_callback_secret(value: str) -> Secret:
+    """Return a secret that signs callbacks: text, or `whsec_` and a key in base64 (Standard Webhooks)."""
+    if value.startswith(KEY_PREFIX):
+        text = value.removeprefix(KEY_PREFIX)
+        try:
+            # Padding may be missing.
+            key = base64.b64decode(text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4), validate=True)
+        except ValueError:
+            key = b""
+        if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+            raise ValueError(f"{MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes in base64 after {KEY_PREFIX}")
+    elif len(value) < MIN_CALLBACK_SECRET_CHARS:
+        raise ValueError(f"at least {MIN_CALLBACK_SECRET_CHARS} characters long")
+    return as_secret(value)
+
+
 def as_credential(value: str) -> Secret:
     """Return a secret that can be part of an HTTP header."""
     # It becomes part of an HTTP header.
@@ -249,7 +272,7 @@ def as_tokens(value: str) -> tuple[Secret, ...]:
 
 
 #: Settings whose values no error shows.
-_SECRET_READERS: Final = (as_secret, as_credential, as_headers, as_proxy, as_tokens)
+_SECRET_READERS: Final = (as_secret, as_callback_secret, as_credential, as_headers, as_proxy, as_tokens)
 
 
 def setting(name: str, read: Callable[[str], Any] = as_word, *, default: Any = None) -> Any:

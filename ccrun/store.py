@@ -33,7 +33,7 @@ from ccrun.names import (
     upload_name,
 )
 from ccrun.seal import Sealed
-from ccrun.task import Status, TaskId, TaskRecord
+from ccrun.task import TaskId, TaskRecord
 
 
 @attrs.frozen(kw_only=True)
@@ -305,10 +305,16 @@ class Store:
 
         return await asyncio.gather(*(read(task_id) for task_id in task_ids))
 
-    async def page(self, *, limit: int, cursor: str | None = None, status: Status | None = None) -> TaskPage:
-        """Return the newest tasks after the cursor.
+    async def page(
+        self,
+        *,
+        limit: int,
+        cursor: str | None = None,
+        wanted: Callable[[TaskRecord], bool] = lambda record: True,
+    ) -> TaskPage:
+        """Return the newest wanted tasks after the cursor.
 
-        With `status`, a page may have fewer than `limit` tasks although more follow: a call reads at most `MAX_PAGE_READS`
+        With `wanted`, a page may have fewer than `limit` tasks although more follow: a call reads at most `MAX_PAGE_READS`
         records, so that its cost does not grow with the number of tasks.
 
         Raises:
@@ -324,7 +330,7 @@ class Store:
             found = await self.records([TaskId(name.partition("-")[2]) for name in names])
             for name, record in zip(names, found, strict=True):
                 after = name
-                if record is not None and status in (None, record.status):
+                if record is not None and wanted(record):
                     tasks.append(record)
                     if len(tasks) == limit:
                         more = more or name != names[-1]

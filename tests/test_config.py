@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import os
 import pty
 import subprocess
@@ -51,6 +52,7 @@ def test_empty_environment_gives_the_documented_defaults() -> None:
         "claude_cli": None,
         "anthropic_base_url": "https://api.anthropic.com",
         "anthropic_auth_token": None,
+        "callback_timeout_seconds": 10,
         "anthropic_custom_headers": (),
         "allowed_base_urls": (),
         "data_dir": Path.cwd() / ".ccrun",
@@ -75,7 +77,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
             "KMS_KEY_RING": "ring",
             "KMS_KEY_NAME": "key",
             "CLOUDRUN_JOB_NAME": "job",
-            "CLOUDRUN_CALLBACK_SECRET": "made up secret\n",
+            "CLOUDRUN_CALLBACK_SECRET": "made up secret of callbacks\n",
             "CCRUN_API_TOKENS": "made-up-token-one, made-up-token-two,",
             "ALLOWED_TOOLS": "Bash(git log:*, git diff:*), Read,",
             "PERMISSION_MODE": "acceptEdits",
@@ -116,7 +118,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         "kms_key_ring": "ring",
         "kms_key_name": "key",
         "cloudrun_job_name": "job",
-        "callback_secret": Secret("made up secret"),
+        "callback_secret": Secret("made up secret of callbacks"),
         "api_tokens": (Secret("made-up-token-one"), Secret("made-up-token-two")),
         "allowed_tools": ("Bash(git log:*, git diff:*)", "Read"),
         "permission_mode": "acceptEdits",
@@ -179,7 +181,7 @@ def test_service_can_name_the_secrets_of_its_workers() -> None:
     assert (True, True) == (cloud.signs_callbacks, cloud.operator_has_credential)
     assert (True, False) == (local.signs_callbacks, local.operator_has_credential)
     assert not config.load({"K_SERVICE": "api"}).signs_callbacks
-    assert config.load({"K_SERVICE": "api", "CLOUDRUN_CALLBACK_SECRET": "made up"}).signs_callbacks
+    assert config.load({"K_SERVICE": "api", "CLOUDRUN_CALLBACK_SECRET": "made up secret of callbacks"}).signs_callbacks
     assert load_error(CCRUN_WORKER_HAS="PORT").startswith("CCRUN_WORKER_HAS must be some of ANTHROPIC_API_KEY, ")
 
 
@@ -288,7 +290,12 @@ def test_invalid_value_is_an_error(name: str, value: str, expected: str) -> None
         ("CCRUN_API_TOKENS", "tooshort"),
         ("CCRUN_API_TOKENS", "made-up-token-one,tooshort"),
         ("CCRUN_API_TOKENS", ","),
-        ("CLOUDRUN_CALLBACK_SECRET", "tooshort\x00"),
+        ("CLOUDRUN_CALLBACK_SECRET", "tooshort\x00 but long enough"),
+        ("CLOUDRUN_CALLBACK_SECRET", "tooshort"),
+        ("CLOUDRUN_CALLBACK_SECRET", "whsec_tooshort!!!!"),
+        ("CLOUDRUN_CALLBACK_SECRET", "whsec_"),
+        ("CLOUDRUN_CALLBACK_SECRET", "whsec_tooshort"),
+        ("CLOUDRUN_CALLBACK_SECRET", "whsec_-_-_tooshort"),
         ("ANTHROPIC_API_KEY", "tooshort key"),
         ("CLAUDE_CODE_OAUTH_TOKEN", "tooshort\r\nX: y"),
         ("ANTHROPIC_BASE_URL", "ftp://me:tooshort@host"),
@@ -323,3 +330,19 @@ def test_settings_come_from_the_environment_of_the_process() -> None:
     )
 
     assert "81 81\n" == done.stdout
+
+
+@pytest.mark.parametrize("size", [24, 32, 64])
+@pytest.mark.parametrize("padding", ["", "=="])
+def test_secret_of_standard_webhooks_is_a_key_in_base64(size: int, padding: str) -> None:
+    """Its padding may be missing."""
+    value = f"whsec_{base64.b64encode(bytes(size)).decode().rstrip('=')}{padding}"
+    assert Secret(value) == config.load({"CLOUDRUN_CALLBACK_SECRET": value}).callback_secret
+
+
+@pytest.mark.parametrize("size", [0, 23, 65])
+def test_length_of_a_key_is_checked(size: int) -> None:
+    """A library of Standard Webhooks would not accept it, or sign with an empty key."""
+    value = f"whsec_{base64.b64encode(bytes(size)).decode()}"
+    expected = "CLOUDRUN_CALLBACK_SECRET must be 24 to 64 bytes in base64 after whsec_."
+    assert expected == load_error(CLOUDRUN_CALLBACK_SECRET=value)

@@ -17,12 +17,15 @@ def test_secrets_of_a_request_are_collected() -> None:
         timeout_minutes=1,
         anthropic_api_key=Secret("api"),
         anthropic_oauth_token=Secret("oauth"),
+        anthropic_auth_token=Secret("auth"),
         ssh_key=Secret("ssh"),
         git_token=GitToken.parse("user:git"),
         environment_secrets={"A": Secret("one"), "B": Secret("two")},
         callback_url=Secret("https://example.com"),
     )
-    assert {"api", "oauth", "ssh", "user:git", "git", "one", "two"} == {secret.reveal() for secret in spec.secrets}
+    assert {"api", "oauth", "auth", "ssh", "user:git", "git", "one", "two"} == {
+        secret.reveal() for secret in spec.secrets
+    }
 
 
 def test_secret_fields_of_a_request_are_known() -> None:
@@ -30,6 +33,7 @@ def test_secret_fields_of_a_request_are_known() -> None:
     fields = {field.name for field in attrs.fields(TaskSpec) if re.search("Secret|Token", str(field.type))}
     assert {
         "anthropic_api_key",
+        "anthropic_auth_token",
         "anthropic_oauth_token",
         "callback_url",
         "environment_secrets",

@@ -71,18 +71,28 @@ async def test_page_needs_one_listing(store: Store, blobs: WatchedBlobs) -> None
 async def test_pages_can_be_filtered_by_status(store: Store) -> None:
     """With a status, the pages have each task with that status once, and the last page has no cursor."""
     tasks = await add_tasks(store, 45)
-    first = await store.page(limit=3, status=Status.FAILED)
-    second = await store.page(limit=3, status=Status.FAILED, cursor=first.next_cursor)
+    first = await store.page(limit=3, wanted=has_failed)
+    second = await store.page(limit=3, wanted=has_failed, cursor=first.next_cursor)
     assert [task for task in tasks if task.status is Status.FAILED] == [*first.tasks, *second.tasks]
     assert second.next_cursor is None
+
+
+def has_failed(record: TaskRecord) -> bool:
+    """Select failed tasks."""
+    return record.status is Status.FAILED
+
+
+def is_completed(record: TaskRecord) -> bool:
+    """Select completed tasks."""
+    return record.status is Status.COMPLETED
 
 
 async def test_full_page_of_a_status_has_a_cursor(store: Store) -> None:
     """A filtered page that is full before the end of the list has a cursor, which leads to the remaining tasks."""
     for number, status in enumerate([Status.FAILED, Status.FAILED, Status.PENDING, Status.FAILED]):
         await store.add(attrs.evolve(pending(f"t-{number}", NOW + dt.timedelta(milliseconds=number)), status=status))
-    first = await store.page(limit=2, status=Status.FAILED)
-    second = await store.page(limit=2, status=Status.FAILED, cursor=first.next_cursor)
+    first = await store.page(limit=2, wanted=has_failed)
+    second = await store.page(limit=2, wanted=has_failed, cursor=first.next_cursor)
     assert ["t-3", "t-1", "t-0"] == [task.task_id for task in (*first.tasks, *second.tasks)]
 
 
@@ -90,9 +100,9 @@ async def test_reads_of_a_filtered_page_are_bounded(store: Store, blobs: Watched
     """A page of a status that no task has reads at most `MAX_PAGE_READS` records; its cursor continues after them."""
     await add_tasks(store, MAX_PAGE_READS + 20)
     blobs.reads = []
-    page = await store.page(limit=100, status=Status.COMPLETED)
+    page = await store.page(limit=100, wanted=is_completed)
     assert ([], MAX_PAGE_READS) == (page.tasks, len(blobs.reads))
-    last = await store.page(limit=100, status=Status.COMPLETED, cursor=page.next_cursor)
+    last = await store.page(limit=100, wanted=is_completed, cursor=page.next_cursor)
     assert ([], None, MAX_PAGE_READS + 20) == (last.tasks, last.next_cursor, len(blobs.reads))
 
 

@@ -12,7 +12,7 @@ from ccrun.api.background import BackgroundTasks
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.responses import invalid, json_response
 from ccrun.errors import FieldError, InvalidRequest, TaskNotFound
-from ccrun.task import TASK_ID_PATTERN, Status, TaskId
+from ccrun.task import TASK_ID_PATTERN, CallbackState, Status, TaskId, TaskRecord
 
 #: Tasks on one page of `GET /tasks`.
 MAX_PAGE: Final = 100
@@ -36,12 +36,18 @@ class TaskRoutes:
         status = query.get("status")
         if status is not None and status not in tuple(Status):
             errors.append(FieldError("status", f"status must be one of {', '.join(Status)}"))
+        webhook = query.get("webhook")
+        if webhook is not None and webhook not in tuple(CallbackState):
+            errors.append(FieldError("webhook", f"webhook must be one of {', '.join(CallbackState)}"))
         if errors:
             raise InvalidRequest(errors)
+
+        def is_wanted(record: TaskRecord) -> bool:
+            state = record.webhook.state if record.webhook is not None else None
+            return status in (None, record.status) and webhook in (None, state)
+
         try:
-            page = await self.deps.store.page(
-                limit=int(limit), cursor=query.get("cursor"), status=Status(status) if status else None
-            )
+            page = await self.deps.store.page(limit=int(limit), cursor=query.get("cursor"), wanted=is_wanted)
         except ValueError as error:
             raise invalid("cursor", str(error)) from None
         return json_response(

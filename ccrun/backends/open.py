@@ -30,8 +30,6 @@ from ccrun.task import Secret
 
 #: The output size of HMAC-SHA-256. A longer secret adds no strength.
 CALLBACK_SECRET_BYTES: Final = 32
-#: For a worker on a machine with a limited number of workers: a slow receiver must not delay queued tasks.
-SINGLE_ATTEMPT: Final = deliver.RetryPolicy(attempts=1, attempt_seconds=5.0, total_seconds=5.0)
 
 
 @attrs.frozen(kw_only=True)
@@ -44,6 +42,8 @@ class OpenBackend:
     callback_secret: Secret | None
     guard: guard.CallbackGuard
     egress: Egress
+    #: Seconds for a receiver to respond, in each attempt by any process.
+    callback_timeout: float
 
     def callbacks(self, *, single_attempt: bool = False) -> OwedCallbacks | None:
         """Return what delivers owed callbacks; None if there is no secret to sign them.
@@ -53,13 +53,16 @@ class OpenBackend:
         """
         if self.callback_secret is None:
             return None
+        timeout = self.callback_timeout
         return OwedCallbacks(
             store=self.store,
             wrapper=self.wrapper,
             secret=self.callback_secret,
             guard=self.guard,
             egress=self.egress,
-            policy=SINGLE_ATTEMPT if single_attempt else deliver.RetryPolicy(),
+            policy=deliver.RetryPolicy(attempts=1, attempt_seconds=timeout, total_seconds=timeout)
+            if single_attempt
+            else deliver.RetryPolicy(attempt_seconds=timeout),
             single_attempt=single_attempt,
         )
 
@@ -116,6 +119,7 @@ async def _open_local(config: Config, egress: Egress) -> AsyncIterator[OpenBacke
         callback_secret=config.callback_secret or await asyncio.to_thread(_callback_secret, config.data_dir),
         guard=guard.CallbackGuard(everywhere=True),
         egress=egress,
+        callback_timeout=config.callback_timeout_seconds,
     )
 
 
@@ -150,6 +154,7 @@ async def _open_gcp(config: Config, egress: Egress, retry_seconds: float | None)
             callback_secret=config.callback_secret,
             guard=guard.CallbackGuard(allowed_hosts=frozenset(config.callback_allowed_hosts)),
             egress=egress,
+            callback_timeout=config.callback_timeout_seconds,
         )
 
 

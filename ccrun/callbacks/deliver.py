@@ -65,6 +65,8 @@ class Delivery:
     final: bool = False
     #: How long the receiver wants no retry.
     retry_after_seconds: float | None = None
+    #: The status of the last response, None without one.
+    status: int | None = None
 
 
 async def deliver(
@@ -109,6 +111,7 @@ async def deliver(
                     error=error.message,
                     final=error.final,
                     retry_after_seconds=error.retry_after_seconds,
+                    status=error.status,
                 )
         else:
             return Delivery(delivered=True, attempts=attempts)
@@ -120,8 +123,11 @@ async def deliver(
 class _Undelivered(CcrunError):
     """The receiver did not accept the callback."""
 
-    def __init__(self, message: str, *, final: bool = False, retry_after_seconds: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, final: bool = False, retry_after_seconds: float | None = None, status: int | None = None
+    ) -> None:
         self.final = final
+        self.status = status
         self.retry_after_seconds = retry_after_seconds
         super().__init__(message)
 
@@ -142,12 +148,15 @@ async def _post(
         return
     if 300 <= status < 400:
         raise _Undelivered(
-            f"The receiver responded with {status} to another address; redirects are not followed.", final=True
+            f"The receiver responded with {status} to another address; redirects are not followed.",
+            final=True,
+            status=status,
         )
     raise _Undelivered(
         f"The receiver responded with {status}.",
         final=status not in _TRANSIENT_STATUSES,
         retry_after_seconds=_retry_after(response.retry_after, dt.datetime.now(dt.UTC)),
+        status=status,
     )
 
 

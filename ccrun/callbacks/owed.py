@@ -114,6 +114,7 @@ class OwedCallbacks:
                 delivered=delivery.delivered,
                 attempts=delivery.attempts,
                 error=delivery.error,
+                status=delivery.status,
                 at=now,
                 not_before=now + dt.timedelta(seconds=delivery.retry_after_seconds or 0),
                 backs_off=not self.single_attempt,

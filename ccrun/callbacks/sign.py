@@ -9,15 +9,13 @@ A receiver should verify the raw bytes, as all Standard Webhooks libraries do. A
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 from typing import Final
 
+from ccrun.setting import KEY_PREFIX
 from ccrun.task import Secret
 
 USER_AGENT: Final = "cloudrun-claude-code/async-task"
-#: The prefix of a secret whose key is in base64 (Standard Webhooks).
-KEY_PREFIX: Final = "whsec_"
 
 
 def sign(body: bytes, *, webhook_id: str, secret: Secret, timestamp: int) -> dict[str, str]:
@@ -48,9 +46,6 @@ def sign(body: bytes, *, webhook_id: str, secret: Secret, timestamp: int) -> dic
 def _standard_key(secret: Secret) -> bytes:
     text = secret.reveal()
     if text.startswith(KEY_PREFIX):
-        try:
-            # Padding may be missing, and additional padding is ignored.
-            return base64.b64decode(text.removeprefix(KEY_PREFIX) + "==")
-        except binascii.Error:
-            pass
+        # Padding may be missing, and additional padding is ignored.
+        return base64.b64decode(text.removeprefix(KEY_PREFIX) + "==")
     return text.encode()

@@ -107,11 +107,12 @@ async def test_invalid_cursor_is_400(api: Api, cursor: str) -> None:
 
 async def test_response_has_all_errors_of_a_query(api: Api) -> None:
     """An invalid limit does not hide an invalid status."""
-    response = await api.call("GET", "/tasks?limit=0&status=done")
-    assert ["limit", "status"] == [error["field"] for error in response.body["details"]]
-    assert (
-        "status must be one of pending, running, completed, failed, cancelled" == response.body["details"][1]["message"]
-    )
+    response = await api.call("GET", "/tasks?limit=0&status=done&webhook=lost")
+    assert ["limit", "status", "webhook"] == [error["field"] for error in response.body["details"]]
+    assert [
+        "status must be one of pending, running, completed, failed, cancelled",
+        "webhook must be one of waiting, delivering, owed, delivered, abandoned",
+    ] == [error["message"] for error in response.body["details"][1:]]
 
 
 # --- GET /tasks/status -----------------------------------------------------------------------------------------------

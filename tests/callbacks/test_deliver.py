@@ -81,7 +81,7 @@ async def test_redirects_are_not_followed(status: int) -> None:
     """A redirect fails the delivery, because it could send the body and its signature to a private address."""
     async with receiver(respond(status, Location="/elsewhere"), respond(200)) as scripted:
         error = f"The receiver responded with {status} to another address; redirects are not followed."
-        assert Delivery(delivered=False, attempts=1, error=error, final=True) == await send(scripted.url)
+        assert Delivery(delivered=False, attempts=1, error=error, final=True, status=status) == await send(scripted.url)
         assert len(scripted.requests) == 1
 
 

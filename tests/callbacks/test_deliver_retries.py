@@ -52,7 +52,7 @@ async def test_retry_is_signed_again_and_obeys_retry_after() -> None:
 async def test_number_of_attempts_is_bounded(status: int) -> None:
     """After the last attempt the delivery has failed, but not finally."""
     async with receiver(respond(status)) as scripted:
-        expected = Delivery(delivered=False, attempts=4, error=f"The receiver responded with {status}.")
+        expected = Delivery(delivered=False, attempts=4, error=f"The receiver responded with {status}.", status=status)
         assert expected == await send(scripted.url)
         assert len(scripted.requests) == 4
 
@@ -61,7 +61,9 @@ async def test_number_of_attempts_is_bounded(status: int) -> None:
 async def test_client_error_is_final(status: int) -> None:
     """A status that another attempt would not change is not retried."""
     async with receiver(respond(status), respond(200)) as scripted:
-        expected = Delivery(delivered=False, attempts=1, error=f"The receiver responded with {status}.", final=True)
+        expected = Delivery(
+            delivered=False, attempts=1, error=f"The receiver responded with {status}.", final=True, status=status
+        )
         assert expected == await send(scripted.url)
         assert len(scripted.requests) == 1
 
@@ -71,7 +73,9 @@ async def test_long_retry_after_ends_the_delivery() -> None:
     async with receiver(respond(503, Retry_After="3600"), respond(200)) as scripted:
         started = time.monotonic()
         error = "The receiver responded with 503."
-        assert Delivery(delivered=False, attempts=1, error=error, retry_after_seconds=3600) == await send(scripted.url)
+        assert Delivery(delivered=False, attempts=1, error=error, retry_after_seconds=3600, status=503) == await send(
+            scripted.url
+        )
         assert time.monotonic() - started < 5
         assert len(scripted.requests) == 1
 

@@ -125,14 +125,14 @@ async def test_python_receiver_verifies_ascii_metadata(flask: str, metadata: Any
 async def test_body_is_formatted_as_javascript_does(express: str, flask: str, metadata: Any) -> None:
     """Only the Node receiver verifies values that Python formats differently; `ccrun.javascript_json` documents this limit."""
     assert await send(express, payload(metadata)) == VERIFIED
-    assert Delivery(delivered=False, attempts=1, error="The receiver responded with 401.", final=True) == await send(
-        flask, payload(metadata)
-    )
+    assert Delivery(
+        delivered=False, attempts=1, error="The receiver responded with 401.", final=True, status=401
+    ) == await send(flask, payload(metadata))
 
 
 async def test_receivers_reject_another_secret(express: str, flask: str) -> None:
     """Both receivers reject a signature that was made with another secret."""
-    rejected = Delivery(delivered=False, attempts=1, error="The receiver responded with 401.", final=True)
+    rejected = Delivery(delivered=False, attempts=1, error="The receiver responded with 401.", final=True, status=401)
     for url in (express, flask):
         delivery = await deliver(
             Secret(url), BODY, webhook_id="msg-t-1", secret=Secret("another"), guard=EVERYWHERE, policy=QUICK

@@ -185,6 +185,29 @@ async def test_callback_stays_owed_after_a_failure(callbacks: OwedCallbacks, rec
     assert [TASK] == [mark.task_id for mark in await callbacks.store.active()]
 
 
+@pytest.mark.parametrize(
+    ("status", "days", "state"),
+    [
+        (410, 0, CallbackState.ABANDONED),
+        (404, 0, CallbackState.OWED),
+        *((status, 2.9, CallbackState.OWED) for status in (400, 401, 403, 404, 301, 308)),
+        *((status, 3.1, CallbackState.ABANDONED) for status in (400, 401, 403, 404, 301, 308)),
+        *((status, 29.9, CallbackState.OWED) for status in (405, 422, 429, 500, 503)),
+        *((status, 30.1, CallbackState.ABANDONED) for status in (405, 422, 429, 500, 503)),
+    ],
+)
+async def test_status_decides_how_long_a_callback_is_retried(
+    callbacks: OwedCallbacks, receiver: Receiver, status: int, days: float, state: CallbackState
+) -> None:
+    """410 ends it at once, a rejection after three days, anything else after 30."""
+    await add_finished_task(callbacks, receiver.url)
+    finished = dt.datetime.now(dt.UTC) - dt.timedelta(days=days)
+    await callbacks.store.update(TASK, lambda record: attrs.evolve(record, completed_at=finished))
+    receiver.status = status
+    recorded = callback_of(await callbacks.deliver(await claim_due(callbacks)))
+    assert (state, f"The receiver responded with {status}") == (recorded.state, str(recorded.last_error)[:31])
+
+
 async def test_next_delivery_obeys_retry_after(callbacks: OwedCallbacks, receiver: Receiver) -> None:
     """The next delivery is due after the time in the `Retry-After` header of the last response."""
     await add_finished_task(callbacks, receiver.url)

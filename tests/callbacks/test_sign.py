@@ -35,7 +35,6 @@ def test_signature_covers_timestamp_and_body() -> None:
         ("whsec_YWJjZA", "whsec_YWJjZA"),
         ("0123abcd" * 8, base64.b64encode(b"0123abcd" * 8).decode()),
         ("ünïcödé", base64.b64encode("ünïcödé".encode()).decode()),
-        ("whsec_a", base64.b64encode(b"whsec_a").decode()),
     ],
 )
 def test_standard_webhooks_library_verifies(secret: str, library_secret: str) -> None:

@@ -79,7 +79,7 @@ def test_the_example_has_every_setting() -> None:
     """Every variable that the scripts or ccrun read is in .env.example, and no other."""
     documented = re.findall(r"(?m)^#? ?([A-Z][A-Z_]+)=", (ROOT / ".env.example").read_text())
     read = set(re.findall(r'"\$1" ([A-Z_]+) ', (ROOT / "scripts" / "deploy" / "settings.sh").read_text()))
-    read |= set(re.findall(r'_setting\(\s*"([A-Z_]+)"', (ROOT / "ccrun" / "config.py").read_text()))
+    read |= set(re.findall(r'\bsetting\(\s*"([A-Z_]+)"', (ROOT / "ccrun" / "config.py").read_text()))
     # Set by Cloud Run, by ccrun for its worker, or by deploy-service.sh.
     read -= {
         "K_SERVICE",

@@ -193,13 +193,13 @@ variable "service_settings" {
 }
 
 variable "worker_settings" {
-  description = "More settings of the worker: CALLBACK_ALLOWED_HOSTS, ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, ANTHROPIC_DEFAULT_OPUS_MODEL, ANTHROPIC_DEFAULT_SONNET_MODEL, ANTHROPIC_DEFAULT_HAIKU_MODEL, FLUSH_LINES, FLUSH_SECONDS, LOG_LEVEL."
+  description = "More settings of the worker: CALLBACK_ALLOWED_HOSTS, CALLBACK_TIMEOUT_SECONDS, ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, ANTHROPIC_DEFAULT_OPUS_MODEL, ANTHROPIC_DEFAULT_SONNET_MODEL, ANTHROPIC_DEFAULT_HAIKU_MODEL, FLUSH_LINES, FLUSH_SECONDS, LOG_LEVEL."
   type        = map(string)
   default     = {}
 }
 
 variable "sweep_settings" {
-  description = "More settings of the sweep: CALLBACK_ALLOWED_HOSTS, LOG_LEVEL."
+  description = "More settings of the sweep: CALLBACK_ALLOWED_HOSTS, CALLBACK_TIMEOUT_SECONDS, LOG_LEVEL."
   type        = map(string)
   default     = {}
 }
