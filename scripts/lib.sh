@@ -8,7 +8,8 @@ STAMP=$VENV/installed-from
 INSTALL_LOG=$VENV/install.log
 
 # These variables would add modules of another Python.
-unset PYTHONPATH PYTHONHOME
+# Some machines forbid compiled modules, which would be compiled again by each process that a test starts.
+unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 say() { printf '%s\n' "$*"; }
 

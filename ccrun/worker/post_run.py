@@ -39,7 +39,7 @@ LINKS_SHARE: Final = 0.2
 RESTORE_MESSAGE: Final = "Leave out what the server cannot have"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class PostRun:
     """Runs the actions that the request asks for.
 
@@ -55,6 +55,8 @@ class PostRun:
     log_line: Callable[[bytes | bytearray], Awaitable[None]]
     limits: PostRunLimits = attrs.field(factory=PostRunLimits)
     result: PostRunResult = attrs.field(factory=PostRunResult, init=False)
+    #: What the push was made from.
+    _found: Changes | None = attrs.field(default=None, init=False)
 
     @property
     def task_id(self) -> TaskId:
@@ -82,7 +84,7 @@ class PostRun:
         """Upload all changes that were not pushed as patches. Errors are recorded like those of an action.
 
         Args:
-            is_pushed: Whether those of the work tree and the last commit were pushed.
+            is_pushed: Whether nothing of the work tree and the last commit is left to be pushed.
         """
         if self.checkout is None or self.checkout.origin is None:
             return
@@ -95,7 +97,7 @@ class PostRun:
             max_bytes=self.limits.rescue_bytes,
             result=self.result,
         )
-        await rescue.run(is_pushed=is_pushed)
+        await rescue.run(self._found if is_pushed else None)
 
     async def _log(self, step: str, sentence: str, **fields: Any) -> None:
         await self.log_line(worker_line(step, content=sentence, **fields))
@@ -120,7 +122,7 @@ class PostRun:
 
     async def _commit_and_push(self, checkout: Checkout, action: GitAction) -> None:
         self.result.is_unpushed = action.push
-        found = await checkout.changes(with_lfs=True)
+        found = self._found = await checkout.changes(with_lfs=True)
         staged = await found.stage(Globs(action.files).matches if action.files else None)
         self._record_skipped(staged)
         identity = await found.identity()
@@ -130,18 +132,17 @@ class PostRun:
         if not action.commit or staged.is_empty:
             # Then the only reason for a commit is a link or a file that the agent has committed and that is left out.
             staged, message = attrs.evolve(staged, tree=last), RESTORE_MESSAGE
-        began = asyncio.get_running_loop().time()
+        deadline = asyncio.get_running_loop().time() + self.limits.push
         if action.push and checkout.origin is not None:
             tree = await self._with_known_links(checkout, checkout.origin, found, staged)
             tree, objects = await self._with_lfs_objects(checkout, found, tree)
             staged = attrs.evolve(staged, tree=tree)
-        spent = asyncio.get_running_loop().time() - began
         commit = found.head
         if staged.tree != last:
             commit = await found.commit(staged, message, identity)
             await self._log("git", f"Committed {commit[:12]}.", commit=commit)
         if commit is None or commit == found.base:
-            self.result.is_unpushed = False
+            self.result.is_unpushed = self.result.lfs_left_out
             self.result.git_commit = GitCommit(
                 sha=commit, message="Nothing to commit", pushed=False, branch=action.branch, committed=False
             )
@@ -159,8 +160,7 @@ class PostRun:
         wanted = push.Push(
             branch=action.branch, base=found.base, identity=identity, rebases=action.conflict_strategy == "auto"
         )
-        seconds = self.limits.push - spent
-        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, objects, wanted, seconds=seconds)
+        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, objects, wanted, deadline=deadline)
         self.result.is_unpushed = self.result.lfs_left_out
         self.result.git_commit = attrs.evolve(git_commit, sha=pushed.sha, pushed=True, recovery=pushed.recovery)
         await self._log("git", f"Pushed {pushed.sha[:12]} to {action.branch}.", commit=pushed.sha)
@@ -175,8 +175,9 @@ class PostRun:
         objects: Sequence[lfs.LfsObject],
         wanted: push.Push,
         *,
-        seconds: float,
+        deadline: float,
     ) -> push.Pushed:
+        clock = asyncio.get_running_loop().time
         async with private_directory(self.task_id) as directory:
             pack = directory / "pack"
             with await asyncio.to_thread(pack.open, "xb") as target:
@@ -194,10 +195,8 @@ class PostRun:
             if objects:
                 stores = lfs.stores_of(found, self.workspace.repository)
                 await lfs.import_objects(found.git, stores, objects, bare_repo.cwd)
-                began = asyncio.get_running_loop().time()
-                await lfs.upload(bare_repo, origin.access, objects, seconds=seconds)
-                seconds -= asyncio.get_running_loop().time() - began
-            return await push.push(bare_repo, origin.access, wanted, seconds=seconds)
+                await lfs.upload(bare_repo, origin.access, objects, seconds=deadline - clock())
+            return await push.push(bare_repo, origin.access, wanted, seconds=deadline - clock())
 
     async def _with_known_links(self, checkout: Checkout, origin: Origin, found: Changes, staged: Staged) -> str:
         """Return the staged tree without the submodule links whose commit their server does not have."""

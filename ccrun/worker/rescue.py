@@ -54,15 +54,16 @@ class Rescue:
     max_bytes: int
     result: PostRunResult
 
-    async def run(self, *, is_pushed: bool) -> None:
+    async def run(self, pushed: Changes | None) -> None:
         """Upload all changes as patches, if there are any. Errors are recorded.
 
         Args:
-            is_pushed: Whether those of the work tree and the last commit were pushed. They are not stored then.
+            pushed: The changes of the work tree and the last commit, if they were pushed. They are not stored then.
         """
         with self.result.errors_recorded("rescue"):
-            found = await self.checkout.changes()
-            if not is_pushed:
+            found = pushed
+            if found is None:
+                found = await self.checkout.changes()
                 with self.result.errors_recorded("rescue"):
                     await self._store_work_tree(found)
             await self._store_places(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import json
 import os
@@ -170,6 +171,14 @@ def agent() -> Iterator[Callable[[str], Callable[[], Path]]]:
 
     yield make
     shutil.rmtree(folder)
+
+
+@pytest.fixture(name="agent_user")
+async def separate_user() -> User | None:
+    """A separate user, or the worker's own where this process may not switch users. For tests of which one kind is enough."""
+    with contextlib.suppress(ConfigError):
+        return await asyncio.to_thread(find_user, "61237", SYSTEM_PATH)
+    return None
 
 
 @pytest.fixture(params=["same user", "separate user"])

@@ -10,14 +10,14 @@ import attrs
 import pytest
 from helpers.git import GitSetup, git_setup
 from helpers.post_run import PostRunSetup, setup
-from helpers.worker import Agent, agent, agent_user, worker_setup
+from helpers.worker import Agent, agent, separate_user, worker_setup
 from standins.gitssh import needs_ssh
 from standins.repos import Repository, Submodule
 
 from ccrun.spec import GitAction, PostRunActions
 from ccrun.task import TaskRecord
 
-__all__ = ["agent", "agent_user", "git_setup", "setup", "worker_setup"]
+__all__ = ["agent", "git_setup", "separate_user", "setup", "worker_setup"]
 pytestmark = needs_ssh
 
 

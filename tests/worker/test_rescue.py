@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.git import GitSetup, git_setup
 from helpers.post_run import PostRunSetup, setup
-from helpers.worker import Agent, agent, agent_user, worker_setup
+from helpers.worker import Agent, agent, separate_user, worker_setup
 from standins.gitssh import needs_ssh
 from standins.repos import Submodule
 
@@ -13,7 +13,7 @@ from ccrun.spec import PostRunActions
 from ccrun.task import Secret, TaskRecord
 from ccrun.worker.dependencies import PostRunLimits, WorkerTimeouts
 
-__all__ = ["agent", "agent_user", "git_setup", "setup", "worker_setup"]
+__all__ = ["agent", "git_setup", "separate_user", "setup", "worker_setup"]
 pytestmark = needs_ssh
 
 #: Commits all changes.

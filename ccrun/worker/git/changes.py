@@ -138,7 +138,8 @@ class Changes:
         """Return the files of a tree that differ from the base and have this filter, see gitattributes(5)."""
         raw = await self.git("diff-tree", "-r", *RAW, await self._or_empty_tree(self.base), tree)
         files = {entry.path: entry for entry in parse_raw(raw) if entry.mode.startswith("100")}
-        if not files:
+        pattern = ("-e", f"filter={name}", tree, "--", ".gitattributes", ":(glob)**/.gitattributes")
+        if not files or not (await self.git.run("grep", "--quiet", *pattern)).exit.ok:
             return ()
         await self.git("read-tree", tree)
         paths = b"".join(os.fsencode(path) + b"\0" for path in files)

@@ -120,8 +120,9 @@ class _Search:
                 # Of what is elsewhere, the agent's user may not even own the files.
                 if path.is_relative_to(self.parent):
                     paths.add(path)
-        common = os.fsdecode(await here("rev-parse", "--path-format=absolute", "--git-common-dir"))
-        return sorted(paths), common
+        if not paths:
+            return [], ""
+        return sorted(paths), os.fsdecode(await here("rev-parse", "--path-format=absolute", "--git-common-dir"))
 
     async def in_directory(self, path: Path, common: str) -> AsyncIterator[Place | str]:
         here = self.git.at(path)
@@ -176,10 +177,12 @@ async def _in_refs(here: Git, found: Changes, known: Sequence[str], *, inside: s
         known: What git-rev-list(1) excludes.
     """
     listed = await here("for-each-ref", "--format=%(objecttype)%00%(objectname)%00%(*objectname)%00%(refname)")
-    refs = []
+    refs, has_stash = [], False
     for line in listed.splitlines():
         kind, commit, peeled, ref = os.fsdecode(line).split("\0")
-        if kind in ("commit", "tag") and not ref.startswith("refs/remotes/") and ref != "refs/stash":
+        has_stash = has_stash or ref == "refs/stash"
+        is_own = kind in ("commit", "tag") and not ref.startswith("refs/remotes/") and ref != "refs/stash"
+        if is_own and (peeled or commit) not in known:
             refs.append((peeled or commit, ref))
     known = [*known, "--remotes"]
     if len(refs) > MAX_REFS:
@@ -189,6 +192,8 @@ async def _in_refs(here: Git, found: Changes, known: Sequence[str], *, inside: s
         if base != commit:
             kind, name = _kind_of(ref)
             yield Place(kind=kind, name=name, inside=inside, changes=found, differences=((base, commit),))
+    if not has_stash:
+        return
     ran = await here.run("rev-list", "--walk-reflogs", f"--max-count={MAX_STASHES + 1}", "refs/stash", "--")
     stashes = ran.stdout.decode().split() if ran.exit.ok else []
     if len(stashes) > MAX_STASHES:

@@ -10,7 +10,7 @@ import attrs
 import pytest
 from helpers.git import GitSetup, git_setup
 from helpers.post_run import COMMIT_AND_PUSH, KEY
-from helpers.worker import Agent, WorkerSetup, agent, agent_user, worker_setup
+from helpers.worker import Agent, WorkerSetup, agent, separate_user, worker_setup
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh
 from standins.lfs import LfsServer, needs_lfs, pointer
@@ -21,7 +21,7 @@ from ccrun.spec import GitToken
 from ccrun.task import Reason, Status, TaskRecord
 from ccrun.worker.git import lfs
 
-__all__ = ["agent", "agent_user", "git_setup", "worker_setup"]
+__all__ = ["agent", "git_setup", "separate_user", "worker_setup"]
 pytestmark = needs_lfs
 
 ATTRIBUTES = "*.bin filter=lfs diff=lfs merge=lfs -text\n"
@@ -224,3 +224,14 @@ async def test_without_git_lfs_nothing_is_pushed_raw(
     assert "rescue.patch" == file.original_path
     [line] = [line for line in await setup.worker_setup.log() if line.get("step") == "lfs"]
     assert "The files of Git LFS are pointers, since git-lfs is not installed." == line["content"]
+
+
+async def test_only_change_that_is_left_out_is_in_the_patch(
+    setup: LfsSetup, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there is nothing to commit, and the content is not lost."""
+    monkeypatch.setattr(lfs, "is_installed", lambda path: False)
+    record = await setup.run(agent("echo new >b.bin"))
+    assert record.git_commit is not None
+    assert (False, 1) == (record.git_commit.committed, len(errors(record)))
+    assert ["rescue.patch"] == [file.original_path for file in record.uploaded_files or ()]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from helpers.git import GitSetup, git_setup, ssh, ssh_access
 from helpers.post_run import PostRunSetup, setup
-from helpers.worker import Agent, agent, agent_user, worker_setup
+from helpers.worker import Agent, agent, separate_user, worker_setup
 from standins.gitssh import GitSsh, needs_ssh
 from standins.repos import Submodule
 
 from ccrun.task import Status
 
-__all__ = ["agent", "agent_user", "git_setup", "setup", "ssh", "worker_setup"]
+__all__ = ["agent", "git_setup", "separate_user", "setup", "ssh", "worker_setup"]
 pytestmark = needs_ssh
 
 FILES = {
