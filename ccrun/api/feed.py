@@ -58,7 +58,13 @@ class Lines:
 
 @attrs.frozen(kw_only=True)
 class CaughtUp:
-    """The reader has all lines that were stored when it started; later lines are new."""
+    """The reader has all lines that were stored when it started; later lines are new.
+
+    Args:
+        cursor: The position of the reader.
+    """
+
+    cursor: Cursor
 
 
 @attrs.frozen(kw_only=True)
@@ -134,7 +140,8 @@ class FeedReader:
         self._poller = poller
         #: The last chunk that was stored when the reader started.
         self._last_stored = poller.head
-        self._cursor = Cursor(poller.head + 1, 0) if after is None else max(after, Cursor(1, 0))
+        #: The position at which the reader starts.
+        self.cursor = Cursor(poller.head + 1, 0) if after is None else max(after, Cursor(1, 0))
 
     @property
     def record(self) -> TaskRecord:
@@ -151,12 +158,12 @@ class FeedReader:
             StorageError: A chunk could not be read.
             TaskNotFound: The task was deleted.
         """
-        chunk, caught_up = self._cursor.chunk, False
-        after_line = self._cursor.line
+        chunk, caught_up = self.cursor.chunk, False
+        after_line = self.cursor.line
         while True:
             if not caught_up and chunk > self._last_stored:
                 caught_up = True
-                yield CaughtUp()
+                yield CaughtUp(cursor=Cursor(chunk, after_line))
             changed = self._poller.changed
             if chunk <= self._poller.head:
                 events = await self._poller.events(chunk, after_line=after_line)

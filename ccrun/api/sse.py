@@ -13,13 +13,20 @@ import attrs
 
 from ccrun import codec
 
-#: The start of a stream: a browser reconnects after this many milliseconds.
-RETRY: Final = b"retry: 1000\n\n"
-#: A comment, which keeps proxies from closing an idle stream and reveals readers that have left.
-HEARTBEAT: Final = b": heartbeat\n\n"
+#: A field of the first event: a browser reconnects after this many milliseconds.
+RETRY: Final = b"retry: 1000\n"
+#: A comment, which keeps proxies from closing an idle stream and reveals readers that have left. It has no empty line, which some
+#: clients take for the end of an event.
+HEARTBEAT: Final = b": heartbeat\n"
 #: The ID of the last event. A reader that reconnects with it has received all events.
 LAST_ID: Final = "end"
 
+#: U+2028, U+2029 and U+0085 in UTF-8, and as JSON escapes them.
+_LINE_SEPARATORS: Final = (
+    (b"\xe2\x80\xa8", b"\\u2028"),
+    (b"\xe2\x80\xa9", b"\\u2029"),
+    (b"\xc2\x85", b"\\u0085"),
+)
 _CURSOR: Final = re.compile(r"([0-9]{1,15}):([0-9]{1,15})")
 
 
@@ -45,16 +52,20 @@ def event(name: str, data: bytes, *, event_id: str | None = None) -> bytes:
 
     Args:
         name: The type of the event.
-        data: Must not contain a line break.
+        data: JSON without a line break.
         event_id: The ID of the event.
     """
     id_field = b"" if event_id is None else b"id: %b\n" % event_id.encode()
-    return b"%bevent: %b\ndata: %b\n\n" % (id_field, name.encode(), data)
+    return b"%bevent: %b\ndata: %b\n\n" % (id_field, name.encode(), _escaped(data))
 
 
-def json_event(name: str, data: dict[str, Any]) -> bytes:
-    """Return an event whose data is a JSON object."""
-    return event(name, codec.to_json(data))
+def json_event(name: str, data: dict[str, Any], *, at: Cursor | None = None) -> bytes:
+    """Return an event whose data is a JSON object.
+
+    Args:
+        at: The position of a reader that has received the event.
+    """
+    return event(name, codec.to_json(data), event_id=None if at is None else str(at))
 
 
 def line_events(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
@@ -65,6 +76,7 @@ def line_events(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
         content: The lines of the chunk.
         after_line: The number of lines to skip.
     """
+    content = _escaped(content)
     # Views, so that a line of many megabytes is copied once.
     view = memoryview(content)
     has_return = b"\r" in content
@@ -81,6 +93,14 @@ def line_events(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
             pieces += (b"id: %d:%d\ndata: " % (chunk, number), line, b"\n\n")
         start = end + 1
     return b"".join(pieces)
+
+
+def _escaped(json_lines: bytes) -> bytes:
+    """Escape the characters at which some clients split lines, although the format does not. In JSON they are in strings only."""
+    for character, escape in _LINE_SEPARATORS:
+        if character in json_lines:
+            json_lines = json_lines.replace(character, escape)
+    return json_lines
 
 
 def _as_text(line: bytes) -> bytes:

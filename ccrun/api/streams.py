@@ -56,15 +56,24 @@ class StreamRoutes:
         origin = request.query.get("from", "start")
         if origin not in ("start", "tail"):
             raise invalid("from", "from must be start or tail")
+        return await self.resume(request, task_id, start=Cursor() if origin == "start" else None)
+
+    async def resume(
+        self, request: web.Request, task_id: TaskId, *, start: Cursor | None, headers: Mapping[str, str] | None = None
+    ) -> web.StreamResponse:
+        """Stream the events of a task after the one that the client has received last.
+
+        Args:
+            start: Where to start if it names none; None for the end of what is stored.
+            headers: Additional headers of the response.
+        """
         last_id = request.headers.get("Last-Event-ID") or request.query.get("lastEventId")
         if last_id == sse.LAST_ID:
             await self._deps.store.record(task_id)
             # The only status that keeps a browser's EventSource from reconnecting.
-            return web.Response(status=204)
+            return web.Response(status=204, headers=headers)
         after = sse.parse_cursor(last_id) if last_id else None
-        if after is None and origin == "start":
-            after = Cursor()
-        return await self.follow(request, task_id, after=after)
+        return await self.follow(request, task_id, after=start if after is None else after, headers=headers)
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/logs`: all lines that are stored, as they are stored."""
@@ -108,6 +117,8 @@ class StreamRoutes:
                     ping_interval=math.inf,
                     send_timeout=self._deps.timeouts.send,
                 )
+                # A proxy that compresses would hold events back.
+                response.headers["Cache-Control"] = "no-cache, no-transform"
                 await response.prepare(request)
                 async with response:
                     if request.method != hdrs.METH_HEAD:
@@ -121,14 +132,16 @@ class StreamRoutes:
     async def _events(self, reader: FeedReader) -> AsyncIterator[bytes]:
         record = reader.record
         yield sse.RETRY + sse.json_event(
-            "task", {"taskId": record.task_id, "status": record.status, "logsPath": record.logs_path}
+            "task",
+            {"taskId": record.task_id, "status": record.status, "logsPath": record.logs_path},
+            at=reader.cursor,
         )
         async for item in reader.items(idle_seconds=self._deps.timeouts.heartbeat):
             match item:
                 case Lines():
                     yield item.events
                 case CaughtUp():
-                    yield sse.json_event("caught_up", {})
+                    yield sse.json_event("caught_up", {}, at=item.cursor)
                 case Idle():
                     yield sse.HEARTBEAT
                 case Finished():

@@ -58,8 +58,8 @@ class SubmitRoutes:
         submission = await self._submit(request, TaskType.SYNC)
         try:
             submitted = await asyncio.shield(submission)
-            return await self.streams.follow(
-                request, submitted.record.task_id, after=Cursor(), headers=_headers(submitted)
+            return await self.streams.resume(
+                request, submitted.record.task_id, start=Cursor(), headers=_headers(submitted)
             )
         except BaseException:
             # The client has not seen the task finish.

@@ -39,13 +39,26 @@ def read_stream(stream: bytes) -> list[Event]:
 def test_event_has_one_line_for_each_field() -> None:
     """An event has its ID, name and data, one line each, and an empty line."""
     assert sse.event("done", b'{"a":1}', event_id="end") == b'id: end\nevent: done\ndata: {"a":1}\n\n'
-    assert sse.json_event("caught_up", {"a": "é"}) == 'event: caught_up\ndata: {"a":"é"}\n\n'.encode()
+    assert sse.json_event("x", {"a": "é"}) == 'event: x\ndata: {"a":"é"}\n\n'.encode()
+    assert sse.json_event("x", {}, at=Cursor(2, 3)) == b"id: 2:3\nevent: x\ndata: {}\n\n"
 
 
 def test_retry_and_heartbeat_are_not_events() -> None:
-    """A stream starts with the delay after which a browser reconnects; neither that nor a heartbeat is an event."""
-    assert sse.RETRY == b"retry: 1000\n\n"
+    """A stream starts with the delay after which a browser reconnects; neither that nor a heartbeat ends an event."""
+    assert sse.RETRY == b"retry: 1000\n"
+    assert b"\n\n" not in sse.RETRY + sse.HEARTBEAT + sse.HEARTBEAT
     assert read_stream(sse.RETRY + sse.HEARTBEAT) == []
+
+
+def test_line_separators_of_other_standards_are_escaped() -> None:
+    """Some clients split lines at them. The JSON is the same."""
+    text = "a\u2028b\u2029c\u0085d"
+    for stream in (
+        sse.line_events(1, json.dumps({"x": text}, ensure_ascii=False).encode() + b"\n"),
+        sse.json_event("x", {"x": text}),
+    ):
+        assert 1 == len(stream.decode().strip().partition("data: ")[2].splitlines())
+        assert {"x": text} == json.loads(stream.decode().partition("data: ")[2])
 
 
 def test_lines_are_default_events_with_their_cursor() -> None:

@@ -5,6 +5,7 @@ import contextlib
 import datetime as dt
 import json
 import socket
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,8 +30,9 @@ IDS: Final = tuple(f"{chunk}:{line}" for chunk, lines in enumerate(CHUNKS, 1) fo
 #: A line, and the number of such lines that no buffers between service and client can hold.
 MEGABYTE: Final = b'{"x":"' + b"y" * 1_000_000 + b'"}'
 LONG_LOG_LINES: Final = 24
-RETRY: Final = b"retry: 1000\n\n"
-CAUGHT_UP: Final = b"event: caught_up\ndata: {}\n\n"
+RETRY: Final = b"retry: 1000\n"
+#: After all of `CHUNKS`.
+CAUGHT_UP: Final = b"id: 4:0\nevent: caught_up\ndata: {}\n\n"
 
 
 async def add_log(api: Api, task_id: TaskId) -> None:
@@ -63,16 +65,21 @@ async def stream_of(api: Api, path: str, **request: Any) -> bytes:
         return await response.read()
 
 
-async def task_event(api: Api, task_id: TaskId) -> bytes:
-    """Return the first event of a stream."""
+def ids_of(events: Iterable[Event]) -> list[str | None]:
+    """Return the IDs of the lines and of the end."""
+    return [event.id for event in events if event.name in ("message", "done")]
+
+
+async def task_event(api: Api, task_id: TaskId, *, at: str = "1:0") -> bytes:
+    """Return the first event of a stream that starts at a position."""
     status = (await api.store.record(task_id)).status
     data = f'{{"taskId":"{task_id}","status":"{status}","logsPath":"{api.store.logs_path(task_id)}"}}'
-    return f"event: task\ndata: {data}\n\n".encode()
+    return f"id: {at}\nevent: task\ndata: {data}\n\n".encode()
 
 
 def line_events(*, after: str | None = None) -> bytes:
     """Return the events of `CHUNKS`, from the start or after an event ID."""
-    lines = [line for chunk in CHUNKS for line in chunk]
+    lines = [line.replace(b"\xe2\x80\xa8", b"\\u2028") for chunk in CHUNKS for line in chunk]
     start = 0 if after is None else IDS.index(after) + 1
     return b"".join(
         b"id: %b\ndata: %b\n\n" % (name.encode(), line) for name, line in list(zip(IDS, lines, strict=True))[start:]
@@ -122,7 +129,7 @@ async def test_headers_disable_caching_and_buffering(api: Api) -> None:
     task_id = await finished_with_log(api)
     async with api.http.get(f"{api.url}/tasks/{task_id}/events") as response:
         values = [response.headers[name] for name in ("Content-Type", "Cache-Control", "X-Accel-Buffering")]
-    assert ["text/event-stream", "no-cache", "no"] == values
+    assert ["text/event-stream", "no-cache, no-transform", "no"] == values
 
 
 async def test_stream_of_a_task_without_log(api: Api) -> None:
@@ -192,13 +199,13 @@ async def test_idle_stream_has_heartheartbeats(tmp_path: Path) -> None:
     async with api_on(tmp_path / "data", timeouts=ApiTimeouts(heartbeat=0.05)) as api:
         task_id = await api.submit()
         async with api.http.get(f"{api.url}/tasks/{task_id}/events") as response:
-            lines = [await response.content.readline() for _ in range(7)]
-            assert [b"event: caught_up\n", b"data: {}\n"] == lines[5:]
-            heartbeats = [await response.content.readline() for _ in range(5)]
+            lines = [await response.content.readline() for _ in range(9)]
+            assert [b"event: caught_up\n", b"data: {}\n", b"\n"] == lines[6:]
+            heartbeats = [await response.content.readline() for _ in range(3)]
             await api.start(task_id)
             await api.finish(task_id)
             rest = await response.read()
-    assert [b"\n", b": heartbeat\n", b"\n", b": heartbeat\n", b"\n"] == heartbeats
+    assert [b": heartbeat\n"] * 3 == heartbeats
     assert rest.endswith(await api.done_event(task_id))
 
 
@@ -213,6 +220,35 @@ async def test_tail_has_only_new_lines(api: Api) -> None:
         assert ["4:1", "end"] == [event.id async for event in events]
 
 
+async def test_reconnect_after_the_tail_loses_no_line(api: Api) -> None:
+    """Each event that a client may be cut after has a position, also the two that are no lines."""
+    task_id = await running_with_log(api)
+    for number, name in enumerate(("task", "caught_up"), 4):
+        async with api.http.get(f"{api.url}/tasks/{task_id}/events?from=tail") as response:
+            events = [event async for event in stop_after(read_events(response), name)]
+        await api.add_chunk(task_id, number, b'{"n":7}')
+        rest = await first_message(api, task_id, events[-1].id)
+        assert f"{number}:1" == rest
+
+
+async def stop_after(events: AsyncIterator[Event], name: str) -> AsyncIterator[Event]:
+    """Yield the events until one with this name."""
+    async for event in events:
+        yield event
+        if event.name == name:
+            return
+
+
+async def first_message(api: Api, task_id: TaskId, last: str | None) -> str | None:
+    """Return the ID of the first line after an event."""
+    headers = {"Last-Event-ID": str(last)}
+    async with api.http.get(f"{api.url}/tasks/{task_id}/events?from=tail", headers=headers) as response:
+        async for event in read_events(response):
+            if event.name == "message":
+                return event.id
+    return None
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +260,11 @@ async def test_stream_resumes_after_the_last_event_id(api: Api, last: str, sourc
     headers, query = ({"Last-Event-ID": last}, "") if source == "header" else ({}, f"?lastEventId={last}")
     stream = await stream_of(api, f"/tasks/{task_id}/events{query}", headers=headers)
     expected = (
-        RETRY + await task_event(api, task_id) + line_events(after=last) + CAUGHT_UP + await api.done_event(task_id)
+        RETRY
+        + await task_event(api, task_id, at=last)
+        + line_events(after=last)
+        + CAUGHT_UP
+        + await api.done_event(task_id)
     )
     assert expected == stream
 
@@ -242,14 +282,15 @@ async def test_stream_that_was_cut_at_any_byte_resumes(api: Api, share: float) -
     await api.finish(task_id)
     headers = {"Last-Event-ID": seen[-1]} if seen else {}
     rest = await api.events(f"/tasks/{task_id}/events", headers=headers)
-    assert [*IDS, "4:1", "end"] == seen + [event.id for event in rest if event.id]
+    # Line 0 is the start of a chunk, the position of an event that is no line.
+    assert [*IDS, "4:1", "end"] == [each for each in seen if not each.endswith(":0")] + ids_of(rest)
 
 
 async def test_header_takes_precedence_over_query(api: Api) -> None:
     """A browser that reconnects keeps the query of the first request and adds the header."""
     task_id = await finished_with_log(api)
     stream = await api.events(f"/tasks/{task_id}/events?lastEventId=1:1&from=tail", headers={"Last-Event-ID": "2:1"})
-    assert ["2:2", "3:1", "end"] == [event.id for event in stream if event.id]
+    assert ["2:2", "3:1", "end"] == ids_of(stream)
 
 
 @pytest.mark.parametrize(
@@ -259,15 +300,15 @@ async def test_invalid_event_id_starts_from_the_beginning(api: Api, last: str) -
     """A client with an invalid ID gets everything rather than nothing."""
     task_id = await finished_with_log(api)
     events = await api.events(f"/tasks/{task_id}/events", params={"lastEventId": last})
-    assert [*IDS, "end"] == [event.id for event in events if event.id]
+    assert [*IDS, "end"] == ids_of(events)
 
 
 @pytest.mark.parametrize("last", ["1:999", "3:1", "3:2", "4:1", "999999999999999:999999999999999"])
 async def test_event_id_beyond_the_log_gets_what_follows(api: Api, last: str) -> None:
     """An ID past the last line of a chunk resumes with the next chunk, one past the log with the end."""
     task_id = await finished_with_log(api)
-    ids = [event.id for event in await api.events(f"/tasks/{task_id}/events", headers={"Last-Event-ID": last})]
-    assert (["2:1", "2:2", "3:1"] if last == "1:999" else []) + ["end"] == [event_id for event_id in ids if event_id]
+    events = await api.events(f"/tasks/{task_id}/events", headers={"Last-Event-ID": last})
+    assert (["2:1", "2:2", "3:1"] if last == "1:999" else []) + ["end"] == ids_of(events)
 
 
 async def test_stream_after_the_end_is_204(api: Api) -> None:

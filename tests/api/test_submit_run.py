@@ -26,6 +26,7 @@ async def test_run_streams_the_whole_task(api: Api) -> None:
         assert Event(
             name="task",
             data={"taskId": "one", "status": "pending", "logsPath": api.store.logs_path(TaskId("one"))},
+            id="1:0",
         ) == await anext(events)
         await api.start(TaskId("one"))
         await api.add_chunk(TaskId("one"), 1, b'{"n":1}', b'{"n":2}')
@@ -34,6 +35,23 @@ async def test_run_streams_the_whole_task(api: Api) -> None:
     assert ["caught_up", *["message"] * 2, "done"] == [event.name for event in rest]
     assert ["1:1", "1:2"] == [event.id for event in rest if event.name == "message"]
     assert "sync" == (await api.call("GET", "/tasks/one")).body["type"]
+
+
+async def test_repeated_run_resumes_after_the_last_event(api: Api) -> None:
+    """A client that repeats its request with the same key gets no line twice, and nothing after the end."""
+    headers = {"Idempotency-Key": "key"}
+    async with api.http.post(f"{api.url}/run", json=api.body(), headers=headers) as response:
+        task_id = TaskId(response.headers["X-Task-Id"])
+    await api.start(task_id)
+    await api.add_chunk(task_id, 1, b'{"n":1}', b'{"n":2}')
+    await api.finish(task_id)
+    resumed = {**headers, "Last-Event-ID": "1:1"}
+    async with api.http.post(f"{api.url}/run", json=api.body(), headers=resumed) as response:
+        assert ["1:2"] == [event.id async for event in read_events(response) if event.name == "message"]
+    async with api.http.post(
+        f"{api.url}/run", json=api.body(), headers={**headers, "Last-Event-ID": "end"}
+    ) as response:
+        assert (204, task_id) == (response.status, response.headers["X-Task-Id"])
 
 
 async def test_run_responds_after_the_task_is_stored(api: Api) -> None:

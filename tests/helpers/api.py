@@ -261,7 +261,7 @@ class Api:
 
     async def done_event(self, task_id: TaskId) -> bytes:
         """Return the last event of the stream of a finished task."""
-        body = codec.callback_body(await self.store.record(task_id))
+        body = codec.callback_body(await self.store.record(task_id)).replace(b"\xe2\x80\xa8", b"\\u2028")
         return b"id: end\nevent: done\ndata: %b\n\n" % body
 
     async def raw(self, request: bytes) -> bytes:
