@@ -62,6 +62,7 @@ async def serve(config: Config) -> None:
     Raises:
         CcrunError: The service cannot start.
     """
+    _check_access(config)
     # Agents of the local backend run as the same user; they must not read the operator's key in this process.
     linux.harden()
     if config.is_local:
@@ -79,12 +80,30 @@ async def serve(config: Config) -> None:
                 message="Callbacks are signed with a generated secret",
                 file=str(callback_secret_file(config.data_dir)),
             )
-        if config.is_local and not config.api_tokens and not _is_loopback(config.host):
+        if _is_unprotected(config):
             log.warning(
                 "api_unprotected", message="Anyone who can reach this address can run tasks; set CCRUN_API_TOKENS"
             )
+        if not config.operator_has_credential:
+            log.info(
+                "model_credential_missing",
+                message="Each request must have a credential for the model API, because the service has none",
+            )
         await _wait_for_stop_signal()
         log.info("service_stopping", message="Shutting down")
+
+
+def _check_access(config: Config) -> None:
+    if _is_unprotected(config) and not config.allow_anybody:
+        raise ConfigError(
+            f"HOST is {config.host}, where other machines can run tasks without a token: set CCRUN_API_TOKENS, or "
+            "CCRUN_ALLOW_ANYBODY=1 if something else controls access."
+        )
+
+
+def _is_unprotected(config: Config) -> bool:
+    """Whether other machines can call the API without a token. On Cloud Run, the platform controls access."""
+    return config.k_service is None and not config.api_tokens and not _is_loopback(config.host)
 
 
 async def _log_proxies(config: Config) -> None:

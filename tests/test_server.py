@@ -79,6 +79,27 @@ async def test_service_does_not_start_with_an_invalid_setting() -> None:
     assert (78, 'MAX_TIMEOUT_MINUTES must be a number from 1 to 1440, not "soon".\n') == (status, stderr)
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.com"])
+async def test_service_without_tokens_does_not_start_for_other_machines(tmp_path: Path, host: str) -> None:
+    """Anyone on the network could run code on the machine."""
+    status, _, stderr = await run_ccrun("serve", HOST=host, PORT="0", CCRUN_DATA_DIR=str(tmp_path))
+    assert (78, True) == (
+        status,
+        stderr.startswith(f"HOST is {host}, where other machines can run tasks without a token: "),
+    )
+
+
+@pytest.mark.parametrize("settings", [{"CCRUN_ALLOW_ANYBODY": "1"}, {"CCRUN_API_TOKENS": "made-up-token-0123"}])
+async def test_service_starts_for_other_machines_if_that_is_wanted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """With tokens, or when the operator says so. The log says that requests must bring a credential."""
+    log_file = tmp_path / "log"
+    async with serve_process(tmp_path / "data", log_file, HOST="0.0.0.0", **settings):
+        async with asyncio.timeout(WAIT_SECONDS):
+            while "model_credential_missing" not in (text := await asyncio.to_thread(log_file.read_text)):
+                await asyncio.sleep(0.02)
+    assert ("CCRUN_ALLOW_ANYBODY" in settings) == ("api_unprotected" in text)
+
+
 async def test_service_does_not_start_with_an_incomplete_cloud(tmp_path: Path) -> None:
     """Its workers would fail one after the other."""
     settings = {"CLAUDE_CODE_USE_BEDROCK": "1", "CCRUN_DATA_DIR": str(tmp_path), "PORT": "0"}
