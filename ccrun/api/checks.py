@@ -26,6 +26,8 @@ from ccrun.urls import is_http_url
 
 #: Errors in one response. Finding similar names for a million unknown fields would take minutes.
 MAX_FIELD_ERRORS: Final = 100
+#: The least ratio of `difflib` for a suggestion. Below it are names of other things: `tags` is no `taskId`.
+MIN_SIMILARITY: Final = 0.7
 #: A common limit of browsers, proxies and servers.
 MAX_URL_CHARS: Final = 2048
 #: API keys and tokens have a few hundred characters, JWTs up to a few thousand.
@@ -149,17 +151,22 @@ def object_of(checks: Mapping[str, Check], *, required: Mapping[str, str] | None
                 location.field(name).add_error(required[name])
         unknown = (name for name in values if name not in checks)
         for name in itertools.islice(unknown, MAX_FIELD_ERRORS):
-            location.field(name).add_error(_unknown_field(name, checks))
+            location.field(name).add_error(unknown_name("field", name, checks))
         return given
 
     return check
 
 
-def _unknown_field(name: str, known: Iterable[str]) -> str:
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the error for an unknown name, with the known one that it may be a misspelling of.
+
+    Args:
+        kind: What it names.
+    """
     by_lower_case = {field.lower(): field for field in known}
-    similar = difflib.get_close_matches(printable(name).lower(), by_lower_case, n=1)
+    similar = difflib.get_close_matches(printable(name).lower(), by_lower_case, n=1, cutoff=MIN_SIMILARITY)
     hint = f"; did you mean `{by_lower_case[similar[0]]}`?" if similar else ""
-    return f"Unknown field `{printable(name)}`{hint}"
+    return f"Unknown {kind} `{printable(name)}`{hint}"
 
 
 def string_list(check_item: Check, *, max_items: int = MAX_LIST_ITEMS, max_bytes: int | None = None) -> Check:

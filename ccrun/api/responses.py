@@ -9,6 +9,7 @@ import structlog
 from aiohttp import web
 
 from ccrun import codec
+from ccrun.api.checks import MAX_FIELD_ERRORS, printable, unknown_name
 from ccrun.errors import (
     Busy,
     CcrunError,
@@ -63,6 +64,22 @@ def error_response(
 def invalid(field: str, message: str) -> InvalidRequest:
     """Return the exception for one invalid field, query parameter or header."""
     return InvalidRequest([FieldError(field, message)])
+
+
+def check_query(request: web.Request, *known: str) -> None:
+    """Check that a request has no unknown query parameter, which would have no effect.
+
+    Raises:
+        InvalidRequest: It has.
+    """
+    unknown = [name for name in dict.fromkeys(request.query) if name not in known]
+    if unknown:
+        raise InvalidRequest(
+            [
+                FieldError(printable(name), unknown_name("query parameter", name, known))
+                for name in unknown[:MAX_FIELD_ERRORS]
+            ]
+        )
 
 
 def response_to(error: Exception, request: web.Request, *, max_request_bytes: int) -> web.Response:

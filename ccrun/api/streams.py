@@ -14,7 +14,7 @@ from ccrun import codec
 from ccrun.api import sse
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines
-from ccrun.api.responses import invalid
+from ccrun.api.responses import check_query, invalid
 from ccrun.api.sse import Cursor
 from ccrun.api.tasks import task_id_of
 from ccrun.errors import BlobNotFound, Busy
@@ -51,6 +51,7 @@ class StreamRoutes:
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/events`: the events of a task, from the start, from now on, or after a cursor."""
+        check_query(request, "from", "lastEventId")
         self.check_capacity()
         task_id = task_id_of(request)
         origin = request.query.get("from", "start")
@@ -77,6 +78,7 @@ class StreamRoutes:
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/logs`: all lines that are stored, as they are stored."""
+        check_query(request)
         task_id = task_id_of(request)
         await self._deps.store.record(task_id)
         listing = await self._deps.store.listing(task_id, first=1)

@@ -17,7 +17,7 @@ from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Idempotency, Submitted
 from ccrun.api.middleware import Authorization
 from ccrun.api.request import parse_request
-from ccrun.api.responses import invalid, json_response
+from ccrun.api.responses import check_query, invalid, json_response
 from ccrun.api.sse import Cursor
 from ccrun.api.streams import StreamRoutes
 from ccrun.errors import CcrunError, NotConfigured, TaskAlreadyFinished, TaskNotFound
@@ -40,6 +40,7 @@ class SubmitRoutes:
 
     async def run_async(self, request: web.Request) -> web.Response:
         """`POST /run-async`: store the task, start it and respond immediately."""
+        check_query(request)
         submitted = await asyncio.shield(await self._submit(request, TaskType.ASYNC))
         record = submitted.record
         body = {
@@ -54,6 +55,7 @@ class SubmitRoutes:
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         """`POST /run`: store the task, start it and stream its events."""
+        check_query(request, "lastEventId")
         self.streams.check_capacity()
         submission = await self._submit(request, TaskType.SYNC)
         try:

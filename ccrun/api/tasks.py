@@ -10,7 +10,7 @@ from aiohttp import web
 from ccrun import codec
 from ccrun.api.background import BackgroundTasks
 from ccrun.api.dependencies import ApiDependencies
-from ccrun.api.responses import invalid, json_response
+from ccrun.api.responses import check_query, invalid, json_response
 from ccrun.errors import FieldError, InvalidRequest, TaskNotFound
 from ccrun.task import TASK_ID_PATTERN, CallbackState, Status, TaskId, TaskRecord
 
@@ -28,6 +28,7 @@ class TaskRoutes:
 
     async def tasks(self, request: web.Request) -> web.Response:
         """`GET /tasks`: one page of tasks, newest first."""
+        check_query(request, "limit", "cursor", "status", "webhook")
         query = request.query
         errors = []
         limit = query.get("limit", str(DEFAULT_PAGE))
@@ -54,8 +55,9 @@ class TaskRoutes:
             {"tasks": [codec.record_to_public(record) for record in page.tasks], "nextCursor": page.next_cursor}
         )
 
-    async def tasks_status(self, _: web.Request) -> web.Response:
+    async def tasks_status(self, request: web.Request) -> web.Response:
         """`GET /tasks/status`: the running tasks, and how many wait."""
+        check_query(request)
         marks = await self.deps.store.active()
         records = [record for record in await self.deps.store.records([mark.task_id for mark in marks]) if record]
         running = [codec.record_to_public(record) for record in records if record.status is Status.RUNNING]
@@ -79,6 +81,7 @@ class TaskRoutes:
 
     async def task(self, request: web.Request) -> web.Response:
         """`GET /tasks/{taskId}`: the record of a task."""
+        check_query(request)
         record = await self.deps.dispatcher.current_record(
             task_id_of(request), background=self.background, timeout_seconds=self.deps.timeouts.settle
         )
@@ -86,6 +89,7 @@ class TaskRoutes:
 
     async def cancel(self, request: web.Request) -> web.Response:
         """`POST /cancel/{taskId}`: cancel a task."""
+        check_query(request)
         task_id = task_id_of(request)
         cancelled = await self.background.finish(self.deps.dispatcher.cancel(task_id))
         message = "The task is being cancelled already" if cancelled.was_already_requested else "The task was cancelled"
@@ -94,6 +98,7 @@ class TaskRoutes:
 
     async def redeliver(self, request: web.Request) -> web.Response:
         """`POST /tasks/{taskId}/webhook`: deliver the callback again."""
+        check_query(request)
         task_id = task_id_of(request)
         await self.background.finish(self.deps.dispatcher.redeliver(task_id))
         return json_response({"message": "The callback will be delivered again", "taskId": task_id}, status=202)

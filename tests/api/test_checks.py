@@ -20,7 +20,10 @@ from ccrun.urls import parse_git_url
     [
         ("callback_url", "Unknown field `callback_url`; did you mean `callbackUrl`?"),
         ("MAXTURNS", "Unknown field `MAXTURNS`; did you mean `maxTurns`?"),
+        ("repo", "Unknown field `repo`; did you mean `gitRepo`?"),
         ("zzz", "Unknown field `zzz`"),
+        ("sessionId", "Unknown field `sessionId`"),
+        ("tags", "Unknown field `tags`"),
         ("a\nb\x1b", "Unknown field `a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}`"),
         ("x" * 1000, f"Unknown field `{'x' * 64}…`"),
     ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -105,7 +106,8 @@ async def test_other_errors_are_logged_without_their_text(tmp_path: Path) -> Non
         except ValueError:
             server_logger().exception("Unhandled exception")
         server_logger().debug("Ignored premature client disconnection")
-        # Flushes the lines.
+        for handler in logging.getLogger().handlers:
+            await asyncio.to_thread(handler.flush)
         log.configure(LogFormat.JSON, "WARNING")
         line = json.loads((tmp_path / "log").read_bytes())
     assert ("server_error", "ERROR", "ValueError") == (line["event"], line["severity"], line["kind"])

@@ -115,6 +115,30 @@ async def test_response_has_all_errors_of_a_query(api: Api) -> None:
     ] == [error["message"] for error in response.body["details"][1:]]
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/tasks"),
+        ("GET", "/tasks/status"),
+        ("GET", "/tasks/t"),
+        ("GET", "/tasks/t/logs"),
+        ("GET", "/tasks/t/events"),
+        ("POST", "/tasks/t/webhook"),
+        ("POST", "/cancel/t"),
+        ("POST", "/run"),
+        ("POST", "/run-async"),
+    ],
+)
+async def test_unknown_query_parameter_is_400(api: Api, method: str, path: str) -> None:
+    """It would have no effect, so it is an error as an unknown field is."""
+    response = await api.call(method, f"{path}?lastEventID=1&limits=5")
+    assert 400 == response.status
+    messages = {error["field"]: error["message"] for error in response.body["details"]}
+    assert messages["limits"].startswith("Unknown query parameter `limits`")
+    assert (path == "/tasks") == messages["limits"].endswith("; did you mean `limit`?")
+    assert (path in ("/tasks/t/events", "/run")) == messages["lastEventID"].endswith("; did you mean `lastEventId`?")
+
+
 # --- GET /tasks/status -----------------------------------------------------------------------------------------------
 
 
