@@ -117,6 +117,8 @@ class Config:
     port: int = setting("PORT", as_whole(0, 65535), default=8080)
     #: Names of secrets that, in the cloud, the job has and the service does not, since the service does not use them.
     worker_has: frozenset[str] = setting("CCRUN_WORKER_HAS", as_secret_names, default=frozenset())
+    #: Between two comments in a stream without events.
+    heartbeat_seconds: float = setting("HEARTBEAT_SECONDS", as_number(1, 300), default=15.0)
     #: Whether other machines may call the API without a token.
     allow_anybody: bool = setting("CCRUN_ALLOW_ANYBODY", as_flag, default=False)
     api_tokens: tuple[Secret, ...] = setting("CCRUN_API_TOKENS", as_tokens, default=())

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from ccrun import __version__
 from ccrun.api.app import make_app
-from ccrun.api.dependencies import ApiDependencies
+from ccrun.api.dependencies import ApiDependencies, ApiTimeouts
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed, PollPolicy
 from ccrun.api.listen import Listener
@@ -241,6 +241,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, sweep_needed: asynci
             max_timeout_minutes=config.max_timeout_minutes,
             backend_is_local=config.is_local,
         ),
+        timeouts=ApiTimeouts(heartbeat=config.heartbeat_seconds),
         tokens=config.api_tokens,
         loopback_only=_is_loopback(config.host) and not config.api_tokens,
         max_request_bytes=config.max_request_bytes,

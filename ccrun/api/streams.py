@@ -51,7 +51,7 @@ class StreamRoutes:
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/events`: the events of a task, from the start, from now on, or after a cursor."""
-        check_query(request, "from", "lastEventId")
+        check_query(request, "from", "lastEventId", "heartbeat")
         self.check_capacity()
         task_id = task_id_of(request)
         origin = request.query.get("from", "start")
@@ -106,6 +106,7 @@ class StreamRoutes:
             after: Where to start; None for the end of what is stored.
             headers: Additional headers of the response.
         """
+        ping_seconds = self._heartbeat(request)
         stream = asyncio.current_task()
         assert stream is not None  # noqa: S101 - a handler always runs in a task
         self._streams.add(stream)
@@ -124,28 +125,38 @@ class StreamRoutes:
                 await response.prepare(request)
                 async with response:
                     if request.method != hdrs.METH_HEAD:
-                        async for events in self._events(reader):
+                        async for events in self._events(reader, ping_seconds):
                             await self._write(response, events)
                 await response.write_eof()
                 return response
         finally:
             self._streams.discard(stream)
 
-    async def _events(self, reader: FeedReader) -> AsyncIterator[bytes]:
+    def _heartbeat(self, request: web.Request) -> int | None:
+        """Return the seconds between the `ping` events that a client asks for; None if it asks for none."""
+        text = request.query.get("heartbeat")
+        if text is None:
+            return None
+        longest = int(self._deps.timeouts.heartbeat)
+        if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= longest):
+            raise invalid("heartbeat", f"heartbeat must be a whole number of seconds from 1 to {longest}")
+        return int(text)
+
+    async def _events(self, reader: FeedReader, ping_seconds: int | None) -> AsyncIterator[bytes]:
         record = reader.record
         yield sse.RETRY + sse.json_event(
             "task",
             {"taskId": record.task_id, "status": record.status, "logsPath": record.logs_path},
             at=reader.cursor,
         )
-        async for item in reader.items(idle_seconds=self._deps.timeouts.heartbeat):
+        async for item in reader.items(idle_seconds=ping_seconds or self._deps.timeouts.heartbeat):
             match item:
                 case Lines():
                     yield item.events
                 case CaughtUp():
                     yield sse.json_event("caught_up", {}, at=item.cursor)
                 case Idle():
-                    yield sse.HEARTBEAT
+                    yield sse.HEARTBEAT if ping_seconds is None else sse.json_event("ping", {})
                 case Finished():
                     yield _last_events(item.record)
 

@@ -209,6 +209,19 @@ async def test_idle_stream_has_heartheartbeats(tmp_path: Path) -> None:
     assert rest.endswith(await api.done_event(task_id))
 
 
+async def test_client_may_ask_for_pings(tmp_path: Path) -> None:
+    """They are events, so that a client sees them, and sent at its own interval."""
+    async with api_on(tmp_path / "data", timeouts=ApiTimeouts(heartbeat=60)) as api:
+        task_id = await api.submit()
+        async with api.http.get(f"{api.url}/tasks/{task_id}/events?heartbeat=1") as response:
+            events = read_events(response)
+            assert ["task", "caught_up", "ping", "ping"] == [(await anext(events)).name for _ in range(4)]
+        for value in ("0", "61", "1.5", "x", "-1", ""):
+            refused = await api.call("GET", f"/tasks/{task_id}/events?heartbeat={value}")
+            message = "heartbeat must be a whole number of seconds from 1 to 60"
+            assert (400, message) == (refused.status, refused.body["error"])
+
+
 async def test_tail_has_only_new_lines(api: Api) -> None:
     """`from=tail` skips the stored lines and misses no new one."""
     task_id = await running_with_log(api)

@@ -187,7 +187,7 @@ variable "worker_secrets" {
 }
 
 variable "service_settings" {
-  description = "More settings of the service: MAX_REQUEST_BYTES, ALLOWED_TOOLS, PERMISSION_MODE, ALLOWED_BASE_URLS, POLL_SECONDS, LOG_LEVEL."
+  description = "More settings of the service: MAX_REQUEST_BYTES, ALLOWED_TOOLS, PERMISSION_MODE, ALLOWED_BASE_URLS, HEARTBEAT_SECONDS, POLL_SECONDS, LOG_LEVEL."
   type        = map(string)
   default     = {}
 }
