@@ -5,9 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import attrs
 from helpers.git import GitSetup, git_setup
 from helpers.post_run import COMMIT_AND_PUSH, KEY, PostRunSetup, setup
-from helpers.worker import TASK, Agent, agent, agent_user, worker_setup
+from helpers.worker import TASK, Agent, agent, separate_user, worker_setup
 from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import needs_ssh
 
@@ -16,7 +17,7 @@ from ccrun.spec import GitAction, GitToken, PostRunActions, UploadAction
 from ccrun.task import Secret, Status
 from ccrun.worker.dependencies import PostRunLimits, WorkerTimeouts
 
-__all__ = ["agent", "agent_user", "git_setup", "setup", "worker_setup"]
+__all__ = ["agent", "git_setup", "separate_user", "setup", "worker_setup"]
 pytestmark = needs_ssh
 
 
@@ -32,6 +33,14 @@ async def test_changes_are_committed_and_pushed(setup: PostRunSetup, agent: Agen
     assert {"a.txt": b"new\n", "c.txt": b"c\n"} == await setup.repository.files("main")
     assert None is record.uploaded_files
     assert f"Pushed {str(sha)[:12]} to main." == (await setup.worker_lines("git"))[-1]
+
+
+async def test_worker_and_agent_may_be_the_same_user(setup: PostRunSetup, agent: Agent) -> None:
+    """What the agent has committed and what it has not are pushed, as with a separate user."""
+    script = "echo one >a.txt; git commit -qam One; echo two >b.txt"
+    record = await attrs.evolve(setup, user=None).run(agent(script))
+    assert (Status.COMPLETED, ()) == (record.status, record.action_errors)
+    assert {"a.txt": b"one\n", "b.txt": b"two\n"} == await setup.repository.files("main")
 
 
 async def test_nothing_to_commit_is_not_an_error(setup: PostRunSetup, agent: Agent) -> None:
