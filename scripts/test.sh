@@ -81,4 +81,6 @@ missing npm "the Express receiver"
 run=()
 [ -z "${COVERAGE:-}" ] || run=(coverage run -m)
 # One process for each core.
-exec "$VENV/bin/python" -P -m ${run[@]+"${run[@]}"} pytest -n logical --dist worksteal "$@"
+# One process more than there are cores: the tests wait for a fifth of their time.
+processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
+exec "$VENV/bin/python" -P -m ${run[@]+"${run[@]}"} pytest -n "$processes" --dist worksteal "$@"

@@ -259,7 +259,12 @@ async def test_next_service_removes_what_a_lost_worker_has_left(tmp_path: Path) 
         workspace = Path(tempfile.gettempdir()) / f"ws-{task_id}"
         agent = await until_process(process_marker(data_dir, TaskId(task_id)), "tail")
         await service.kill()
-    os.kill(int((data_dir / ".workers" / task_id).read_text()), signal.SIGKILL)
+    worker = psutil.Process(int((data_dir / ".workers" / task_id).read_text()))
+    # Its guardian would kill the agent at once.
+    guardian = worker.parent()
+    assert guardian is not None
+    guardian.kill()
+    worker.kill()
     lost = Outcome(status=Status.FAILED, reason=Reason.WORKER_LOST, exit_code=1)
     await store.update(TaskId(task_id), lambda record: finish(record, lost, at=dt.datetime.now(dt.UTC)))
     assert workspace.exists()
