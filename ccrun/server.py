@@ -71,6 +71,7 @@ async def serve(config: Config) -> None:
         # Workers have the same settings, and would fail one after the other.
         check_cloud(config, environment())
     raise_open_files_limit()
+    stop = _stop_on_signals()
     async with serving(config, environment()) as address:
         log.info("service_listening", message="Listening", url=address, version=__version__, backend=config.backend)
         await _log_proxies(config)
@@ -89,7 +90,7 @@ async def serve(config: Config) -> None:
                 "model_credential_missing",
                 message="Each request must have a credential for the model API, because the service has none",
             )
-        await _wait_for_stop_signal()
+        await stop.wait()
         log.info("service_stopping", message="Shutting down")
 
 
@@ -262,9 +263,10 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _wait_for_stop_signal() -> None:
+def _stop_on_signals() -> asyncio.Event:
+    """Return an event that SIGTERM and SIGINT set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await stop.wait()
+    return stop

@@ -80,7 +80,6 @@ missing npm "the Express receiver"
 # COVERAGE=1 measures coverage; run `coverage combine` and `coverage report` afterwards.
 run=()
 [ -z "${COVERAGE:-}" ] || run=(coverage run -m)
-# One process for each core.
 # One process more than there are cores: the tests wait for a fifth of their time.
 processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
 exec "$VENV/bin/python" -P -m ${run[@]+"${run[@]}"} pytest -n "$processes" --dist worksteal "$@"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import shlex
 import sys
@@ -35,6 +36,12 @@ from ccrun.testing.model import Say, Script, ScriptedModel, sequence
 
 #: The environment variables that child processes need. All others are removed, since they could change a result.
 KEPT_VARIABLES: Final = frozenset({"PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV"})
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the test modules from garbage collection, which took a seventh of the processor time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +135,12 @@ def fake_cli(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def quick_cli(tmp_path: Path) -> Path:
+    """Return a program that succeeds at once, for tests in which it does not matter what the agent does."""
+    path = tmp_path / "quick-cli"
+    path.write_text('#!/bin/sh\ncat >/dev/null\necho \'{"type":"result","is_error":false,"num_turns":1}\'\n')
+    path.chmod(0o755)
+    return path

@@ -10,8 +10,8 @@ from wcmatch import glob
 from ccrun.globs import MAX_BRACES, MAX_PATTERN_CHARS, MAX_PATTERNS, BadPattern, Globs
 
 WCMATCH = glob.GLOBSTAR | glob.DOTGLOB | glob.BRACE | glob.NEGATE | glob.NEGATEALL | glob.CASE | glob.FORCEUNIX
-#: Seconds. A match takes milliseconds; a backtracking implementation needs hours for these patterns.
-MAX_SECONDS = 2.0
+#: Seconds of processor time. A match takes milliseconds; a backtracking implementation needs hours for these patterns.
+MAX_SECONDS = 10.0
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_matches_equal_those_of_wcmatch(patterns: list[str], parts: list[str]) -
 )
 def test_large_brace_expansion_is_rejected(pattern: str, rule: str) -> None:
     """Braces that expand to too many patterns are rejected before they are expanded."""
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(BadPattern) as caught:
         Globs([pattern])
     assert rule == caught.value.message
-    assert MAX_SECONDS > time.monotonic() - started
+    assert MAX_SECONDS > time.thread_time() - started
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_all_patterns_have_a_common_limit(patterns: list[str]) -> None:
 )
 def test_match_of_a_malicious_pattern_is_fast(pattern: str, path: str) -> None:
     """No pattern needs exponential time, which would block the whole process."""
-    started = time.monotonic()
+    started = time.thread_time()
     assert not Globs([pattern]).matches(path)
-    assert MAX_SECONDS > time.monotonic() - started
+    assert MAX_SECONDS > time.thread_time() - started
 
 
 def test_directory_without_matches_is_not_entered() -> None:

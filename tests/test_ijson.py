@@ -287,10 +287,10 @@ def test_deep_nesting_is_rejected(depth: int, opening: str, closing: str) -> Non
 )
 def test_parsing_takes_linear_time(text: bytes) -> None:
     """A malicious text of half a megabyte takes far less time than a quadratic algorithm would need."""
-    started = time.perf_counter()
+    started = time.thread_time()
     with contextlib.suppress(ijson.NotIJson):
         ijson.parse(text)
-    assert time.perf_counter() - started < 3
+    assert time.thread_time() - started < 3
 
 
 def test_byte_order_mark_is_ignored() -> None:

@@ -202,7 +202,7 @@ async def test_cancelled_sweep_releases_its_callbacks(
     receiver.hanging.add(TASK)
     await add_finished(make_sweeper(), url=receiver.url)
     sweeping = asyncio.create_task(make_sweeper().sweep())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not receiver.task_ids:
             await asyncio.sleep(0.01)
     sweeping.cancel()

@@ -22,6 +22,7 @@ from ccrun.worker.git import lfs, push
 from ccrun.worker.git.changes import DOTENV, Changes, Staged
 from ccrun.worker.git.checkout import Checkout, Origin
 from ccrun.worker.git.clone import PackSnapshot
+from ccrun.worker.git.host_errors import timeout_error
 from ccrun.worker.git.links import Link, unconfirmed
 from ccrun.worker.git.run import GitError
 from ccrun.worker.lines import worker_line
@@ -160,7 +161,11 @@ class PostRun:
         wanted = push.Push(
             branch=action.branch, base=found.base, identity=identity, rebases=action.conflict_strategy == "auto"
         )
-        pushed = await self._push(checkout, origin, origin.snapshot, found, commit, objects, wanted, deadline=deadline)
+        try:
+            async with asyncio.timeout_at(deadline):
+                pushed = await self._push(checkout, origin, origin.snapshot, found, commit, objects, wanted)
+        except TimeoutError:
+            raise timeout_error(origin.access.remote, "pushed", self.limits.push) from None
         self.result.is_unpushed = self.result.lfs_left_out
         self.result.git_commit = attrs.evolve(git_commit, sha=pushed.sha, pushed=True, recovery=pushed.recovery)
         await self._log("git", f"Pushed {pushed.sha[:12]} to {action.branch}.", commit=pushed.sha)
@@ -174,10 +179,7 @@ class PostRun:
         commit: str,
         objects: Sequence[lfs.LfsObject],
         wanted: push.Push,
-        *,
-        deadline: float,
     ) -> push.Pushed:
-        clock = asyncio.get_running_loop().time
         async with private_directory(self.task_id) as directory:
             pack = directory / "pack"
             with await asyncio.to_thread(pack.open, "xb") as target:
@@ -195,8 +197,8 @@ class PostRun:
             if objects:
                 stores = lfs.stores_of(found, self.workspace.repository)
                 await lfs.import_objects(found.git, stores, objects, bare_repo.cwd)
-                await lfs.upload(bare_repo, origin.access, objects, seconds=deadline - clock())
-            return await push.push(bare_repo, origin.access, wanted, seconds=deadline - clock())
+                await lfs.upload(bare_repo, origin.access, objects, seconds=self.limits.push)
+            return await push.push(bare_repo, origin.access, wanted, seconds=self.limits.push)
 
     async def _with_known_links(self, checkout: Checkout, origin: Origin, found: Changes, staged: Staged) -> str:
         """Return the staged tree without the submodule links whose commit their server does not have."""

@@ -76,7 +76,7 @@ async def test_long_retry_after_ends_the_delivery() -> None:
         assert Delivery(delivered=False, attempts=1, error=error, retry_after_seconds=3600, status=503) == await send(
             scripted.url
         )
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60
         assert len(scripted.requests) == 1
 
 
@@ -86,7 +86,7 @@ async def test_total_time_is_bounded() -> None:
     async with receiver(respond(500)) as scripted:
         started = time.monotonic()
         delivery = await send(scripted.url, policy=policy)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 30
         assert 2 <= delivery.attempts == len(scripted.requests) < 1000
 
 
@@ -112,7 +112,7 @@ async def test_attempt_has_a_timeout(connection: Connection, size: int) -> None:
     async with raw_receiver(connection) as url:
         started = time.monotonic()
         delivery = await send(url, b"1" * size, policy=policy)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60
         error = "The receiver did not respond within 0.2 s."
         assert Delivery(delivered=False, attempts=2, error=error) == delivery
 
@@ -147,7 +147,7 @@ async def test_delivery_can_be_cancelled_between_attempts() -> None:
 
     async with receiver(fail) as scripted:
         task = asyncio.create_task(send(scripted.url, policy=RetryPolicy(first_delay_seconds=10)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await responded.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -130,9 +130,11 @@ def test_script_runs_with_dry_run(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", CURL)
-async def test_curl_command_succeeds(command: str, start_service: StartService, tmp_path: Path) -> None:
+async def test_curl_command_succeeds(
+    command: str, start_service: StartService, quick_cli: Path, tmp_path: Path
+) -> None:
     """Each curl command succeeds with a running service when its placeholders are replaced."""
-    async with start_service(ANTHROPIC_API_KEY=MADE_UP_KEY) as service:
+    async with start_service(ANTHROPIC_API_KEY=MADE_UP_KEY, CLAUDE_CLI=str(quick_cli)) as service:
         submitted = await service.submit(taskId="deploy-1")
         await service.until_final(submitted["taskId"])
         text = command.replace("http://127.0.0.1:8080", service.url)

@@ -138,9 +138,9 @@ async def test_running_task_is_cancelled(start_service: StartService, receiver: 
         assert ["cancelled", "done"] == [event.name for event in events[-2:]]
 
 
-async def test_concurrent_tasks_all_finish(start_service: StartService, backend_name: str) -> None:
+async def test_concurrent_tasks_all_finish(start_service: StartService, quick_cli: Path, backend_name: str) -> None:
     """Ten tasks complete; on the local backend, two run at a time and the others are pending."""
-    async with start_service(MAX_CONCURRENT_TASKS="2") as service:
+    async with start_service(MAX_CONCURRENT_TASKS="2", CLAUDE_CLI=str(quick_cli)) as service:
         submissions = await asyncio.gather(*(service.submit() for _ in range(10)))
         status = await service.get("/tasks/status")
         assert {"local": 2, "gcp": None}[backend_name] == status["max"]

@@ -27,7 +27,7 @@ async def test_child_that_ignores_sigterm_is_killed(shell: Shell) -> None:
     async with shell("trap '' TERM; echo up; while :; do sleep 0.01; done", grace=0.2) as child:
         await anext(child.lines())
         began = time.monotonic()
-    assert 0.2 <= time.monotonic() - began < 3
+    assert 0.2 <= time.monotonic() - began < 30
     assert Exit(code=137, signal=9) == await child.wait()
 
 

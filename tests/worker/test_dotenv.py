@@ -301,10 +301,10 @@ def test_every_variable_of_bash_is_read_or_left_out(tmp_path: Path) -> None:
     "value", ["${" * 60_000, "${" * 60_000 + ":}", "\\" * 120_000, "'\\" * 60_000 + '"', "}" * 120_000 + "${"]
 )
 def test_long_values_are_rendered_fast(value: str) -> None:
-    """The longest permitted values take less than a second, with any content."""
-    started = time.perf_counter()
+    """The longest permitted values do not take quadratic time, which would be minutes, with any content."""
+    started = time.thread_time()
     render({"A": value})
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 10
 
 
 def test_repr_does_not_show_values() -> None:

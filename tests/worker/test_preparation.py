@@ -121,7 +121,7 @@ async def test_background_processes_of_a_command_are_killed(worker_setup: Worker
     await worker_setup.submit(pre_execution_commands=(f"(exec -a server-{TASK} sleep 600) & echo started",))
     record = await worker_setup.run(cli=agent(f"pgrep -f server-{TASK} | grep -v $$ || echo none"))
     assert Status.COMPLETED == record.status
-    assert time.monotonic() - start_time < 20
+    assert time.monotonic() - start_time < 60
     assert "none" == (await text_output(worker_setup))[-1]
 
 

@@ -70,7 +70,7 @@ async def test_rejected_credential_fails_the_task_without_retries(worker_setup: 
     await worker_setup.submit()
     start = time.monotonic()
     record = await worker_setup.run(upstream=model.url)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
     assert (Status.FAILED, Reason.CREDENTIAL_REJECTED) == (record.status, record.reason)
     assert record.error is not None
     assert "invalid x-api-key" in record.error

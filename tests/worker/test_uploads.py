@@ -180,8 +180,8 @@ asyncio.run(main())
 
 
 def test_large_file_needs_little_memory(setup: UploadSetup) -> None:
-    """The upload of 2 GiB needs less than 64 MiB."""
-    size = 2 * 1024**3
+    """The upload of 512 MiB needs less than 64 MiB."""
+    size = 512 * 1024**2
     setup.write("small")
     with (setup.root / "large").open("wb") as file:
         file.truncate(size)
