@@ -31,6 +31,11 @@ def payload_name(task_id: TaskId) -> str:
     return f"{task_prefix(task_id)}encrypted-payload.bin"
 
 
+def lease_name(task_id: TaskId) -> str:
+    """Return the name of the lease on a `POST /run` task whose client has left. It sorts between the chunks and the record."""
+    return f"{task_prefix(task_id)}lease"
+
+
 def upload_name(task_id: TaskId, path: str) -> str:
     """Return the name of an uploaded file, from its path below the uploads of the task."""
     return f"{task_prefix(task_id)}uploads/{path}"

@@ -27,6 +27,7 @@ from ccrun.names import (
     chunk_number,
     index_name,
     index_name_at,
+    lease_name,
     payload_name,
     record_name,
     task_prefix,
@@ -46,13 +47,14 @@ class ChunkRef:
 
 @attrs.frozen(kw_only=True)
 class ChunkListing:
-    """The chunks of a task from some number on, and the generation of its record.
+    """The chunks of a task from some number on, and the generations of its record and of its lease.
 
-    `record_generation` is None when there are more chunks than one listing holds.
+    `record_generation` is None when there are more chunks than one listing holds, `lease_generation` also when there is no lease.
     """
 
     chunks: Sequence[ChunkRef]
     record_generation: int | None
+    lease_generation: int | None
 
 
 @attrs.frozen(kw_only=True)
@@ -69,6 +71,14 @@ class ActiveTask:
 
     task_id: TaskId
     since: dt.datetime
+
+
+@attrs.frozen(kw_only=True)
+class Lease:
+    """When the lease on a task whose client has left was written or renewed."""
+
+    generation: int
+    renewed_at: dt.datetime
 
 
 @attrs.frozen(kw_only=True)
@@ -283,6 +293,35 @@ class Store:
         await self.delete_payload(task_id)
         await self.unmark_active(task_id)
 
+    # The lease on a `POST /run` task whose client has left; see `ccrun.api.abandoned`.
+
+    async def lease(self, task_id: TaskId) -> Lease | None:
+        """Return the lease, None if there is none."""
+        try:
+            blob = await self._blobs.read(lease_name(task_id))
+        except BlobNotFound:
+            return None
+        return Lease(generation=blob.generation, renewed_at=dt.datetime.fromisoformat(blob.content.decode()))
+
+    async def write_lease(self, task_id: TaskId, *, at: dt.datetime) -> int | None:
+        """Create or renew the lease; return its generation, None if another process has renewed it at the same time."""
+        try:
+            return await self._blobs.create(lease_name(task_id), at.isoformat().encode())
+        except BlobExists:
+            present = await self.lease(task_id)
+            return await self.renew_lease(task_id, generation=present.generation, at=at) if present else None
+
+    async def renew_lease(self, task_id: TaskId, *, generation: int, at: dt.datetime) -> int | None:
+        """Renew the lease that has this generation; return the new generation, None if there is no such lease."""
+        try:
+            return await self._blobs.replace(lease_name(task_id), at.isoformat().encode(), generation=generation)
+        except BlobChanged:
+            return None
+
+    async def delete_lease(self, task_id: TaskId) -> None:
+        """Delete the lease, if there is one."""
+        await self._blobs.delete(lease_name(task_id))
+
     # Lists.
 
     async def active(self) -> list[ActiveTask]:
@@ -360,7 +399,7 @@ class Store:
     # The log, for readers.
 
     async def listing(self, task_id: TaskId, *, first: int) -> ChunkListing:
-        """Return the chunks of a task from number `first` on, and the generation of its record, in one call to the storage."""
+        """Return the chunks of a task from number `first` on, and both generations, in one call to the storage."""
         last = record_name(task_id)
         entries = await self._blobs.entries(
             task_prefix(task_id), after=before_chunk(task_id, first), before=last + "\x00", limit=LISTING_NAMES
@@ -370,8 +409,12 @@ class Store:
             for entry in entries
             if (match := CHUNK_NAME.fullmatch(entry.name.removeprefix(task_prefix(task_id))))
         ]
-        generation = entries[-1].generation if entries and entries[-1].name == last else None
-        return ChunkListing(chunks=chunks, record_generation=generation)
+        generations = {entry.name: entry.generation for entry in entries[-2:]}
+        return ChunkListing(
+            chunks=chunks,
+            record_generation=generations.get(last),
+            lease_generation=generations.get(lease_name(task_id)) if last in generations else None,
+        )
 
     async def read_chunk(self, chunk: ChunkRef) -> bytes:
         """Return the lines of a chunk, each with its newline.

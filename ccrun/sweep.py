@@ -20,13 +20,16 @@ from ccrun.errors import CcrunError, TaskNotFound
 from ccrun.jobs import ExecutionState, Jobs
 from ccrun.settle import settle
 from ccrun.store import ActiveTask, Store
-from ccrun.task import CallbackState, Status, TaskId, TaskRecord
+from ccrun.task import CallbackState, Status, TaskId, TaskRecord, TaskType
 
 log = structlog.get_logger()
 
 #: A task is stored within 15 seconds, or its request fails (`ccrun.api.dispatch.CREATION_SECONDS`). A mark that has no record
 #: after this time was left by a process that was killed.
 INCOMPLETE_TASK_AGE: Final = dt.timedelta(seconds=30)
+#: The age of a lease on a task whose clients have left, after which the sweep cancels the task. The instance that has written
+#: the lease does so after `ccrun.api.dependencies.ApiTimeouts.abandon` seconds, half of this, unless it was killed.
+ABANDONED_AGE: Final = dt.timedelta(seconds=60)
 #: Tasks that are processed concurrently, so that a receiver that does not answer delays few others.
 PARALLEL_TASKS: Final = 20
 #: Concurrent sweeps, most of which wait for receivers.
@@ -64,6 +67,7 @@ class Sweeper:
     #: Whether a pending task without an execution is launched.
     launches_pending: bool
     incomplete_age: dt.timedelta = INCOMPLETE_TASK_AGE
+    abandoned_age: dt.timedelta = ABANDONED_AGE
 
     async def sweep(self) -> SweepReport:
         """Process all active tasks once."""
@@ -129,6 +133,7 @@ class Sweeper:
     async def _look(self, record: TaskRecord, state: ExecutionState | None) -> SweepReport:
         report = SweepReport()
         if not record.status.is_final:
+            record = await self._cancel_abandoned(record)
             # The payload of a task with a callback is deleted below, before the callback is claimed.
             present = await settle(self.store, self.jobs, record, state=state, delete_payload=record.webhook is None)
             if present.status is Status.PENDING and state is None:
@@ -158,6 +163,24 @@ class Sweeper:
                 delivered = carried.webhook is not None and carried.webhook.state is CallbackState.DELIVERED
                 report += SweepReport(delivered=1) if delivered else SweepReport(undelivered=1)
         return report
+
+    async def _cancel_abandoned(self, record: TaskRecord) -> TaskRecord:
+        """Cancel a `POST /run` task whose clients have left, if the instance that was to cancel it has not: it was killed."""
+        if record.type is not TaskType.SYNC or record.is_cancelling:
+            return record
+        lease = await self.store.lease(record.task_id)
+        now = dt.datetime.now(dt.UTC)
+        if lease is None or now - lease.renewed_at < self.abandoned_age:
+            return record
+
+        def request(present: TaskRecord) -> TaskRecord:
+            return present if present.status.is_final else lifecycle.request_cancel(present, at=now)
+
+        # The worker polls its record, so the sweep needs no permission to cancel executions.
+        record = await self.store.update(record.task_id, request, delete_payload=record.webhook is None)
+        await self.store.delete_lease(record.task_id)
+        log.info("task_abandoned", message="Task cancelled because its client left", taskId=record.task_id)
+        return record
 
     async def _deliver(self, claimed: TaskRecord) -> TaskRecord:
         """Deliver a claimed callback. If cancelled, release the claim, so that the next sweep need not wait until it expires."""

@@ -25,7 +25,7 @@ from ccrun.jobs import ExecutionState
 from ccrun.lifecycle import CALLBACK_RETRY_PERIOD, claim_callback, start
 from ccrun.seal import Sealed
 from ccrun.sweep import Sweeper, SweepReport
-from ccrun.task import CallbackState, Reason, TaskId, TaskRecord
+from ccrun.task import CallbackState, Reason, Status, TaskId, TaskRecord, TaskType
 
 __all__ = ["jobs", "make_sweeper", "receiver", "sweeper"]
 
@@ -111,6 +111,36 @@ async def test_incomplete_task_is_deleted_when_it_is_old(sweeper: Sweeper) -> No
     assert before == await other_objects(sweeper)
     assert SweepReport() == await attrs.evolve(sweeper, incomplete_age=dt.timedelta(0)).sweep()
     assert await other_objects(sweeper) == set()
+
+
+# --- abandoned tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task_type", "minutes", "is_cancelled"),
+    [(TaskType.SYNC, 5, True), (TaskType.SYNC, 0, False), (TaskType.SYNC, None, False), (TaskType.ASYNC, 5, False)],
+)
+async def test_task_whose_clients_have_left_is_cancelled(
+    sweeper: Sweeper, jobs: FakeJobs, task_type: TaskType, minutes: int | None, is_cancelled: bool
+) -> None:
+    """A sweep does it if nobody has renewed the lease: the instance that has written it was killed."""
+    jobs.states[TASK] = ExecutionState.RUNNING
+    record = attrs.evolve(await pending(sweeper, created_at=dt.datetime.now(dt.UTC)), type=task_type)
+    await add_task(sweeper, start(record, at=NOW))
+    if minutes is not None:
+        await sweeper.store.write_lease(TASK, at=dt.datetime.now(dt.UTC) - dt.timedelta(minutes=minutes))
+    assert SweepReport() == await sweeper.sweep()
+    assert is_cancelled is (await sweeper.store.record(TASK)).is_cancelling
+    assert (minutes is None or is_cancelled) is (await sweeper.store.lease(TASK) is None)
+
+
+async def test_pending_task_whose_clients_have_left_is_not_launched(sweeper: Sweeper, jobs: FakeJobs) -> None:
+    """It is cancelled at once, and nothing of it is left to do."""
+    await add_task(sweeper, attrs.evolve(await pending(sweeper), type=TaskType.SYNC))
+    await sweeper.store.write_lease(TASK, at=NOW - HOUR)
+    await sweeper.sweep()
+    assert Status.CANCELLED is (await sweeper.store.record(TASK)).status
+    assert ([], set()) == (jobs.launched, await other_objects(sweeper))
 
 
 # --- restarting --------------------------------------------------------------------------------------------------

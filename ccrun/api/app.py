@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
+from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.background import BackgroundTasks
 from ccrun.api.dependencies import ApiDependencies, Companion
 from ccrun.api.health import HealthRoutes
@@ -20,8 +21,17 @@ def make_app(deps: ApiDependencies) -> web.Application:
     authorization = Authorization(deps.tokens, loopback_only=deps.loopback_only, unavailable=deps.unavailable)
     background = BackgroundTasks()
     health = HealthRoutes(deps)
-    streams = StreamRoutes(deps)
-    submit = SubmitRoutes(deps=deps, authorization=authorization, background=background, streams=streams)
+    abandoned = AbandonedTasks(
+        store=deps.store,
+        feed=deps.feed,
+        dispatcher=deps.dispatcher,
+        background=background,
+        seconds=deps.timeouts.abandon,
+    )
+    streams = StreamRoutes(deps, abandoned)
+    submit = SubmitRoutes(
+        deps=deps, authorization=authorization, background=background, streams=streams, abandoned=abandoned
+    )
     tasks = TaskRoutes(deps=deps, background=background)
     app = web.Application(
         client_max_size=deps.max_request_bytes,

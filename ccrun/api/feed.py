@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
+import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
@@ -20,7 +22,7 @@ from ccrun.api import sse
 from ccrun.api.sse import Cursor
 from ccrun.errors import BlobNotFound, StorageError
 from ccrun.store import ChunkRef, Store
-from ccrun.task import TaskId, TaskRecord
+from ccrun.task import TaskId, TaskRecord, TaskType
 
 log = structlog.get_logger()
 
@@ -30,6 +32,9 @@ WINDOW_BYTES: Final = 8 * 1024 * 1024
 MAX_CACHED_NAMES: Final = 5000
 #: The delay of a poll, as a share of the time since the last change. So an event is late by at most this share of that time.
 POLL_DELAY_RATIO: Final = 0.25
+#: Seconds after which a poller renews the lease on its task, if a client of the task has left (`ccrun.api.abandoned`): a third
+#: of the time that clients have to return. A task of `POST /run` is polled at least that often.
+RENEW_LEASE_SECONDS: Final = 10.0
 #: Seconds for which reading a chunk is retried before the stream is aborted.
 READ_RETRY_SECONDS: Final = 30.0
 
@@ -148,6 +153,16 @@ class FeedReader:
         """The task record, as of the last poll."""
         return self._poller.record
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the task is final, as of the last poll."""
+        return self._poller.is_finished
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether a client of the task has left some instance, as of the last poll."""
+        return self._poller.lease_generation is not None
+
     async def items(self, *, idle_seconds: float) -> AsyncIterator[Item]:
         """Yield the items of the task in order, `Finished` last.
 
@@ -200,9 +215,12 @@ class TaskPoller:
         self.head = 0
         #: Whether the task is final and `head` is its last chunk.
         self.is_finished = False
+        #: The generation of the lease on the task, None while there is none.
+        self.lease_generation: int | None = None
         #: Set, and replaced by a new event, when the task has changed.
         self.changed = asyncio.Event()
         self._generation: int | None = None
+        self._renewed_at = -math.inf
         self._names: OrderedDict[int, ChunkRef] = OrderedDict()
         self._window: OrderedDict[int, bytes] = OrderedDict()
         self._reads: dict[int, asyncio.Task[bytes]] = {}
@@ -286,17 +304,28 @@ class TaskPoller:
         try:
             while not self.is_finished:
                 delay = (loop.time() - changed_at) * POLL_DELAY_RATIO
-                await asyncio.sleep(max(self._policy.min_seconds, min(self._policy.max_seconds, delay)))
+                most = self._policy.max_seconds
+                if self.record.type is TaskType.SYNC:
+                    most = min(most, RENEW_LEASE_SECONDS)
+                await asyncio.sleep(max(self._policy.min_seconds, min(most, delay)))
                 try:
                     if await self.poll():
                         changed_at = settled_at = loop.time()
                     elif self._settle is not None and loop.time() - settled_at > self._policy.settle_seconds:
                         settled_at = loop.time()
                         await self._settle(self.record)
+                    await self._renew_lease()
                 except StorageError as error:
                     log.warning("poll_failed", message="Poll failed", taskId=self._task_id, error=error.message)
         finally:
             self._notify()
+
+    async def _renew_lease(self) -> None:
+        """Show other instances that this one has readers, if they ask."""
+        now = asyncio.get_running_loop().time()
+        if self.lease_generation is not None and not self.is_finished and now - self._renewed_at >= RENEW_LEASE_SECONDS:
+            self._renewed_at = now
+            await self._store.renew_lease(self._task_id, generation=self.lease_generation, at=dt.datetime.now(dt.UTC))
 
     async def poll(self) -> bool:
         """Read the state of the task once; return whether it has changed.
@@ -337,6 +366,8 @@ class TaskPoller:
                 if chunk.number == self.head + 1 or skip_gaps:
                     self.head = chunk.number
             self._remember(listing.chunks)
+            if listing.record_generation is not None:
+                self.lease_generation = listing.lease_generation
             if listing.record_generation is not None or self.head == before:
                 return listing.record_generation
 

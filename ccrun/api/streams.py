@@ -12,6 +12,7 @@ from aiohttp_sse import EventSourceResponse
 
 from ccrun import codec
 from ccrun.api import sse
+from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines
 from ccrun.api.responses import check_query, invalid
@@ -29,8 +30,9 @@ WRITE_BYTES: Final = 256 * 1024
 class StreamRoutes:
     """The handlers, and the streams that are open."""
 
-    def __init__(self, deps: ApiDependencies) -> None:
+    def __init__(self, deps: ApiDependencies, abandoned: AbandonedTasks) -> None:
         self._deps = deps
+        self._abandoned = abandoned
         self._streams: set[asyncio.Task[object]] = set()
         self.is_closing = False
 
@@ -110,6 +112,7 @@ class StreamRoutes:
         stream = asyncio.current_task()
         assert stream is not None  # noqa: S101 - a handler always runs in a task
         self._streams.add(stream)
+        reader: FeedReader | None = None
         try:
             async with self._deps.feed.follow(task_id, after=after) as reader:
                 # aiohttp-sse would send its pings at any time, even in the middle of an event that is written in pieces.
@@ -131,6 +134,8 @@ class StreamRoutes:
                 return response
         finally:
             self._streams.discard(stream)
+            if reader is not None and not self.is_closing:
+                self._abandoned.reader_left(reader)
 
     def _heartbeat(self, request: web.Request) -> int | None:
         """Return the seconds between the `ping` events that a client asks for; None if it asks for none."""

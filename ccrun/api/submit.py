@@ -8,10 +8,10 @@ import uuid
 from typing import Final
 
 import attrs
-import structlog
 from aiohttp import web
 
 from ccrun import codec
+from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.background import BackgroundTasks
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Idempotency, Submitted
@@ -20,10 +20,8 @@ from ccrun.api.request import parse_request
 from ccrun.api.responses import check_query, invalid, json_response
 from ccrun.api.sse import Cursor
 from ccrun.api.streams import StreamRoutes
-from ccrun.errors import CcrunError, NotConfigured, TaskAlreadyFinished, TaskNotFound
+from ccrun.errors import NotConfigured
 from ccrun.task import TaskId, TaskType
-
-log = structlog.get_logger()
 
 #: An Idempotency-Key is a short opaque string (draft-ietf-httpapi-idempotency-key-header).
 IDEMPOTENCY_KEY: Final = re.compile(r"[\x20-\x7e]{1,255}")
@@ -37,6 +35,7 @@ class SubmitRoutes:
     authorization: Authorization
     background: BackgroundTasks
     streams: StreamRoutes
+    abandoned: AbandonedTasks
 
     async def run_async(self, request: web.Request) -> web.Response:
         """`POST /run-async`: store the task, start it and respond immediately."""
@@ -66,7 +65,7 @@ class SubmitRoutes:
         except BaseException:
             # The client has not seen the task finish.
             if not self.streams.is_closing:
-                self.background.spawn(self._cancel_abandoned(submission))
+                self.background.spawn(self._abandon(submission))
             raise
 
     async def _submit(self, request: web.Request, task_type: TaskType) -> asyncio.Task[Submitted]:
@@ -94,27 +93,11 @@ class SubmitRoutes:
             raise invalid("Idempotency-Key", "Idempotency-Key must have 1 to 255 printable ASCII characters")
         return Idempotency(key=key, caller=self.authorization.caller(request) or "")
 
-    async def _cancel_abandoned(self, submission: asyncio.Task[Submitted]) -> None:
-        """Cancel a task whose client has disconnected, unless another client reads it after the grace period."""
+    async def _abandon(self, submission: asyncio.Task[Submitted]) -> None:
+        """Tell that the client of a submission has left."""
         await asyncio.wait([submission])
-        if submission.cancelled() or submission.exception() is not None:
-            return
-        task_id = submission.result().record.task_id
-        await asyncio.sleep(self.deps.timeouts.abandon)
-        if self.deps.feed.readers(task_id):
-            return
-        try:
-            await self.deps.dispatcher.cancel(task_id)
-            log.info("task_abandoned", message="Task cancelled because its client left", taskId=task_id)
-        except (TaskAlreadyFinished, TaskNotFound):
-            pass
-        except CcrunError as error:
-            log.warning(
-                "abandoned_task_cancel_failed",
-                message="Task whose client left could not be cancelled",
-                taskId=task_id,
-                error=error.message,
-            )
+        if not submission.cancelled() and submission.exception() is None:
+            self.abandoned.submitter_left(submission.result().record.task_id)
 
 
 def _headers(submitted: Submitted) -> dict[str, str]:

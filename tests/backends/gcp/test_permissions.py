@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 
+import aiohttp
 import attrs
 import grpc
 import pytest
@@ -22,6 +23,7 @@ from standins.gcs import NO_FAULT, Fault
 
 from ccrun.api.dispatch import Idempotency
 from ccrun.seal import Sealed
+from ccrun.store import Store
 from ccrun.task import CallbackState, Status, TaskId, TaskRecord, TaskType
 from ccrun.testing.model import Conversation, Hang, Reply, Say, UseTool
 
@@ -175,6 +177,7 @@ async def test_each_side_makes_the_documented_calls(scene: Scene) -> None:
     await cancels(scene)
     await lost_workers(scene)
     await unlaunched_task(scene)
+    await clients_that_leave(scene)
     doors = {"api": scene.recorded.api, "worker": scene.recorded.worker, "sweep": scene.recorded.sweep}
     seen = {side: {call: PERMISSIONS[call.method] for call in door.calls} for side, door in doors.items()}
     assert documented() == seen
@@ -269,6 +272,33 @@ async def lost_workers(scene: Scene) -> None:
     await deployment.sweep()
     for task_id in ("settled-by-api", "settled-by-sweep"):
         await scene.until_delivered(task_id)
+
+
+async def clients_that_leave(scene: Scene) -> None:
+    """Let a client of `POST /run` leave and another one read the task; then leave a task whose instance was killed."""
+    service, store = scene.recorded.service, scene.recorded.deployment.store
+    for task_id in (TaskId("left"), TaskId("abandoned")):
+        body = service.body(taskId=task_id, prompt="Wait.")
+        async with aiohttp.ClientSession() as http, http.post(f"{service.url}/run", json=body) as response:
+            await scene.until_running(task_id)
+            await response.content.readline()
+    first = await until_lease(store, TaskId("left"))
+    reading = asyncio.create_task(service.events("left"))
+    await until_lease(store, TaskId("left"), other_than=first)
+    await scene.post("/cancel/left", status=200)
+    assert "done" == (await reading)[-1].name
+    await until_lease(store, TaskId("abandoned"))
+    await store.write_lease(TaskId("abandoned"), at=dt.datetime.now(dt.UTC) - dt.timedelta(hours=1))
+    await scene.recorded.deployment.sweep()
+    await service.until_final("abandoned")
+
+
+async def until_lease(store: Store, task_id: TaskId, *, other_than: int | None = None) -> int:
+    """Wait for a lease on the task that has another generation; return its generation."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while (lease := await store.lease(task_id)) is None or lease.generation == other_than:
+            await asyncio.sleep(0.05)
+        return lease.generation
 
 
 async def unlaunched_task(scene: Scene) -> None:
