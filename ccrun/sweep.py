@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Final
+from urllib.parse import urlsplit
 
 import attrs
 import structlog
@@ -30,8 +32,15 @@ INCOMPLETE_TASK_AGE: Final = dt.timedelta(seconds=30)
 #: The age of a lease on a task whose clients have left, after which the sweep cancels the task. The instance that has written
 #: the lease does so after `ccrun.api.dependencies.ApiTimeouts.abandon` seconds, half of this, unless it was killed.
 ABANDONED_AGE: Final = dt.timedelta(seconds=60)
-#: Tasks that are processed concurrently, so that a receiver that does not answer delays few others.
+#: Tasks that are settled concurrently, each with a few calls to the storage.
 PARALLEL_TASKS: Final = 20
+#: Concurrent deliveries to one host, so that a process burdens no receiver.
+PARALLEL_DELIVERIES: Final = 4
+#: Seconds in which a sweep starts deliveries to one host. The others follow in later sweeps, so that a host that does not respond
+#: ends a sweep as soon as one that does.
+HOST_SECONDS: Final = 10.0
+#: Hosts that are called concurrently, with `PARALLEL_DELIVERIES` open connections each.
+PARALLEL_HOSTS: Final = 50
 #: Concurrent sweeps, most of which wait for receivers.
 MAX_PARALLEL_SWEEPS: Final = 10
 
@@ -58,6 +67,14 @@ class SweepReport:
 
 
 @attrs.frozen(kw_only=True)
+class _Looked:
+    """What a sweep has done for one task, and its record if the callback is due."""
+
+    report: SweepReport = SweepReport()
+    due: TaskRecord | None = None
+
+
+@attrs.frozen(kw_only=True)
 class Sweeper:
     """Processes all active tasks."""
 
@@ -68,6 +85,8 @@ class Sweeper:
     launches_pending: bool
     incomplete_age: dt.timedelta = INCOMPLETE_TASK_AGE
     abandoned_age: dt.timedelta = ABANDONED_AGE
+    #: Deliveries under way by host, of all sweeps of this process.
+    _deliveries: Counter[str] = attrs.field(factory=Counter, init=False, repr=False, eq=False)
 
     async def sweep(self) -> SweepReport:
         """Process all active tasks once."""
@@ -78,10 +97,17 @@ class Sweeper:
         found = zip(marks, records, strict=True)
         # The oldest first: pending tasks are launched in the order of their submission.
         oldest_first = sorted(found, key=lambda pair: pair[1].created_at if pair[1] else pair[0].since)
-        reports = (self._guarded(gate, mark, record, states.get(mark.task_id)) for mark, record in oldest_first)
-        report = sum(await asyncio.gather(*reports), SweepReport())
+
+        async def look(mark: ActiveTask, record: TaskRecord | None) -> _Looked:
+            async with gate:
+                work = self._remove_incomplete(mark) if record is None else self._look(record, states.get(mark.task_id))
+                return await self._guarded(mark.task_id, work)
+
+        looked = await asyncio.gather(*(look(mark, record) for mark, record in oldest_first))
+        due = [each.due for each in looked if each.due is not None]
+        delivered = await self._deliver_all(due)
         await self._clear_leftovers()
-        return report
+        return sum((each.report for each in (*looked, *delivered)), SweepReport())
 
     async def sweep_completely(self) -> SweepReport:
         """Sweep, and sweep again if pending tasks were too new, since the next scheduled sweep may be minutes away."""
@@ -111,26 +137,20 @@ class Sweeper:
                 log.info("leftovers_removed", message="Processes and files of a lost worker removed", taskId=task_id)
         await self.store.remove_interrupted_writes()
 
-    async def _guarded(
-        self, gate: asyncio.Semaphore, mark: ActiveTask, record: TaskRecord | None, state: ExecutionState | None
-    ) -> SweepReport:
+    async def _guarded(self, task_id: TaskId, work: Awaitable[_Looked]) -> _Looked:
         """Process one task. Its failure must not affect the others."""
-        async with gate:
-            try:
-                return await (self._remove_incomplete(mark) if record is None else self._look(record, state))
-            except TaskNotFound:
-                return SweepReport()
-            except CcrunError as error:
-                log.warning(
-                    "task_sweep_failed", message="Task could not be swept", taskId=mark.task_id, error=error.message
-                )
-            except Exception:
-                log.exception(
-                    "task_sweep_crashed", message="Unexpected error while sweeping a task", taskId=mark.task_id
-                )
-        return SweepReport(failed=1)
+        try:
+            return await work
+        except TaskNotFound:
+            return _Looked()
+        except CcrunError as error:
+            log.warning("task_sweep_failed", message="Task could not be swept", taskId=task_id, error=error.message)
+        except Exception:
+            log.exception("task_sweep_crashed", message="Unexpected error while sweeping a task", taskId=task_id)
+        return _Looked(report=SweepReport(failed=1))
 
-    async def _look(self, record: TaskRecord, state: ExecutionState | None) -> SweepReport:
+    async def _look(self, record: TaskRecord, state: ExecutionState | None) -> _Looked:
+        """Settle a task."""
         report = SweepReport()
         if not record.status.is_final:
             record = await self._cancel_abandoned(record)
@@ -148,21 +168,38 @@ class Sweeper:
                 )
                 report += SweepReport(settled=1)
             record = present
-        if not record.status.is_final:
-            return report
-        if not record.owes_callback:
+        if record.status.is_final and not record.owes_callback:
             # The process that wrote the final record was killed before it deleted the mark.
             await self.store.delete_leftovers(record.task_id)
-            return report
-        if lifecycle.is_callback_due(record, at=dt.datetime.now(dt.UTC)):
-            # Deleting it may have failed, and the callback may be retried for a month.
-            await self.store.delete_payload(record.task_id)
-            claimed = await self.callbacks.claim(record.task_id)
-            if claimed is not None:
-                carried = await self._deliver(claimed)
-                delivered = carried.webhook is not None and carried.webhook.state is CallbackState.DELIVERED
-                report += SweepReport(delivered=1) if delivered else SweepReport(undelivered=1)
-        return report
+        is_due = record.status.is_final and lifecycle.is_callback_due(record, at=dt.datetime.now(dt.UTC))
+        return _Looked(report=report, due=record if is_due else None)
+
+    async def _deliver_all(self, due: Iterable[TaskRecord]) -> list[_Looked]:
+        """Deliver callbacks. A host that does not respond delays only its own, and those that have failed least go first."""
+        queues: dict[str, deque[TaskRecord]] = {}
+        for record in sorted(due, key=lambda record: record.webhook.attempts if record.webhook else 0):
+            queues.setdefault(urlsplit(record.callback_url or "").netloc, deque()).append(record)
+        hosts, clock = asyncio.Semaphore(PARALLEL_HOSTS), asyncio.get_running_loop().time
+        results: list[_Looked] = []
+
+        async def deliver_some(host: str, until: float) -> None:
+            while queues[host] and clock() < until and self._deliveries[host] < PARALLEL_DELIVERIES:
+                record = queues[host].popleft()
+                self._deliveries[host] += 1
+                try:
+                    results.append(await self._guarded(record.task_id, self._deliver(record)))
+                finally:
+                    self._deliveries[host] -= 1
+
+        async def deliver_to(host: str) -> None:
+            async with hosts:
+                until = clock() + HOST_SECONDS
+                await asyncio.gather(*(deliver_some(host, until) for _ in range(PARALLEL_DELIVERIES)))
+            if not self._deliveries[host]:
+                del self._deliveries[host]
+
+        await asyncio.gather(*(deliver_to(host) for host in queues))
+        return results
 
     async def _cancel_abandoned(self, record: TaskRecord) -> TaskRecord:
         """Cancel a `POST /run` task whose clients have left, if the instance that was to cancel it has not: it was killed."""
@@ -182,19 +219,26 @@ class Sweeper:
         log.info("task_abandoned", message="Task cancelled because its client left", taskId=record.task_id)
         return record
 
-    async def _deliver(self, claimed: TaskRecord) -> TaskRecord:
-        """Deliver a claimed callback. If cancelled, release the claim, so that the next sweep need not wait until it expires."""
+    async def _deliver(self, record: TaskRecord) -> _Looked:
+        """Deliver a callback. If cancelled, release the claim, so that the next sweep need not wait until it expires."""
+        # Deleting it may have failed, and the callback may be retried for a month.
+        await self.store.delete_payload(record.task_id)
+        claimed = await self.callbacks.claim(record.task_id)
+        if claimed is None:
+            return _Looked()
         try:
-            return await self.callbacks.deliver(claimed)
+            record = await self.callbacks.deliver(claimed)
         except asyncio.CancelledError:
             await self.callbacks.release(claimed.task_id)
             raise
+        is_delivered = record.webhook is not None and record.webhook.state is CallbackState.DELIVERED
+        return _Looked(report=SweepReport(delivered=1) if is_delivered else SweepReport(undelivered=1))
 
-    async def _remove_incomplete(self, mark: ActiveTask) -> SweepReport:
+    async def _remove_incomplete(self, mark: ActiveTask) -> _Looked:
         """Delete what a submission has left whose process was killed before it wrote the record. No client knows that task."""
         if dt.datetime.now(dt.UTC) - mark.since > self.incomplete_age:
             await self.store.delete_leftovers(mark.task_id)
-        return SweepReport()
+        return _Looked()
 
     async def run_forever(self, *, every_seconds: float, sooner: asyncio.Event) -> None:
         """Sweep until cancelled: at an interval, and immediately when `sooner` is set.

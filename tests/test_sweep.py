@@ -16,6 +16,7 @@ from helpers.sweep import (
     make_sweeper,
     pending,
     receiver,
+    serve_receiver,
     sweeper,
     until,
 )
@@ -24,8 +25,8 @@ from ccrun.errors import Busy, StorageError
 from ccrun.jobs import ExecutionState
 from ccrun.lifecycle import CALLBACK_RETRY_PERIOD, claim_callback, start
 from ccrun.seal import Sealed
-from ccrun.sweep import Sweeper, SweepReport
-from ccrun.task import CallbackState, Reason, Status, TaskId, TaskRecord, TaskType
+from ccrun.sweep import PARALLEL_DELIVERIES, Sweeper, SweepReport
+from ccrun.task import CallbackInfo, CallbackState, Reason, Status, TaskId, TaskRecord, TaskType
 
 __all__ = ["jobs", "make_sweeper", "receiver", "sweeper"]
 
@@ -242,6 +243,38 @@ async def test_cancelled_sweep_releases_its_callbacks(
     assert SweepReport(delivered=1) == await make_sweeper().sweep()
 
 
+async def test_receiver_that_hangs_delays_no_other(sweeper: Sweeper, receiver: Receiver) -> None:
+    """Sixty older callbacks to a host that does not respond keep none from another host; few are sent to it at a time."""
+    sweeping = []
+    async with serve_receiver() as hanging:
+        hanging.hanging = {f"t-{number:02}" for number in range(60)}
+        for task_id in sorted(hanging.hanging):
+            await add_finished(sweeper, task_id, hanging.url)
+        await add_finished(sweeper, "healthy", receiver.url)
+        sweeping += [asyncio.create_task(sweeper.sweep())]
+        await until(lambda: receiver.task_ids == ["healthy"] and len(hanging.task_ids) == PARALLEL_DELIVERIES)
+        await add_finished(sweeper, "healthy-too", receiver.url)
+        sweeping += [asyncio.create_task(sweeper.sweep())]
+        await until(lambda: receiver.task_ids == ["healthy", "healthy-too"])
+        assert PARALLEL_DELIVERIES == len(hanging.task_ids)
+        hanging.released.set()
+        reports = await asyncio.gather(*sweeping)
+    assert 62 == sum(report.delivered for report in reports)
+
+
+async def test_callbacks_that_have_failed_least_go_first(sweeper: Sweeper, receiver: Receiver) -> None:
+    """Among those to one host, new callbacks do not wait for those that have failed before."""
+    for number in range(8):
+        await add_finished(sweeper, f"t-{number}", receiver.url)
+
+        def with_attempts(record: TaskRecord, attempts: int = 8 - number) -> TaskRecord:
+            return attrs.evolve(record, webhook=attrs.evolve(record.webhook or CallbackInfo(), attempts=attempts))
+
+        await sweeper.store.update(TaskId(f"t-{number}"), with_attempts)
+    await sweeper.sweep()
+    assert {f"t-{number}" for number in range(4, 8)} == set(receiver.task_ids[:4])
+
+
 async def test_callback_under_a_lease_is_not_delivered(sweeper: Sweeper, receiver: Receiver) -> None:
     """A sweep delivers a callback that a worker has claimed only after the lease has expired."""
     await add_finished(sweeper, url=receiver.url, lease_until=dt.datetime.now(dt.UTC) + sweeper.callbacks.lease)
@@ -299,7 +332,7 @@ async def test_callbacks_of_a_cancelled_sweep_are_delivered_later(
         await add_finished(first, task_id, receiver.url)
     receiver.hanging = set(task_ids)
     sweeping = asyncio.create_task(first.sweep())
-    await until(lambda: len(receiver.task_ids) >= 5)
+    await until(lambda: len(receiver.task_ids) == PARALLEL_DELIVERIES)
     sweeping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sweeping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -93,6 +94,13 @@ class Receiver:
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
     """Start a receiver on loopback."""
+    async with serve_receiver() as receiver:
+        yield receiver
+
+
+@contextlib.asynccontextmanager
+async def serve_receiver() -> AsyncIterator[Receiver]:
+    """Serve a receiver on a port of its own."""
     receiver = Receiver()
     app = web.Application()
     app.router.add_post("/hook", receiver.handle)
@@ -145,6 +153,7 @@ async def pending(sweeper: Sweeper, task_id: str = "t-1", url: str = "", created
         created_at=created_at,
         logs_path=f"file:///sessions/{task_id}/",
         webhook=CallbackInfo() if url else None,
+        callback_url=url or None,
         sealed_callback_url=sealed_url,
     )
 
