@@ -67,6 +67,10 @@ class Jobs(Protocol):
         """
         ...
 
+    def queue_position(self, task_id: TaskId) -> int | None:
+        """Return the place of a task among those that wait for a worker, from 1; None if it is not known or does not wait."""
+        ...
+
     async def launch(self, task_id: TaskId) -> str | None:
         """Start a worker for a task, and return the execution's name, or None if the backend does not name executions.
 

@@ -233,6 +233,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, sweep_needed: asynci
             backend.store,
             PollPolicy(min_seconds=min(least_poll, config.poll_seconds), max_seconds=config.poll_seconds),
             settle=functools.partial(settle, backend.store, jobs),
+            queue_position=jobs.queue_position,
         ),
         defaults=Defaults(
             operator_has_credential=config.operator_has_credential,

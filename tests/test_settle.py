@@ -38,6 +38,9 @@ class FakeJobs:
 
     def check_capacity(self) -> None: ...
 
+    def queue_position(self, task_id: TaskId) -> int | None:
+        raise AssertionError
+
     async def launch(self, task_id: TaskId) -> str | None:
         raise AssertionError
 

@@ -22,7 +22,7 @@ from ccrun.api import sse
 from ccrun.api.sse import Cursor
 from ccrun.errors import BlobNotFound, StorageError
 from ccrun.store import ChunkRef, Store
-from ccrun.task import TaskId, TaskRecord, TaskType
+from ccrun.task import Status, TaskId, TaskRecord, TaskType
 
 log = structlog.get_logger()
 
@@ -35,6 +35,8 @@ POLL_DELAY_RATIO: Final = 0.25
 #: Seconds after which a poller renews the lease on its task, if a client of the task has left (`ccrun.api.abandoned`): a third
 #: of the time that clients have to return. A task of `POST /run` is polled at least that often.
 RENEW_LEASE_SECONDS: Final = 10.0
+#: Seconds between two looks at the place of a pending task in the queue.
+QUEUE_SECONDS: Final = 1.0
 #: Seconds for which reading a chunk is retried before the stream is aborted.
 READ_RETRY_SECONDS: Final = 30.0
 
@@ -73,6 +75,20 @@ class CaughtUp:
 
 
 @attrs.frozen(kw_only=True)
+class StatusChanged:
+    """A task that was pending when the reader started is still pending, at a place in the queue that has changed, or runs.
+
+    Args:
+        queue_position: The place in the queue, from 1; None if it is not known.
+        cursor: The position of the reader.
+    """
+
+    status: Status
+    queue_position: int | None
+    cursor: Cursor
+
+
+@attrs.frozen(kw_only=True)
 class Idle:
     """There was no other item for some time."""
 
@@ -85,7 +101,7 @@ class Finished:
 
 
 Settle = Callable[[TaskRecord], Awaitable[object]]
-Item = Lines | CaughtUp | Idle | Finished
+Item = Lines | CaughtUp | StatusChanged | Idle | Finished
 
 
 class Feed:
@@ -94,15 +110,23 @@ class Feed:
     Args:
         policy: How often a task is polled.
         settle: Called when a task has not changed for `PollPolicy.settle_seconds`: its execution may be lost.
+        queue_position: Returns the place of a pending task in the queue, None if it is not known.
         window_bytes: See `WINDOW_BYTES`.
     """
 
     def __init__(
-        self, store: Store, policy: PollPolicy, *, settle: Settle | None = None, window_bytes: int = WINDOW_BYTES
+        self,
+        store: Store,
+        policy: PollPolicy,
+        *,
+        settle: Settle | None = None,
+        queue_position: Callable[[TaskId], int | None] = lambda _: None,
+        window_bytes: int = WINDOW_BYTES,
     ) -> None:
         self._store = store
         self._policy = policy
         self._settle = settle
+        self._queue_position = queue_position
         self._window_bytes = window_bytes
         self._pollers: dict[TaskId, TaskPoller] = {}
 
@@ -130,7 +154,7 @@ class Feed:
         poller.readers += 1
         try:
             await poller.ready()
-            yield FeedReader(poller, after)
+            yield FeedReader(poller, after, self._queue_position)
         finally:
             poller.readers -= 1
             if not poller.readers:
@@ -141,8 +165,11 @@ class Feed:
 class FeedReader:
     """A position in the log of a task."""
 
-    def __init__(self, poller: TaskPoller, after: Cursor | None) -> None:
+    def __init__(
+        self, poller: TaskPoller, after: Cursor | None, queue_position: Callable[[TaskId], int | None]
+    ) -> None:
         self._poller = poller
+        self._queue_position = queue_position
         #: The last chunk that was stored when the reader started.
         self._last_stored = poller.head
         #: The position at which the reader starts.
@@ -175,26 +202,49 @@ class FeedReader:
         """
         chunk, caught_up = self.cursor.chunk, False
         after_line = self.cursor.line
+        loop = asyncio.get_running_loop()
+        idle_since = loop.time()
+        # What the client knows from the record with which the stream starts.
+        shown: tuple[Status, int | None] = (self.record.status, None)
         while True:
+            status = self._status(has_lines=chunk <= self._poller.head)
+            if not status.is_final:
+                position = self._queue_position(self.record.task_id) if status is Status.PENDING else None
+                if shown != (shown := (status, position)):
+                    yield StatusChanged(status=status, queue_position=position, cursor=Cursor(chunk, after_line))
+                    idle_since = loop.time()
             if not caught_up and chunk > self._last_stored:
                 caught_up = True
                 yield CaughtUp(cursor=Cursor(chunk, after_line))
+                idle_since = loop.time()
             changed = self._poller.changed
             if chunk <= self._poller.head:
                 events = await self._poller.events(chunk, after_line=after_line)
                 chunk, after_line = chunk + 1, 0
                 if events:
                     yield Lines(events=events)
+                    idle_since = loop.time()
             elif self._poller.is_finished:
                 yield Finished(record=self.record)
                 return
             else:
                 self._poller.check()
+                until = idle_since + idle_seconds
                 try:
-                    async with asyncio.timeout(idle_seconds):
+                    async with asyncio.timeout_at(
+                        min(until, loop.time() + QUEUE_SECONDS) if status is Status.PENDING else until
+                    ):
                         await changed.wait()
+                    idle_since = loop.time()
                 except TimeoutError:
-                    yield Idle()
+                    if loop.time() >= until:
+                        yield Idle()
+                        idle_since = loop.time()
+
+    def _status(self, *, has_lines: bool) -> Status:
+        """Return the status of the task. A pending one with lines has started since the record was read."""
+        status = self.record.status
+        return Status.RUNNING if status is Status.PENDING and has_lines else status
 
 
 class TaskPoller:

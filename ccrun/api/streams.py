@@ -14,7 +14,7 @@ from ccrun import codec
 from ccrun.api import sse
 from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.dependencies import ApiDependencies
-from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines
+from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines, StatusChanged
 from ccrun.api.responses import check_query, invalid
 from ccrun.api.sse import Cursor
 from ccrun.api.tasks import task_id_of
@@ -160,6 +160,9 @@ class StreamRoutes:
                     yield item.events
                 case CaughtUp():
                     yield sse.json_event("caught_up", {}, at=item.cursor)
+                case StatusChanged():
+                    data = {"status": item.status, "queuePosition": item.queue_position}
+                    yield sse.json_event("status", data, at=item.cursor)
                 case Idle():
                     yield sse.HEARTBEAT if ping_seconds is None else sse.json_event("ping", {})
                 case Finished():

@@ -105,8 +105,12 @@ class RecordingJobs(Faulty):
         self.cancelled: list[TaskId] = []
         self.states: dict[TaskId, ExecutionState] = {}
         self.state_calls = 0
+        self.positions: dict[TaskId, int] = {}
 
     def check_capacity(self) -> None: ...
+
+    def queue_position(self, task_id: TaskId) -> int | None:
+        return self.positions.get(task_id)
 
     async def launch(self, task_id: TaskId) -> str | None:
         await self._fail_or_wait()
@@ -294,7 +298,7 @@ async def api_on(directory: Path, *, host: str = "127.0.0.1", **deps: Any) -> As
         jobs=jobs,
         wrapper=key,
         dispatcher=Dispatcher(store=store, jobs=jobs, wrapper=key, callback_owed=lambda: owed.append(None)),
-        feed=Feed(store, PollPolicy(min_seconds=0.01, max_seconds=0.05)),
+        feed=Feed(store, PollPolicy(min_seconds=0.01, max_seconds=0.05), queue_position=jobs.queue_position),
         defaults=Defaults(max_timeout_minutes=60),
         max_request_bytes=MAX_REQUEST_BYTES,
         backend="local",

@@ -63,6 +63,9 @@ class RecordingJobs:
 
     def check_capacity(self) -> None: ...
 
+    def queue_position(self, task_id: TaskId) -> int | None:
+        return None
+
     async def launch(self, task_id: TaskId) -> str | None:
         if self.before_launch is not None:
             await asyncio.to_thread(self.before_launch)

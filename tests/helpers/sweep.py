@@ -46,6 +46,9 @@ class FakeJobs:
 
     def check_capacity(self) -> None: ...
 
+    def queue_position(self, task_id: TaskId) -> int | None:
+        return None
+
     async def launch(self, task_id: TaskId) -> str | None:
         if self.launch_error is not None:
             raise self.launch_error

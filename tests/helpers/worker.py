@@ -69,6 +69,9 @@ class NoJobs:
 
     def check_capacity(self) -> None: ...
 
+    def queue_position(self, task_id: TaskId) -> int | None:
+        return None
+
     async def launch(self, task_id: TaskId) -> str | None:
         return None
 

@@ -108,6 +108,10 @@ class CloudRunJobs:
     def check_capacity(self) -> None:
         """Do nothing: only a launch shows whether there is capacity."""
 
+    def queue_position(self, task_id: TaskId) -> int | None:
+        """Return None: Cloud Run does not tell."""
+        return None
+
     async def launch(self, task_id: TaskId) -> str | None:
         variables = {"TASK_ID": task_id, "ENCRYPTED_PAYLOAD_PATH": payload_name(task_id)}
         container = run_v2.RunJobRequest.Overrides.ContainerOverride(

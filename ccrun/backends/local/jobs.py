@@ -78,6 +78,8 @@ class SubprocessJobs:
         self._marker = marker
         self._launched = LaunchedTasks(services)
         self._queue: deque[TaskId] = deque()
+        #: The places in the queue, None after it has changed: thousands of readers may ask every second.
+        self._places: dict[TaskId, int] | None = None
         #: None: the worker's process is being started.
         self._running: dict[TaskId, detached.Detached | None] = {}
         self._finished: OrderedDict[TaskId, None] = OrderedDict()
@@ -93,6 +95,7 @@ class SubprocessJobs:
     async def __aexit__(self, *exc_info: object) -> None:
         """Start no more workers. Those that run keep running."""
         self._queue.clear()
+        self._places = None
         for waiter in self._waiters:
             waiter.cancel()
         await asyncio.gather(*self._waiters, return_exceptions=True)
@@ -107,10 +110,16 @@ class SubprocessJobs:
         if len(self._queue) >= self._max_queued:
             raise Busy(f"{self._max_queued} tasks are already queued.", retry_after=QUEUE_RETRY_SECONDS)
 
+    def queue_position(self, task_id: TaskId) -> int | None:
+        if self._places is None:
+            self._places = {queued: place for place, queued in enumerate(self._queue, start=1)}
+        return self._places.get(task_id)
+
     async def launch(self, task_id: TaskId) -> str | None:
         self.check_capacity()
         if task_id not in self._running and task_id not in self._queue:
             self._queue.append(task_id)
+            self._places = None
             await self._launched.add(task_id)
             self._start_queued()
         return None
@@ -118,6 +127,7 @@ class SubprocessJobs:
     async def cancel(self, task_id: TaskId, execution_name: str | None) -> None:
         with contextlib.suppress(ValueError):
             self._queue.remove(task_id)
+            self._places = None
             await self._launched.remove(task_id)
         child = self._running.get(task_id)
         pid = child.pid if child else await asyncio.to_thread(pidfile.holder_pid, self._pid_files / task_id)
@@ -174,6 +184,7 @@ class SubprocessJobs:
     def _start_queued(self) -> None:
         while self._queue and len(self._running) < self._slots:
             task_id = self._queue.popleft()
+            self._places = None
             self._running[task_id] = None
             waiter = asyncio.create_task(self._run(task_id))
             self._waiters.add(waiter)

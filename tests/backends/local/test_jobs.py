@@ -36,12 +36,15 @@ async def test_running_workers_are_limited(make_jobs: MakeJobs, tmp_path: Path) 
         assert [ExecutionState.RUNNING, ExecutionState.QUEUED, ExecutionState.QUEUED] == [
             await jobs.state(task_id, None) for task_id in (A, B, C)
         ]
+        assert [None, 1, 2] == [jobs.queue_position(task_id) for task_id in (A, B, C)]
         (tmp_path / A).unlink()
         await until_written(tmp_path / B)
         assert [ExecutionState.FINISHED, ExecutionState.RUNNING, ExecutionState.QUEUED] == [
             await jobs.state(task_id, None) for task_id in (A, B, C)
         ]
+        assert [None, None, 1] == [jobs.queue_position(task_id) for task_id in (A, B, C)]
         await jobs.cancel(C, None)
+        assert jobs.queue_position(C) is None
 
 
 async def test_launching_twice_starts_one_worker(make_jobs: MakeJobs, tmp_path: Path) -> None:
