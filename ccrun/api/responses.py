@@ -94,7 +94,7 @@ def response_to(error: Exception, request: web.Request, *, max_request_bytes: in
                 log.warning(
                     "request_failed", message="Request failed", path=request.path, status=status, error=error.message
                 )
-            response = error_response(status, error.message, retry_after=_retry_after(error) if status == 503 else None)
+            response = error_response(status, error.message, retry_after=retry_after(error) if status == 503 else None)
             if isinstance(error, Busy):
                 # Its connection may be what the service lacks.
                 response.force_close()
@@ -114,5 +114,6 @@ def response_to(error: Exception, request: web.Request, *, max_request_bytes: in
             return error_response(500, "An internal error occurred; the log of the service has the details.")
 
 
-def _retry_after(error: CcrunError) -> int:
+def retry_after(error: CcrunError) -> int:
+    """Return the seconds after which a client may retry a request that failed with this error and 503."""
     return error.retry_after if isinstance(error, Busy) else RETRY_AFTER_SECONDS

@@ -13,8 +13,6 @@ import attrs
 
 from ccrun import codec
 
-#: A field of the first event: a browser reconnects after this many milliseconds.
-RETRY: Final = b"retry: 1000\n"
 #: A comment, which keeps proxies from closing an idle stream and reveals readers that have left. It has no empty line, which some
 #: clients take for the end of an event.
 HEARTBEAT: Final = b": heartbeat\n"
@@ -39,6 +37,11 @@ class Cursor:
 
     def __str__(self) -> str:
         return f"{self.chunk}:{self.line}"
+
+
+def retry(seconds: int) -> bytes:
+    """Return the field of an event that tells a browser when to reconnect."""
+    return b"retry: %d\n" % (seconds * 1000)
 
 
 def parse_cursor(text: str) -> Cursor | None:

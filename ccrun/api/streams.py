@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
+import structlog
 from aiohttp import hdrs, web
 from aiohttp_sse import EventSourceResponse
 
@@ -15,14 +16,18 @@ from ccrun.api import sse
 from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines, StatusChanged
-from ccrun.api.responses import check_query, invalid
+from ccrun.api.responses import check_query, invalid, retry_after
 from ccrun.api.sse import Cursor
 from ccrun.api.tasks import task_id_of
-from ccrun.errors import BlobNotFound, Busy
+from ccrun.errors import BlobNotFound, Busy, CcrunError, StorageError
 from ccrun.task import Status, TaskId, TaskRecord
+
+log = structlog.get_logger()
 
 #: Seconds after which a client should retry when too many streams are open.
 STREAM_RETRY_SECONDS: Final = 15
+#: Seconds after which a browser reconnects when its connection breaks.
+RECONNECT_SECONDS: Final = 1
 #: Bytes. A stream is written in pieces of this size, so that little is buffered for a reader that stalls.
 WRITE_BYTES: Final = 256 * 1024
 
@@ -53,6 +58,14 @@ class StreamRoutes:
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/events`: the events of a task, from the start, from now on, or after a cursor."""
+        try:
+            return await self._requested_events(request)
+        except (Busy, StorageError) as error:
+            if not _is_event_source(request) or request.writer.output_size > 0:
+                raise
+            return _unavailable(request, error)
+
+    async def _requested_events(self, request: web.Request) -> web.StreamResponse:
         check_query(request, "from", "lastEventId", "heartbeat")
         self.check_capacity()
         task_id = task_id_of(request)
@@ -149,7 +162,7 @@ class StreamRoutes:
 
     async def _events(self, reader: FeedReader, ping_seconds: int | None) -> AsyncIterator[bytes]:
         record = reader.record
-        yield sse.RETRY + sse.json_event(
+        yield sse.retry(RECONNECT_SECONDS) + sse.json_event(
             "task",
             {"taskId": record.task_id, "status": record.status, "logsPath": record.logs_path},
             at=reader.cursor,
@@ -174,6 +187,29 @@ class StreamRoutes:
         for start in range(0, len(view), WRITE_BYTES):
             async with asyncio.timeout(self._deps.timeouts.send):
                 await response.write(view[start : start + WRITE_BYTES])
+
+
+def _is_event_source(request: web.Request) -> bool:
+    """Return whether the client is a browser's EventSource. Only browsers send `Sec-Fetch-Mode`; `fetch` caches by default."""
+    headers = request.headers
+    return (
+        headers.get("Accept") == "text/event-stream"
+        and headers.get("Cache-Control") == "no-cache"
+        and "Sec-Fetch-Mode" in headers
+    )
+
+
+def _unavailable(request: web.Request, error: CcrunError) -> web.Response:
+    """Return a stream of one event, after which an EventSource comes back; after any status but 200 it would not."""
+    seconds = retry_after(error)
+    log.warning("request_failed", message="Request failed", path=request.path, status=503, error=error.message)
+    response = web.Response(
+        body=sse.retry(seconds) + sse.json_event("unavailable", {"error": error.message, "retryAfter": seconds}),
+        content_type="text/event-stream",
+        headers={"Cache-Control": "no-cache, no-transform"},
+    )
+    response.force_close()
+    return response
 
 
 def _last_events(record: TaskRecord) -> bytes:

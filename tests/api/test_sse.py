@@ -45,9 +45,9 @@ def test_event_has_one_line_for_each_field() -> None:
 
 def test_retry_and_heartbeat_are_not_events() -> None:
     """A stream starts with the delay after which a browser reconnects; neither that nor a heartbeat ends an event."""
-    assert sse.RETRY == b"retry: 1000\n"
-    assert b"\n\n" not in sse.RETRY + sse.HEARTBEAT + sse.HEARTBEAT
-    assert read_stream(sse.RETRY + sse.HEARTBEAT) == []
+    assert sse.retry(1) == b"retry: 1000\n"
+    assert b"\n\n" not in sse.retry(1) + sse.HEARTBEAT + sse.HEARTBEAT
+    assert read_stream(sse.retry(1) + sse.HEARTBEAT) == []
 
 
 def test_line_separators_of_other_standards_are_escaped() -> None:
