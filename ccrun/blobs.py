@@ -36,6 +36,8 @@ class BlobInfo:
     name: str
     generation: int
     updated: dt.datetime
+    #: Bytes of its content.
+    size: int
 
 
 class Blobs(Protocol):

@@ -39,10 +39,11 @@ from ccrun.task import TaskId, TaskRecord
 
 @attrs.frozen(kw_only=True)
 class ChunkRef:
-    """A log chunk in a listing."""
+    """A log chunk in a listing. `size` is in bytes."""
 
     number: int
     name: str
+    size: int
 
 
 @attrs.frozen(kw_only=True)
@@ -405,7 +406,7 @@ class Store:
             task_prefix(task_id), after=before_chunk(task_id, first), before=last + "\x00", limit=LISTING_NAMES
         )
         chunks = [
-            ChunkRef(number=chunk_number(match[1]), name=entry.name)
+            ChunkRef(number=chunk_number(match[1]), name=entry.name, size=entry.size)
             for entry in entries
             if (match := CHUNK_NAME.fullmatch(entry.name.removeprefix(task_prefix(task_id))))
         ]

@@ -10,6 +10,7 @@ from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.background import BackgroundTasks
 from ccrun.api.dependencies import ApiDependencies, Companion
 from ccrun.api.health import HealthRoutes
+from ccrun.api.logs import LogRoutes
 from ccrun.api.middleware import Authorization, bind_trace, handle_errors
 from ccrun.api.streams import StreamRoutes
 from ccrun.api.submit import SubmitRoutes
@@ -49,7 +50,7 @@ def make_app(deps: ApiDependencies) -> web.Application:
             web.get("/tasks/status", tasks.tasks_status),
             web.get("/tasks/{task_id}", tasks.task),
             web.get("/tasks/{task_id}/events", streams.events),
-            web.get("/tasks/{task_id}/logs", streams.logs),
+            web.get("/tasks/{task_id}/logs", LogRoutes(deps=deps).logs),
             web.post("/tasks/{task_id}/webhook", tasks.redeliver),
             web.post("/cancel/{task_id}", tasks.cancel),
         ]

@@ -25,6 +25,8 @@ _LINE_SEPARATORS: Final = (
     (b"\xe2\x80\xa9", b"\\u2029"),
     (b"\xc2\x85", b"\\u0085"),
 )
+#: The type of a line of the CLI, which is its first member.
+_TYPE: Final = re.compile(rb'\{"type":"([a-z_]{1,64})"')
 _CURSOR: Final = re.compile(r"([0-9]{1,15}):([0-9]{1,15})")
 
 
@@ -95,6 +97,32 @@ def line_events(chunk: int, content: bytes, *, after_line: int = 0) -> bytes:
                 line = _as_text(content[start:end])
             pieces += (b"id: %d:%d\ndata: " % (chunk, number), line, b"\n\n")
         start = end + 1
+    return b"".join(pieces)
+
+
+def cut(events: bytes, max_line_bytes: int, logs_path: str) -> bytes:
+    """Return events of lines with a summary in place of each line that is too long.
+
+    Args:
+        events: What `line_events` has returned.
+        max_line_bytes: The maximum length of a line.
+        logs_path: The path under which the whole line can be requested, without a query.
+    """
+    pieces: list[bytes] = []
+    for block in events.split(b"\n\n")[:-1]:
+        head, _, line = block.partition(b"\ndata: ")
+        if len(line) > max_line_bytes:
+            chunk, number = map(int, head.removeprefix(b"id: ").split(b":"))
+            kind = _TYPE.match(line)
+            summary = {
+                "type": kind[1].decode() if kind else "text",
+                "truncated": True,
+                "bytes": len(line),
+                "content": line[:max_line_bytes].decode(errors="ignore"),
+                "path": f"{logs_path}?after={chunk}:{number - 1}&limit=1",
+            }
+            block = b"%b\ndata: %b" % (head, codec.to_json(summary))
+        pieces += (block, b"\n\n")
     return b"".join(pieces)
 
 

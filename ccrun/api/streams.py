@@ -1,4 +1,4 @@
-"""The events and the log of a task as HTTP responses."""
+"""The events of a task as an HTTP response."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines, StatusCh
 from ccrun.api.responses import check_query, invalid, retry_after
 from ccrun.api.sse import Cursor
 from ccrun.api.tasks import task_id_of
-from ccrun.errors import BlobNotFound, Busy, CcrunError, StorageError
+from ccrun.errors import Busy, CcrunError, StorageError
 from ccrun.task import Status, TaskId, TaskRecord
 
 log = structlog.get_logger()
@@ -28,6 +28,8 @@ log = structlog.get_logger()
 STREAM_RETRY_SECONDS: Final = 15
 #: Seconds after which a browser reconnects when its connection breaks.
 RECONNECT_SECONDS: Final = 1
+#: What a client may ask for with `maxLineBytes`: enough for all lines but those with content, to the longest line of a log.
+LINE_BYTES_RANGE: Final = (1024, 64 * 1024 * 1024)
 #: Bytes. A stream is written in pieces of this size, so that little is buffered for a reader that stalls.
 WRITE_BYTES: Final = 256 * 1024
 
@@ -66,7 +68,7 @@ class StreamRoutes:
             return _unavailable(request, error)
 
     async def _requested_events(self, request: web.Request) -> web.StreamResponse:
-        check_query(request, "from", "lastEventId", "heartbeat")
+        check_query(request, "from", "lastEventId", "heartbeat", "maxLineBytes")
         self.check_capacity()
         task_id = task_id_of(request)
         origin = request.query.get("from", "start")
@@ -91,27 +93,6 @@ class StreamRoutes:
         after = sse.parse_cursor(last_id) if last_id else None
         return await self.follow(request, task_id, after=start if after is None else after, headers=headers)
 
-    async def logs(self, request: web.Request) -> web.StreamResponse:
-        """`GET /tasks/{taskId}/logs`: all lines that are stored, as they are stored."""
-        check_query(request)
-        task_id = task_id_of(request)
-        await self._deps.store.record(task_id)
-        listing = await self._deps.store.listing(task_id, first=1)
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "X-Accel-Buffering": "no"})
-        await response.prepare(request)
-        while listing.chunks and request.method != hdrs.METH_HEAD:
-            for chunk in listing.chunks:
-                try:
-                    content = await self._deps.store.read_chunk(chunk)
-                except BlobNotFound:
-                    continue
-                await self._write(response, content)
-            if listing.record_generation is not None:
-                break
-            listing = await self._deps.store.listing(task_id, first=listing.chunks[-1].number + 1)
-        await response.write_eof()
-        return response
-
     async def follow(
         self, request: web.Request, task_id: TaskId, *, after: Cursor | None, headers: Mapping[str, str] | None = None
     ) -> web.StreamResponse:
@@ -121,7 +102,7 @@ class StreamRoutes:
             after: Where to start; None for the end of what is stored.
             headers: Additional headers of the response.
         """
-        ping_seconds = self._heartbeat(request)
+        ping_seconds, max_line_bytes = self._heartbeat(request), _max_line_bytes(request)
         stream = asyncio.current_task()
         assert stream is not None  # noqa: S101 - a handler always runs in a task
         self._streams.add(stream)
@@ -141,8 +122,8 @@ class StreamRoutes:
                 await response.prepare(request)
                 async with response:
                     if request.method != hdrs.METH_HEAD:
-                        async for events in self._events(reader, ping_seconds):
-                            await self._write(response, events)
+                        async for events in self._events(reader, ping_seconds, max_line_bytes):
+                            await write_in_pieces(response, events, seconds=self._deps.timeouts.send)
                 await response.write_eof()
                 return response
         finally:
@@ -160,7 +141,9 @@ class StreamRoutes:
             raise invalid("heartbeat", f"heartbeat must be a whole number of seconds from 1 to {longest}")
         return int(text)
 
-    async def _events(self, reader: FeedReader, ping_seconds: int | None) -> AsyncIterator[bytes]:
+    async def _events(
+        self, reader: FeedReader, ping_seconds: int | None, max_line_bytes: int | None
+    ) -> AsyncIterator[bytes]:
         record = reader.record
         yield sse.retry(RECONNECT_SECONDS) + sse.json_event(
             "task",
@@ -170,7 +153,12 @@ class StreamRoutes:
         async for item in reader.items(idle_seconds=ping_seconds or self._deps.timeouts.heartbeat):
             match item:
                 case Lines():
-                    yield item.events
+                    if max_line_bytes is not None and len(item.events) > max_line_bytes:
+                        # In a thread, since a line can have many megabytes.
+                        path = f"/tasks/{record.task_id}/logs"
+                        yield await asyncio.to_thread(sse.cut, item.events, max_line_bytes, path)
+                    else:
+                        yield item.events
                 case CaughtUp():
                     yield sse.json_event("caught_up", {}, at=item.cursor)
                 case StatusChanged():
@@ -181,12 +169,24 @@ class StreamRoutes:
                 case Finished():
                     yield _last_events(item.record)
 
-    async def _write(self, response: web.StreamResponse, content: bytes) -> None:
-        """Write in pieces, each with a timeout, so that a reader that stalls holds little memory and is disconnected."""
-        view = memoryview(content)
-        for start in range(0, len(view), WRITE_BYTES):
-            async with asyncio.timeout(self._deps.timeouts.send):
-                await response.write(view[start : start + WRITE_BYTES])
+
+async def write_in_pieces(response: web.StreamResponse, content: bytes | memoryview, *, seconds: float) -> None:
+    """Write in pieces, each with a timeout, so that a reader that stalls holds little memory and is disconnected."""
+    view = memoryview(content)
+    for start in range(0, len(view), WRITE_BYTES):
+        async with asyncio.timeout(seconds):
+            await response.write(view[start : start + WRITE_BYTES])
+
+
+def _max_line_bytes(request: web.Request) -> int | None:
+    """Return the length above which lines are cut; None if the client wants them whole."""
+    text = request.query.get("maxLineBytes")
+    if text is None:
+        return None
+    least, most = LINE_BYTES_RANGE
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and least <= int(text) <= most):
+        raise invalid("maxLineBytes", f"maxLineBytes must be a whole number from {least} to {most}")
+    return int(text)
 
 
 def _is_event_source(request: web.Request) -> bool:

@@ -54,7 +54,7 @@ class SubmitRoutes:
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         """`POST /run`: store the task, start it and stream its events."""
-        check_query(request, "lastEventId", "heartbeat")
+        check_query(request, "lastEventId", "heartbeat", "maxLineBytes")
         self.streams.check_capacity()
         submission = await self._submit(request, TaskType.SYNC)
         try:

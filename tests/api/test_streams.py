@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
-import json
 import socket
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -17,7 +15,6 @@ from helpers.service import WAIT_SECONDS, Event, read_events
 
 from ccrun.api.dependencies import ApiTimeouts
 from ccrun.lifecycle import cancelled_outcome
-from ccrun.names import chunk_name
 from ccrun.task import Outcome, TaskId
 
 #: The log of the tasks here: three chunks, the last of one line.
@@ -410,44 +407,3 @@ async def test_stalled_reader_is_disconnected(tmp_path: Path, path: str, caplog:
     # The kernel buffers about four megabytes for a connection.
     assert 1 < sum(name.endswith(".jsonl") for name in api.blobs.names_read) < LONG_LOG_LINES / 2
     assert ([], []) == (logs, caplog.records)
-
-
-# --- GET /tasks/{taskId}/logs ----------------------------------------------------------------------------------------
-
-
-async def test_log_of_a_running_task_ends_with_the_last_line(api: Api) -> None:
-    """`/logs` has the lines so far, and does not wait for more."""
-    task_id = await api.submit()
-    assert "" == (await api.call("GET", f"/tasks/{task_id}/logs")).text
-    await api.start(task_id)
-    await api.add_chunk(task_id, 1, b'{"n":1}', b"not JSON")
-    await api.add_chunk(task_id, 2, '{"n":"é"}'.encode())
-    response = await api.call("GET", f"/tasks/{task_id}/logs")
-    assert (200, "application/x-ndjson") == (response.status, response.headers["Content-Type"])
-    assert '{"n":1}\nnot JSON\n{"n":"é"}\n' == response.text
-    await api.finish(task_id)
-    assert response.text == (await api.call("GET", f"/tasks/{task_id}/logs")).text
-
-
-async def test_long_log_is_complete(api: Api) -> None:
-    """A line of megabytes and more chunks than one listing returns are received unchanged and in order."""
-    task_id = await api.submit_finished()
-    big = b'{"n":1,"x":"' + b"y" * 3_000_000 + b'"}'
-    await api.add_chunk(task_id, 1, big)
-    at = dt.datetime.now(dt.UTC)
-    # Written directly, because durable writes of so many files would take seconds.
-    for number in range(2, 1203):
-        (api.directory / chunk_name(task_id, number, at)).write_bytes(b'{"n":%d}\n' % number)
-    async with api.http.get(f"{api.url}/tasks/{task_id}/logs") as response:
-        lines = (await response.read()).splitlines()
-    assert big == lines[0]
-    assert list(range(1, 1203)) == [json.loads(line)["n"] for line in lines]
-
-
-async def test_http_1_0_log_is_complete(api: Api) -> None:
-    """HTTP/1.0 has no chunks; the end of the connection is the end of the log."""
-    task_id = await api.submit_finished()
-    await api.add_chunk(task_id, 1, b'{"n":1}')
-    response = await api.raw(f"GET /tasks/{task_id}/logs HTTP/1.0\r\n\r\n".encode())
-    assert response.startswith(b"HTTP/1.0 200 ")
-    assert response.endswith(b'\r\n\r\n{"n":1}\n')

@@ -31,7 +31,7 @@ SLOWEST_BYTES_PER_SECOND: Final = 1024 * 1024
 #: The maximum number of names in one response: https://cloud.google.com/storage/docs/json_api/v1/objects/list
 PAGE_NAMES: Final = 1000
 #: Only what `BlobInfo` needs, which is about a tenth of the full response.
-LISTED_FIELDS: Final = "items(name,generation,updated),nextPageToken"
+LISTED_FIELDS: Final = "items(name,generation,updated,size),nextPageToken"
 #: The key of the custom metadata with the ID of the write that created an object; see `GcsBlobs._write`.
 WRITE_ID_KEY: Final = "ccrun-write"
 OBJECT_WRITE_ID_BYTES: Final = 8
@@ -390,5 +390,8 @@ class GcsBlobs:
 
 def _entry(item: dict[str, str]) -> BlobInfo:
     return BlobInfo(
-        name=item["name"], generation=int(item["generation"]), updated=dt.datetime.fromisoformat(item["updated"])
+        name=item["name"],
+        generation=int(item["generation"]),
+        updated=dt.datetime.fromisoformat(item["updated"]),
+        size=int(item["size"]),
     )

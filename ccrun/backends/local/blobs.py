@@ -168,7 +168,7 @@ class DirectoryBlobs:
                 with contextlib.suppress(FileNotFoundError):
                     status = (self._root / name).stat(follow_symlinks=False)
                     updated = dt.datetime.fromtimestamp(status.st_mtime, dt.UTC)
-                    yield BlobInfo(name=name, generation=status.st_mtime_ns, updated=updated)
+                    yield BlobInfo(name=name, generation=status.st_mtime_ns, updated=updated, size=status.st_size)
 
     def _check(self) -> None:
         with _storage_errors("written"), self._scratch_file(b"", time.time_ns()):

@@ -55,7 +55,7 @@ async def test_listing_gets_no_more_data_than_needed(gcs: Gcs, blobs: GcsBlobs) 
     """A listing requests neither more names nor more metadata than it needs."""
     await blobs.entries("prefix", limit=3)
     assert gcs.latest is not None
-    expected = {"prefix": "prefix", "maxResults": "4", "fields": "items(name,generation,updated),nextPageToken"}
+    expected = {"prefix": "prefix", "maxResults": "4", "fields": "items(name,generation,updated,size),nextPageToken"}
     assert expected == dict(gcs.latest.query)
 
 
