@@ -28,6 +28,7 @@ from ccrun.setting import (
     as_hosts,
     as_log_level,
     as_number,
+    as_oidc_audiences,
     as_one_of,
     as_path,
     as_permission_mode,
@@ -135,6 +136,9 @@ class Config:
     callback_secret: Secret | None = setting("CLOUDRUN_CALLBACK_SECRET", as_callback_secret)
     #: For a receiver to respond.
     callback_timeout_seconds: float = setting("CALLBACK_TIMEOUT_SECONDS", as_number(1, 60), default=10.0)
+    #: The audience of identity tokens by the origin that gets them.
+    google_oidc_audience: tuple[tuple[str, str], ...] = setting("GOOGLE_OIDC_AUDIENCE", as_oidc_audiences, default=())
+    metadata_host: str = setting("GCE_METADATA_HOST", default="metadata.google.internal")
     callback_allowed_hosts: tuple[str, ...] = setting("CALLBACK_ALLOWED_HOSTS", as_hosts, default=())
 
     claude_cli: Path | None = setting("CLAUDE_CLI", as_path)

@@ -143,6 +143,20 @@ def as_hosts(value: str) -> tuple[str, ...]:
     return hosts
 
 
+def as_oidc_audiences(value: str) -> tuple[tuple[str, str], ...]:
+    """Return pairs of an origin and the audience of its tokens: `https://a.example` is both, `https://a.example=b` is not."""
+    entries = []
+    for entry in filter(None, map(str.strip, value.split(","))):
+        origin, _, audience = entry.partition("=")
+        origin = origin.lower().removesuffix("/")
+        if not re.fullmatch(r"https://[^\x00-\x20/@?#=]+|http://127\.0\.0\.1(:[0-9]+)?", origin) or re.search(
+            r"[^\x21-\x7e]", audience
+        ):
+            raise ValueError("origins with https, each with or without =AUDIENCE")
+        entries.append((origin, audience or origin))
+    return tuple(entries)
+
+
 def as_tools(value: str) -> tuple[str, ...]:
     """Split at the commas outside parentheses: `Bash(git log:*, git diff:*),Read` is two tools."""
     tools, depth = [""], 0

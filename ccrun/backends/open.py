@@ -20,6 +20,7 @@ from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.backends.local.key import LocalKey
 from ccrun.backends.local.layout import callback_secret_file, sealing_key_file
 from ccrun.callbacks import deliver, guard
+from ccrun.callbacks.oidc import IdentityTokens
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.config import Config
 from ccrun.egress import Egress, open_egress
@@ -44,6 +45,7 @@ class OpenBackend:
     egress: Egress
     #: Seconds for a receiver to respond, in each attempt by any process.
     callback_timeout: float
+    tokens: IdentityTokens | None
 
     def callbacks(self, *, single_attempt: bool = False) -> OwedCallbacks | None:
         """Return what delivers owed callbacks; None if there is no secret to sign them.
@@ -60,11 +62,18 @@ class OpenBackend:
             secret=self.callback_secret,
             guard=self.guard,
             egress=self.egress,
+            tokens=self.tokens,
             policy=deliver.RetryPolicy(attempts=1, attempt_seconds=timeout, total_seconds=timeout)
             if single_attempt
             else deliver.RetryPolicy(attempt_seconds=timeout),
             single_attempt=single_attempt,
         )
+
+
+def _identity_tokens(config: Config) -> IdentityTokens | None:
+    if not config.google_oidc_audience:
+        return None
+    return IdentityTokens(audiences=dict(config.google_oidc_audience), metadata_host=config.metadata_host)
 
 
 @contextlib.asynccontextmanager
@@ -120,6 +129,7 @@ async def _open_local(config: Config, egress: Egress) -> AsyncIterator[OpenBacke
         guard=guard.CallbackGuard(everywhere=True),
         egress=egress,
         callback_timeout=config.callback_timeout_seconds,
+        tokens=_identity_tokens(config),
     )
 
 
@@ -155,6 +165,7 @@ async def _open_gcp(config: Config, egress: Egress, retry_seconds: float | None)
             guard=guard.CallbackGuard(allowed_hosts=frozenset(config.callback_allowed_hosts)),
             egress=egress,
             callback_timeout=config.callback_timeout_seconds,
+            tokens=_identity_tokens(config),
         )
 
 

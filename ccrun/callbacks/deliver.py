@@ -17,6 +17,7 @@ import structlog
 
 from ccrun.callbacks.exchange import ExchangeError, post
 from ccrun.callbacks.guard import CallbackGuard
+from ccrun.callbacks.oidc import IdentityTokens, NoIdentityToken
 from ccrun.callbacks.sign import sign
 from ccrun.egress import Egress
 from ccrun.errors import CcrunError
@@ -77,6 +78,7 @@ async def deliver(
     secret: Secret,
     guard: CallbackGuard,
     egress: Egress | None = None,
+    tokens: IdentityTokens | None = None,
     policy: RetryPolicy | None = None,
 ) -> Delivery:
     """POST a body until the receiver accepts it or a retry makes no sense. All errors are in the result.
@@ -89,6 +91,7 @@ async def deliver(
         url: http or https. `user:password@` in it becomes Basic authentication.
         webhook_id: See `sign`.
         egress: By default, direct.
+        tokens: By default, no receiver gets an identity token.
         policy: By default, that of a worker.
     """
     policy = policy or RetryPolicy()
@@ -101,7 +104,7 @@ async def deliver(
         attempts += 1
         headers = sign(body, webhook_id=webhook_id, secret=secret, timestamp=int(time.time()))
         try:
-            await _post(url, body, headers, guard, egress or Egress(), attempt_seconds)
+            await _post(url, body, headers, guard, egress or Egress(), tokens, attempt_seconds)
         except _Undelivered as error:
             seconds = (error.retry_after_seconds or 0.0) + delay * random.uniform(0.5, 1)  # noqa: S311 - not a secret
             if error.final or attempts == policy.attempts or clock() + seconds > last_start:
@@ -133,16 +136,26 @@ class _Undelivered(CcrunError):
 
 
 async def _post(
-    url: Secret, body: bytes, headers: dict[str, str], guard: CallbackGuard, egress: Egress, seconds: float
+    url: Secret,
+    body: bytes,
+    headers: dict[str, str],
+    guard: CallbackGuard,
+    egress: Egress,
+    tokens: IdentityTokens | None,
+    seconds: float,
 ) -> None:
     """Send one request. Raise `_Undelivered` unless the response is 2xx."""
     try:
         async with asyncio.timeout(seconds):
+            if tokens is not None:
+                headers = {**headers, **await tokens.headers_for(url.reveal())}
             response = await post(url.reveal(), body, headers, guard=guard, egress=egress)
     except TimeoutError:
         raise _Undelivered(f"The receiver did not respond within {seconds:g} s.") from None
     except ExchangeError as error:
         raise _Undelivered(error.message, final=error.final) from None
+    except NoIdentityToken as error:
+        raise _Undelivered(error.message) from None
     status = response.status
     if 200 <= status < 300:
         return

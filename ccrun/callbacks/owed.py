@@ -14,6 +14,7 @@ import structlog
 
 from ccrun import codec, lifecycle
 from ccrun.callbacks import deliver, guard
+from ccrun.callbacks.oidc import IdentityTokens
 from ccrun.egress import Egress
 from ccrun.errors import KeyServiceError, SealError
 from ccrun.seal import KeyWrapper, Purpose
@@ -39,6 +40,7 @@ class OwedCallbacks:
         secret: The key of the signatures.
         guard: Where callbacks may go.
         egress: How they get there.
+        tokens: The receivers that get an identity token.
         single_attempt: Whether a failed delivery makes the callback due immediately, for a sweep.
     """
 
@@ -47,6 +49,7 @@ class OwedCallbacks:
     secret: Secret
     guard: guard.CallbackGuard
     egress: Egress = attrs.field(factory=Egress)
+    tokens: IdentityTokens | None = None
     policy: deliver.RetryPolicy
     single_attempt: bool = False
 
@@ -89,6 +92,7 @@ class OwedCallbacks:
                 secret=self.secret,
                 guard=self.guard,
                 egress=self.egress,
+                tokens=self.tokens,
                 policy=self.policy,
             )
         if delivery.delivered:

@@ -40,6 +40,7 @@ settings() {
   "$1" ALLOWED_TOOLS '' "$any" 'one line'
   "$1" PERMISSION_MODE '' "$any" 'one line'
   "$1" CALLBACK_ALLOWED_HOSTS '' "$any" 'one line'
+  "$1" GOOGLE_OIDC_AUDIENCE '' "$any" 'one line'
   "$1" HEARTBEAT_SECONDS '' "$any" 'one line'
   "$1" CALLBACK_TIMEOUT_SECONDS '' "$any" 'one line'
   "$1" ANTHROPIC_BASE_URL '' "$any" 'one line'

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 
 from ccrun.callbacks.deliver import Delivery, RetryPolicy, deliver
 from ccrun.callbacks.guard import CallbackGuard
+from ccrun.callbacks.oidc import IdentityTokens
 from ccrun.task import Secret
 
 SECRET = Secret("made-up secret, ünïcödé")
@@ -28,10 +29,16 @@ QUICK = RetryPolicy(attempt_seconds=5, attempts=4, total_seconds=20, first_delay
 
 
 async def send(
-    url: str, body: bytes = BODY, guard: CallbackGuard = EVERYWHERE, policy: RetryPolicy = QUICK
+    url: str,
+    body: bytes = BODY,
+    guard: CallbackGuard = EVERYWHERE,
+    policy: RetryPolicy = QUICK,
+    tokens: IdentityTokens | None = None,
 ) -> Delivery:
     """Deliver a callback with short delays, by default to any address."""
-    return await deliver(Secret(url), body, webhook_id="msg-t-1", secret=SECRET, guard=guard, policy=policy)
+    return await deliver(
+        Secret(url), body, webhook_id="msg-t-1", secret=SECRET, guard=guard, tokens=tokens, policy=policy
+    )
 
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]

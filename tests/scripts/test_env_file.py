@@ -80,7 +80,7 @@ def test_the_example_has_every_setting() -> None:
     documented = re.findall(r"(?m)^#? ?([A-Z][A-Z_]+)=", (ROOT / ".env.example").read_text())
     read = set(re.findall(r'"\$1" ([A-Z_]+) ', (ROOT / "scripts" / "deploy" / "settings.sh").read_text()))
     read |= set(re.findall(r'\bsetting\(\s*"([A-Z_]+)"', (ROOT / "ccrun" / "config.py").read_text()))
-    # Set by Cloud Run, by ccrun for its worker, or by deploy-service.sh.
+    # Set by Cloud Run, by ccrun for its worker, by deploy-service.sh, or for Google's libraries.
     read -= {
         "K_SERVICE",
         "CLOUD_RUN_JOB",
@@ -88,6 +88,7 @@ def test_the_example_has_every_setting() -> None:
         "TASK_ID",
         "ENCRYPTED_PAYLOAD_PATH",
         "CCRUN_WORKER_HAS",
+        "GCE_METADATA_HOST",
     }
     assert sorted(read) == sorted(documented)
 
