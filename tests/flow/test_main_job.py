@@ -56,7 +56,7 @@ async def test_run_streams_the_whole_task(service: Service) -> None:
     """`/run` streams the task, all lines of the CLI, and the outcome as the last event."""
     events = await service.run()
     assert ["task", "caught_up", "status", "done"] == [event.name for event in events if event.name != "message"]
-    assert {"status": "running", "queuePosition": None} == events[2].data
+    assert {"status": "running", "queuePosition": None} == next(e.data for e in events if e.name == "status")
     assert "done" == events[-1].name
     assert "completed" == events[-1].data["status"]
     lines = [event.data for event in events if event.name == "message"]
