@@ -21,6 +21,7 @@ import psutil
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from helpers.process import is_alive
 from helpers.service import MADE_UP_KEY, WAIT_SECONDS, remove_workers, serve_process, until_record
 
 from ccrun import config
@@ -270,15 +271,8 @@ async def test_next_service_removes_what_a_lost_worker_has_left(tmp_path: Path) 
     assert workspace.exists()
     assert psutil.pid_exists(agent)
     async with serve_process(data_dir), asyncio.timeout(WAIT_SECONDS):
-        while workspace.exists() or is_running(agent) or any((data_dir / ".workers").iterdir()):
+        while workspace.exists() or is_alive(agent) or any((data_dir / ".workers").iterdir()):
             await asyncio.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    """Return whether a process runs. A zombie does not: whether its parent reaps it soon is not up to ccrun."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 async def until_process(marker: str, name: str) -> int:
