@@ -73,7 +73,7 @@ NUMBER_LITERALS = st.from_regex(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=VALUES, ascii_only=st.booleans(), spaced=st.booleans())
 @example(
     value={"b": 1, "10": 2, "9": 3, "a": 4, "4294967294": 5, "4294967295": 6, "0": 7}, ascii_only=True, spaced=True
@@ -89,7 +89,7 @@ def test_value_is_printed_as_in_javascript(javascript: Restringify, value: Any, 
     assert javascript(text) == javascript_json.dumps(ijson.parse(text.encode()))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(literal=NUMBER_LITERALS)
 @example(literal="0.000001")
 @example(literal="123456789012345678901e0")

@@ -190,7 +190,7 @@ async def test_deleted_chunks_of_a_finished_task_are_skipped(store: Store, feed:
     readers=st.integers(1, 3),
     after=st.sampled_from([START, Cursor(1, 1), Cursor(2, 2)]),
 )
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_no_line_is_lost_in_any_order_of_polls_and_writes(
     store: Store, blobs: WatchedBlobs, schedule: list[int], chunks: int, readers: int, after: Cursor
 ) -> None:

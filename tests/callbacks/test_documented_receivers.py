@@ -85,7 +85,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 NAMES = TEXTS | st.integers(0, 30).map(str) | st.sampled_from(["__proto__", "4294967294", "4294967295", "01", ""])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(metadata=metadata_of(NAMES, TEXTS))
 @example(metadata={"b": 1, "10": 2, "9": 3, "a": 4, "__proto__": {"__proto__": 5}, "toJSON": 6})
 @example(metadata={"n": [1.0, 1e21, -0.0, 1e-7, 0.000001, 5e-324, 2**53 - 1]})
@@ -111,7 +111,7 @@ def has_same_json(value: Any) -> bool:
     return True
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(metadata=metadata_of(ASCII | st.integers(0, 30).map(str), ASCII).filter(has_same_json))
 @example(metadata={"b": 1, "10": 2, "9": 3, "n": [1.0, 1e21, -0.0, 0.0001, 9.9e-10, 5e-324, 1e20, 1e16]})
 @example(metadata={"s": '\x00\x1f\b\t\n\f\r"\\/~'})

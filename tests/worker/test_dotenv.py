@@ -47,7 +47,7 @@ VARIABLES: Final = st.dictionaries(NAMES, VALUES, max_size=5)
 logging.getLogger("dotenv.main").setLevel(logging.ERROR)
 
 #: All examples of a test share one Node process and one file, which each example overwrites.
-EXAMPLES: Final = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES: Final = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @attrs.frozen

@@ -147,8 +147,7 @@ ALL_ACTIONS: Final = PostRunActions(
 )
 
 
-@pytest.mark.parametrize("protocol", ["ssh", "http"])
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(("protocol", "moved"), [("ssh", True), ("http", False), ("http", True)])
 async def test_post_run_actions_run_no_planted_program(
     worker_setup: WorkerSetup,
     git_setup: GitSetup,
