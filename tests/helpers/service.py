@@ -277,8 +277,9 @@ async def serve_process(
     """
     limited = () if open_files is None else ("bash", "-c", f'ulimit -n {open_files} && exec "$@"', "bash")
     environment = {**os.environ, "PORT": "0", "CCRUN_DATA_DIR": str(data_dir), "LOG_FORMAT": "json", **settings}
-    # Not a pipe: workers would keep it open, and asyncio waits until a pipe is closed.
-    with log_file.open("w+b") if log_file else tempfile.TemporaryFile() as log:
+    # Not a pipe: workers would keep it open, and asyncio waits until a pipe is closed. Appended to, since the position is shared
+    # with the service, which would write over its first line while it is read here.
+    with log_file.open("a+b") if log_file else tempfile.TemporaryFile("a+b") as log:
         process = await asyncio.create_subprocess_exec(
             *(*limited, sys.executable, "-P", "-m", "ccrun", "serve"), env=environment, stdout=log
         )
