@@ -81,7 +81,8 @@ async def run_tasks(service: SoakService, receiver: Receiver, numbers: range) ->
 def other_files(data: Path) -> list[str]:
     """Return all files in the data directory that belong neither to a stored task nor to the service."""
     known = re.compile(
-        r"sessions/[^/]+/(metadata\.json|[0-9]{3}-[0-9]{8}-[0-9]{6}\.jsonl)|index/[0-9]{5}/[0-9]{3}/[^/]+|\.locks/[0-9]+|\.keys/[^/]+"
+        r"sessions/[^/]+/(metadata\.json|[0-9]{3}-[0-9]{8}-[0-9]{6}\.jsonl)|index/[0-9]{5}/[0-9]{3}/[^/]+"
+        r"|\.locks/[0-9]+|\.keys/[^/]+|\.services/[^/]+/\.pid"
     )
     paths = (path.relative_to(data).as_posix() for path in data.rglob("*") if not path.is_dir())
     return [path for path in paths if not known.fullmatch(path)]
