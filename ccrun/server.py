@@ -19,8 +19,9 @@ from ccrun import __version__
 from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies, ApiTimeouts
 from ccrun.api.dispatch import Dispatcher
-from ccrun.api.feed import Feed, PollPolicy
+from ccrun.api.feed import Feed
 from ccrun.api.listen import Listener
+from ccrun.api.poller import PollPolicy
 from ccrun.api.request import Defaults
 from ccrun.api.server_log import server_logger
 from ccrun.backends.local.jobs import SubprocessJobs

@@ -19,6 +19,7 @@ import attrs
 from ccrun import codec
 from ccrun.blobs import Blobs
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError, TaskExists, TaskNotFound
+from ccrun.leases import Leases
 from ccrun.names import (
     CHUNK_NAME,
     active_name,
@@ -75,14 +76,6 @@ class ActiveTask:
 
 
 @attrs.frozen(kw_only=True)
-class Lease:
-    """When the lease on a task whose client has left was written or renewed."""
-
-    generation: int
-    renewed_at: dt.datetime
-
-
-@attrs.frozen(kw_only=True)
 class VersionedRecord:
     """A record and its generation."""
 
@@ -111,6 +104,7 @@ class Store:
 
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
+        self.leases = Leases(blobs)
 
     async def check(self) -> None:
         """Check that the storage works.
@@ -293,35 +287,6 @@ class Store:
         """Delete the payload and then the mark of a task."""
         await self.delete_payload(task_id)
         await self.unmark_active(task_id)
-
-    # The lease on a `POST /run` task whose client has left; see `ccrun.api.abandoned`.
-
-    async def lease(self, task_id: TaskId) -> Lease | None:
-        """Return the lease, None if there is none."""
-        try:
-            blob = await self._blobs.read(lease_name(task_id))
-        except BlobNotFound:
-            return None
-        return Lease(generation=blob.generation, renewed_at=dt.datetime.fromisoformat(blob.content.decode()))
-
-    async def write_lease(self, task_id: TaskId, *, at: dt.datetime) -> int | None:
-        """Create or renew the lease; return its generation, None if another process has renewed it at the same time."""
-        try:
-            return await self._blobs.create(lease_name(task_id), at.isoformat().encode())
-        except BlobExists:
-            present = await self.lease(task_id)
-            return await self.renew_lease(task_id, generation=present.generation, at=at) if present else None
-
-    async def renew_lease(self, task_id: TaskId, *, generation: int, at: dt.datetime) -> int | None:
-        """Renew the lease that has this generation; return the new generation, None if there is no such lease."""
-        try:
-            return await self._blobs.replace(lease_name(task_id), at.isoformat().encode(), generation=generation)
-        except BlobChanged:
-            return None
-
-    async def delete_lease(self, task_id: TaskId) -> None:
-        """Delete the lease, if there is one."""
-        await self._blobs.delete(lease_name(task_id))
 
     # Lists.
 

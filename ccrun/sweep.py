@@ -67,8 +67,8 @@ class SweepReport:
 
 
 @attrs.frozen(kw_only=True)
-class _Looked:
-    """What a sweep has done for one task, and its record if the callback is due."""
+class _Swept:
+    """What a sweep has done for one task, and its record if its callback is now to be delivered."""
 
     report: SweepReport = SweepReport()
     due: TaskRecord | None = None
@@ -98,7 +98,7 @@ class Sweeper:
         # The oldest first: pending tasks are launched in the order of their submission.
         oldest_first = sorted(found, key=lambda pair: pair[1].created_at if pair[1] else pair[0].since)
 
-        async def look(mark: ActiveTask, record: TaskRecord | None) -> _Looked:
+        async def look(mark: ActiveTask, record: TaskRecord | None) -> _Swept:
             async with gate:
                 work = self._remove_incomplete(mark) if record is None else self._look(record, states.get(mark.task_id))
                 return await self._guarded(mark.task_id, work)
@@ -137,24 +137,24 @@ class Sweeper:
                 log.info("leftovers_removed", message="Processes and files of a lost worker removed", taskId=task_id)
         await self.store.remove_interrupted_writes()
 
-    async def _guarded(self, task_id: TaskId, work: Awaitable[_Looked]) -> _Looked:
+    async def _guarded(self, task_id: TaskId, work: Awaitable[_Swept]) -> _Swept:
         """Process one task. Its failure must not affect the others."""
         try:
             return await work
         except TaskNotFound:
-            return _Looked()
+            return _Swept()
         except CcrunError as error:
             log.warning("task_sweep_failed", message="Task could not be swept", taskId=task_id, error=error.message)
         except Exception:
             log.exception("task_sweep_crashed", message="Unexpected error while sweeping a task", taskId=task_id)
-        return _Looked(report=SweepReport(failed=1))
+        return _Swept(report=SweepReport(failed=1))
 
-    async def _look(self, record: TaskRecord, state: ExecutionState | None) -> _Looked:
+    async def _look(self, record: TaskRecord, state: ExecutionState | None) -> _Swept:
         """Settle a task."""
         report = SweepReport()
         if not record.status.is_final:
             record = await self._cancel_abandoned(record)
-            # The payload of a task with a callback is deleted below, before the callback is claimed.
+            # The payload of a task with a callback is deleted before the callback is claimed.
             present = await settle(self.store, self.jobs, record, state=state, delete_payload=record.webhook is None)
             if present.status is Status.PENDING and state is None:
                 report += SweepReport(new=1)
@@ -172,15 +172,15 @@ class Sweeper:
             # The process that wrote the final record was killed before it deleted the mark.
             await self.store.delete_leftovers(record.task_id)
         is_due = record.status.is_final and lifecycle.is_callback_due(record, at=dt.datetime.now(dt.UTC))
-        return _Looked(report=report, due=record if is_due else None)
+        return _Swept(report=report, due=record if is_due else None)
 
-    async def _deliver_all(self, due: Iterable[TaskRecord]) -> list[_Looked]:
+    async def _deliver_all(self, due: Iterable[TaskRecord]) -> list[_Swept]:
         """Deliver callbacks. A host that does not respond delays only its own, and those that have failed least go first."""
         queues: dict[str, deque[TaskRecord]] = {}
         for record in sorted(due, key=lambda record: record.webhook.attempts if record.webhook else 0):
             queues.setdefault(urlsplit(record.callback_url or "").netloc, deque()).append(record)
         hosts, clock = asyncio.Semaphore(PARALLEL_HOSTS), asyncio.get_running_loop().time
-        results: list[_Looked] = []
+        results: list[_Swept] = []
 
         async def deliver_some(host: str, until: float) -> None:
             while queues[host] and clock() < until and self._deliveries[host] < PARALLEL_DELIVERIES:
@@ -205,7 +205,7 @@ class Sweeper:
         """Cancel a `POST /run` task whose clients have left, if the instance that was to cancel it has not: it was killed."""
         if record.type is not TaskType.SYNC or record.is_cancelling:
             return record
-        lease = await self.store.lease(record.task_id)
+        lease = await self.store.leases.get(record.task_id)
         now = dt.datetime.now(dt.UTC)
         if lease is None or now - lease.renewed_at < self.abandoned_age:
             return record
@@ -215,30 +215,30 @@ class Sweeper:
 
         # The worker polls its record, so the sweep needs no permission to cancel executions.
         record = await self.store.update(record.task_id, request, delete_payload=record.webhook is None)
-        await self.store.delete_lease(record.task_id)
+        await self.store.leases.delete(record.task_id)
         log.info("task_abandoned", message="Task cancelled because its client left", taskId=record.task_id)
         return record
 
-    async def _deliver(self, record: TaskRecord) -> _Looked:
+    async def _deliver(self, record: TaskRecord) -> _Swept:
         """Deliver a callback. If cancelled, release the claim, so that the next sweep need not wait until it expires."""
         # Deleting it may have failed, and the callback may be retried for a month.
         await self.store.delete_payload(record.task_id)
         claimed = await self.callbacks.claim(record.task_id)
         if claimed is None:
-            return _Looked()
+            return _Swept()
         try:
             record = await self.callbacks.deliver(claimed)
         except asyncio.CancelledError:
             await self.callbacks.release(claimed.task_id)
             raise
         is_delivered = record.webhook is not None and record.webhook.state is CallbackState.DELIVERED
-        return _Looked(report=SweepReport(delivered=1) if is_delivered else SweepReport(undelivered=1))
+        return _Swept(report=SweepReport(delivered=1) if is_delivered else SweepReport(undelivered=1))
 
-    async def _remove_incomplete(self, mark: ActiveTask) -> _Looked:
+    async def _remove_incomplete(self, mark: ActiveTask) -> _Swept:
         """Delete what a submission has left whose process was killed before it wrote the record. No client knows that task."""
         if dt.datetime.now(dt.UTC) - mark.since > self.incomplete_age:
             await self.store.delete_leftovers(mark.task_id)
-        return _Looked()
+        return _Swept()
 
     async def run_forever(self, *, every_seconds: float, sooner: asyncio.Event) -> None:
         """Sweep until cancelled: at an interval, and immediately when `sooner` is set.

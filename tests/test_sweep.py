@@ -129,16 +129,16 @@ async def test_task_whose_clients_have_left_is_cancelled(
     record = attrs.evolve(await pending(sweeper, created_at=dt.datetime.now(dt.UTC)), type=task_type)
     await add_task(sweeper, start(record, at=NOW))
     if minutes is not None:
-        await sweeper.store.write_lease(TASK, at=dt.datetime.now(dt.UTC) - dt.timedelta(minutes=minutes))
+        await sweeper.store.leases.write(TASK, at=dt.datetime.now(dt.UTC) - dt.timedelta(minutes=minutes))
     assert SweepReport() == await sweeper.sweep()
     assert is_cancelled is (await sweeper.store.record(TASK)).is_cancelling
-    assert (minutes is None or is_cancelled) is (await sweeper.store.lease(TASK) is None)
+    assert (minutes is None or is_cancelled) is (await sweeper.store.leases.get(TASK) is None)
 
 
 async def test_pending_task_whose_clients_have_left_is_not_launched(sweeper: Sweeper, jobs: FakeJobs) -> None:
     """It is cancelled at once, and nothing of it is left to do."""
     await add_task(sweeper, attrs.evolve(await pending(sweeper), type=TaskType.SYNC))
-    await sweeper.store.write_lease(TASK, at=NOW - HOUR)
+    await sweeper.store.leases.write(TASK, at=NOW - HOUR)
     await sweeper.sweep()
     assert Status.CANCELLED is (await sweeper.store.record(TASK)).status
     assert ([], set()) == (jobs.launched, await other_objects(sweeper))

@@ -1,9 +1,9 @@
 """Cancels a `POST /run` task whose clients have all left, on whichever instance they read it.
 
 Nothing is stored while clients read. The instance whose last client leaves stores a lease beside the task and waits. An instance
-with a client finds the lease in the listing that it polls anyway, and renews it (`ccrun.api.feed`); then it is the one that waits
-when its own last client leaves. A lease that nobody has renewed means that nobody reads: the instance that wrote it cancels the
-task, or a sweep does, if that instance has died.
+with a client finds the lease in the listing that it polls anyway, and renews it (`ccrun.api.poller`); then it is the one that
+waits when its own last client leaves. A lease that nobody has renewed means that nobody reads: the instance that wrote it cancels
+the task, or a sweep does, if that instance has died.
 """
 
 from __future__ import annotations
@@ -12,67 +12,58 @@ import asyncio
 import contextlib
 import datetime as dt
 
+import attrs
 import structlog
 
 from ccrun.api.background import BackgroundTasks
-from ccrun.api.dispatch import Dispatcher
-from ccrun.api.feed import Feed, FeedReader
+from ccrun.api.dependencies import ApiDependencies
+from ccrun.api.feed import FeedReader
 from ccrun.errors import CcrunError, TaskAlreadyFinished, TaskNotFound
-from ccrun.store import Store
 from ccrun.task import TaskId
 
 log = structlog.get_logger()
 
 
+@attrs.frozen(kw_only=True)
 class AbandonedTasks:
-    """The `POST /run` tasks of which a client has left this instance.
+    """The `POST /run` tasks of which a client has left this instance. A client has `ApiTimeouts.abandon` seconds to return."""
 
-    Args:
-        seconds: The time that a client has to return.
-    """
-
-    def __init__(
-        self, *, store: Store, feed: Feed, dispatcher: Dispatcher, background: BackgroundTasks, seconds: float
-    ) -> None:
-        self._store = store
-        self._feed = feed
-        self._dispatcher = dispatcher
-        self._background = background
-        self._seconds = seconds
-        #: Tasks whose submitter has left while others read them here.
-        self._read_by_others: set[TaskId] = set()
+    deps: ApiDependencies
+    background: BackgroundTasks
+    #: Tasks whose submitter has left while others read them here.
+    _read_by_others: set[TaskId] = attrs.field(factory=set, init=False)
 
     def submitter_left(self, task_id: TaskId) -> None:
         """Cancel the task unless a client reads it, or comes back in time."""
-        if self._feed.readers(task_id):
+        if self.deps.feed.readers(task_id):
             self._read_by_others.add(task_id)
         else:
-            self._background.spawn(self._wait(task_id))
+            self.background.spawn(self._wait(task_id))
 
     def reader_left(self, reader: FeedReader) -> None:
         """Wait for other clients of a task that its submitter has left, on this instance or on another one."""
         task_id = reader.record.task_id
-        if self._feed.readers(task_id):
+        if self.deps.feed.readers(task_id):
             return
         left_here = task_id in self._read_by_others
         self._read_by_others.discard(task_id)
         if reader.is_finished:
             if reader.has_lease:
-                self._background.spawn(self._store.delete_lease(task_id))
+                self.background.spawn(self.deps.store.leases.delete(task_id))
         elif left_here or reader.has_lease:
-            self._background.spawn(self._wait(task_id))
+            self.background.spawn(self._wait(task_id))
 
     async def _wait(self, task_id: TaskId) -> None:
         try:
-            generation = await self._store.write_lease(task_id, at=dt.datetime.now(dt.UTC))
-            await asyncio.sleep(self._seconds)
-            lease = await self._store.lease(task_id)
-            if self._feed.readers(task_id) or lease is None or lease.generation != generation:
+            generation = await self.deps.store.leases.write(task_id, at=dt.datetime.now(dt.UTC))
+            await asyncio.sleep(self.deps.timeouts.abandon)
+            lease = await self.deps.store.leases.get(task_id)
+            if self.deps.feed.readers(task_id) or lease is None or lease.generation != generation:
                 return
             with contextlib.suppress(TaskAlreadyFinished):
-                await self._dispatcher.cancel(task_id)
+                await self.deps.dispatcher.cancel(task_id)
                 log.info("task_abandoned", message="Task cancelled because its client left", taskId=task_id)
-            await self._store.delete_lease(task_id)
+            await self.deps.store.leases.delete(task_id)
         except TaskNotFound:
             pass
         except CcrunError as error:

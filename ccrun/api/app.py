@@ -22,13 +22,7 @@ def make_app(deps: ApiDependencies) -> web.Application:
     authorization = Authorization(deps.tokens, loopback_only=deps.loopback_only, unavailable=deps.unavailable)
     background = BackgroundTasks()
     health = HealthRoutes(deps)
-    abandoned = AbandonedTasks(
-        store=deps.store,
-        feed=deps.feed,
-        dispatcher=deps.dispatcher,
-        background=background,
-        seconds=deps.timeouts.abandon,
-    )
+    abandoned = AbandonedTasks(deps=deps, background=background)
     streams = StreamRoutes(deps, abandoned)
     submit = SubmitRoutes(
         deps=deps, authorization=authorization, background=background, streams=streams, abandoned=abandoned

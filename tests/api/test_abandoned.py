@@ -46,7 +46,7 @@ async def reader_at(api: Api, *, runs: bool = False) -> AsyncIterator[None]:
 async def until_lease(api: Api, *, exists: bool) -> None:
     """Wait until there is a lease on the task, or none."""
     async with asyncio.timeout(WAIT_SECONDS):
-        while exists is (await api.store.lease(TASK) is None):
+        while exists is (await api.store.leases.get(TASK) is None):
             await asyncio.sleep(0.01)
 
 
@@ -75,7 +75,7 @@ async def test_nothing_is_stored_while_the_instance_has_readers(instances: list[
         async with reader_at(one):
             await submitter.aclose()
             await asyncio.sleep(2 * GRACE_SECONDS)
-            assert await one.store.lease(TASK) is None
+            assert await one.store.leases.get(TASK) is None
     await until(lambda: one.jobs.cancelled == [TASK])
     assert [] == two.jobs.cancelled
 

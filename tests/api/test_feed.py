@@ -27,7 +27,8 @@ from helpers.feed import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ccrun.api.feed import CaughtUp, Feed, Finished, Idle, PollPolicy
+from ccrun.api.feed import CaughtUp, Feed, Finished, Idle
+from ccrun.api.poller import PollPolicy
 from ccrun.api.sse import Cursor, parse_cursor
 from ccrun.errors import TaskNotFound
 from ccrun.names import chunk_name

@@ -28,7 +28,8 @@ from helpers.feed import (
     until,
 )
 
-from ccrun.api.feed import CaughtUp, Feed, Finished, Lines, PollPolicy
+from ccrun.api.feed import CaughtUp, Feed, Finished, Lines
+from ccrun.api.poller import PollPolicy
 from ccrun.errors import StorageError, TaskNotFound
 from ccrun.names import chunk_name, record_name
 from ccrun.store import Store

@@ -20,7 +20,8 @@ from ccrun import codec, lifecycle
 from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
-from ccrun.api.feed import Feed, PollPolicy
+from ccrun.api.feed import Feed
+from ccrun.api.poller import PollPolicy
 from ccrun.api.request import Defaults
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.backends.local.key import LocalKey

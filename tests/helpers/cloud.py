@@ -25,7 +25,8 @@ from standins.kms import PROJECT, open_key
 from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
-from ccrun.api.feed import Feed, PollPolicy
+from ccrun.api.feed import Feed
+from ccrun.api.poller import PollPolicy
 from ccrun.api.request import Defaults
 from ccrun.backends.gcp import calls, jobs
 from ccrun.backends.gcp.blobs import open_blobs

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ccrun.api.feed import CaughtUp, Feed, FeedReader, Finished, Idle, Lines, PollPolicy
+from ccrun.api.feed import CaughtUp, Feed, FeedReader, Finished, Idle, Lines
+from ccrun.api.poller import PollPolicy
 from ccrun.api.sse import Cursor
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.blobs import Blob, BlobInfo

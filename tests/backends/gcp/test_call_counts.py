@@ -15,7 +15,8 @@ from helpers.service import WAIT_SECONDS
 from standins.gcs import BUCKET, Gcs
 from standins.kms import Kms
 
-from ccrun.api.feed import Feed, PollPolicy, TaskPoller
+from ccrun.api.feed import Feed
+from ccrun.api.poller import PollPolicy, TaskPoller
 from ccrun.api.sse import Cursor
 from ccrun.backends.gcp.blobs import open_blobs
 from ccrun.lifecycle import finish, start

@@ -288,7 +288,7 @@ async def clients_that_leave(scene: Scene) -> None:
     await scene.post("/cancel/left", status=200)
     assert "done" == (await reading)[-1].name
     await until_lease(store, TaskId("abandoned"))
-    await store.write_lease(TaskId("abandoned"), at=dt.datetime.now(dt.UTC) - dt.timedelta(hours=1))
+    await store.leases.write(TaskId("abandoned"), at=dt.datetime.now(dt.UTC) - dt.timedelta(hours=1))
     await scene.recorded.deployment.sweep()
     await service.until_final("abandoned")
 
@@ -296,7 +296,7 @@ async def clients_that_leave(scene: Scene) -> None:
 async def until_lease(store: Store, task_id: TaskId, *, other_than: int | None = None) -> int:
     """Wait for a lease on the task that has another generation; return its generation."""
     async with asyncio.timeout(WAIT_SECONDS):
-        while (lease := await store.lease(task_id)) is None or lease.generation == other_than:
+        while (lease := await store.leases.get(task_id)) is None or lease.generation == other_than:
             await asyncio.sleep(0.05)
         return lease.generation
 
