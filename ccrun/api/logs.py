@@ -10,7 +10,7 @@ import attrs
 from aiohttp import hdrs, web
 
 from ccrun.api.dependencies import ApiDependencies
-from ccrun.api.responses import check_query, error_response, invalid
+from ccrun.api.responses import check_query, error_response, invalid, whole_number
 from ccrun.api.sse import Cursor, parse_cursor
 from ccrun.api.streams import write_in_pieces
 from ccrun.api.tasks import task_id_of
@@ -71,10 +71,11 @@ class LogRoutes:
             if "gzip" in request.headers.get("Accept-Encoding", ""):
                 response.enable_compression(web.ContentCoding.gzip)
             pieces = self._lines(task_id, part)
+        has_body = request.method != hdrs.METH_HEAD
         # Before the response starts, so that an error of the storage has a status.
-        first = await anext(pieces, b"")
+        first = await anext(pieces, b"") if has_body else b""
         await response.prepare(request)
-        if request.method != hdrs.METH_HEAD:
+        if has_body:
             await write_in_pieces(response, first, seconds=self.deps.timeouts.send)
             async for piece in pieces:
                 await write_in_pieces(response, piece, seconds=self.deps.timeouts.send)
@@ -154,10 +155,9 @@ def _part_of(request: web.Request) -> _Part:
         text = query.get(name)
         if text is None:
             continue
-        if not (text.isascii() and text.isdigit() and len(text) <= 7 and 1 <= int(text) <= MAX_LINES):
+        counts[name] = whole_number(text, 1, MAX_LINES)
+        if counts[name] is None:
             errors.append(FieldError(name, f"{name} must be a whole number from 1 to {MAX_LINES}"))
-        else:
-            counts[name] = int(text)
     if errors:
         raise InvalidRequest(errors)
     if "tail" in query and ("after" in query or "limit" in query):

@@ -9,6 +9,7 @@ import structlog
 from aiohttp import web
 
 from ccrun import codec
+from ccrun.api import sse
 from ccrun.api.checks import MAX_FIELD_ERRORS, printable, unknown_name
 from ccrun.errors import (
     Busy,
@@ -66,6 +67,12 @@ def invalid(field: str, message: str) -> InvalidRequest:
     return InvalidRequest([FieldError(field, message)])
 
 
+def whole_number(text: str, least: int, most: int) -> int | None:
+    """Return the number that a query parameter stands for, None if it is not a whole number in this range."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+    return int(text) if is_number and least <= int(text) <= most else None
+
+
 def check_query(request: web.Request, *known: str) -> None:
     """Check that a request has no unknown query parameter, which would have no effect.
 
@@ -94,7 +101,11 @@ def response_to(error: Exception, request: web.Request, *, max_request_bytes: in
                 log.warning(
                     "request_failed", message="Request failed", path=request.path, status=status, error=error.message
                 )
-            response = error_response(status, error.message, retry_after=retry_after(error) if status == 503 else None)
+            seconds = _retry_after(error) if status == 503 else None
+            if seconds is not None and _is_event_source(request):
+                response = _unavailable(error, seconds)
+            else:
+                response = error_response(status, error.message, retry_after=seconds)
             if isinstance(error, Busy):
                 # Its connection may be what the service lacks.
                 response.force_close()
@@ -114,6 +125,26 @@ def response_to(error: Exception, request: web.Request, *, max_request_bytes: in
             return error_response(500, "An internal error occurred; the log of the service has the details.")
 
 
-def retry_after(error: CcrunError) -> int:
-    """Return the seconds after which a client may retry a request that failed with this error and 503."""
+def _retry_after(error: CcrunError) -> int:
     return error.retry_after if isinstance(error, Busy) else RETRY_AFTER_SECONDS
+
+
+def _is_event_source(request: web.Request) -> bool:
+    """Return whether the client is a browser's EventSource. Only browsers send `Sec-Fetch-Mode`; `fetch` caches by default."""
+    headers = request.headers
+    return (
+        headers.get("Accept") == "text/event-stream"
+        and headers.get("Cache-Control") == "no-cache"
+        and "Sec-Fetch-Mode" in headers
+    )
+
+
+def _unavailable(error: CcrunError, seconds: int) -> web.Response:
+    """Return a stream of one event, after which an EventSource comes back; after any status but 200 it would not."""
+    response = web.Response(
+        body=sse.retry(seconds) + sse.json_event("unavailable", {"error": error.message, "retryAfter": seconds}),
+        content_type="text/event-stream",
+        headers={"Cache-Control": "no-cache, no-transform"},
+    )
+    response.force_close()
+    return response

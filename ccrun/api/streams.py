@@ -7,7 +7,6 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
-import structlog
 from aiohttp import hdrs, web
 from aiohttp_sse import EventSourceResponse
 
@@ -16,13 +15,11 @@ from ccrun.api import sse
 from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.feed import CaughtUp, FeedReader, Finished, Idle, Lines, StatusChanged
-from ccrun.api.responses import check_query, invalid, retry_after
+from ccrun.api.responses import check_query, invalid, whole_number
 from ccrun.api.sse import Cursor
 from ccrun.api.tasks import task_id_of
-from ccrun.errors import Busy, CcrunError, StorageError
+from ccrun.errors import Busy
 from ccrun.task import Status, TaskId, TaskRecord
-
-log = structlog.get_logger()
 
 #: Seconds after which a client should retry when too many streams are open.
 STREAM_RETRY_SECONDS: Final = 15
@@ -60,14 +57,6 @@ class StreamRoutes:
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /tasks/{taskId}/events`: the events of a task, from the start, from now on, or after a cursor."""
-        try:
-            return await self._requested_events(request)
-        except (Busy, StorageError) as error:
-            if not _is_event_source(request) or request.writer.output_size > 0:
-                raise
-            return _unavailable(request, error)
-
-    async def _requested_events(self, request: web.Request) -> web.StreamResponse:
         check_query(request, "from", "lastEventId", "heartbeat", "maxLineBytes")
         self.check_capacity()
         task_id = task_id_of(request)
@@ -137,9 +126,10 @@ class StreamRoutes:
         if text is None:
             return None
         longest = int(self._deps.timeouts.heartbeat)
-        if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= longest):
+        seconds = whole_number(text, 1, longest)
+        if seconds is None:
             raise invalid("heartbeat", f"heartbeat must be a whole number of seconds from 1 to {longest}")
-        return int(text)
+        return seconds
 
     async def _events(
         self, reader: FeedReader, ping_seconds: int | None, max_line_bytes: int | None
@@ -184,32 +174,10 @@ def _max_line_bytes(request: web.Request) -> int | None:
     if text is None:
         return None
     least, most = LINE_BYTES_RANGE
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and least <= int(text) <= most):
+    length = whole_number(text, least, most)
+    if length is None:
         raise invalid("maxLineBytes", f"maxLineBytes must be a whole number from {least} to {most}")
-    return int(text)
-
-
-def _is_event_source(request: web.Request) -> bool:
-    """Return whether the client is a browser's EventSource. Only browsers send `Sec-Fetch-Mode`; `fetch` caches by default."""
-    headers = request.headers
-    return (
-        headers.get("Accept") == "text/event-stream"
-        and headers.get("Cache-Control") == "no-cache"
-        and "Sec-Fetch-Mode" in headers
-    )
-
-
-def _unavailable(request: web.Request, error: CcrunError) -> web.Response:
-    """Return a stream of one event, after which an EventSource comes back; after any status but 200 it would not."""
-    seconds = retry_after(error)
-    log.warning("request_failed", message="Request failed", path=request.path, status=503, error=error.message)
-    response = web.Response(
-        body=sse.retry(seconds) + sse.json_event("unavailable", {"error": error.message, "retryAfter": seconds}),
-        content_type="text/event-stream",
-        headers={"Cache-Control": "no-cache, no-transform"},
-    )
-    response.force_close()
-    return response
+    return length
 
 
 def _last_events(record: TaskRecord) -> bytes:

@@ -10,7 +10,7 @@ from aiohttp import web
 from ccrun import codec
 from ccrun.api.background import BackgroundTasks
 from ccrun.api.dependencies import ApiDependencies
-from ccrun.api.responses import check_query, invalid, json_response
+from ccrun.api.responses import check_query, invalid, json_response, whole_number
 from ccrun.errors import FieldError, InvalidRequest, TaskNotFound
 from ccrun.task import TASK_ID_PATTERN, CallbackState, Status, TaskId, TaskRecord
 
@@ -31,8 +31,8 @@ class TaskRoutes:
         check_query(request, "limit", "cursor", "status", "webhook")
         query = request.query
         errors = []
-        limit = query.get("limit", str(DEFAULT_PAGE))
-        if not (limit.isascii() and limit.isdigit() and len(limit) <= 3 and 1 <= int(limit) <= MAX_PAGE):
+        limit = whole_number(query.get("limit", str(DEFAULT_PAGE)), 1, MAX_PAGE)
+        if limit is None:
             errors.append(FieldError("limit", f"limit must be a whole number from 1 to {MAX_PAGE}"))
         status = query.get("status")
         if status is not None and status not in tuple(Status):
@@ -40,7 +40,7 @@ class TaskRoutes:
         webhook = query.get("webhook")
         if webhook is not None and webhook not in tuple(CallbackState):
             errors.append(FieldError("webhook", f"webhook must be one of {', '.join(CallbackState)}"))
-        if errors:
+        if errors or limit is None:
             raise InvalidRequest(errors)
 
         def is_wanted(record: TaskRecord) -> bool:
@@ -48,7 +48,7 @@ class TaskRoutes:
             return status in (None, record.status) and webhook in (None, state)
 
         try:
-            page = await self.deps.store.page(limit=int(limit), cursor=query.get("cursor"), wanted=is_wanted)
+            page = await self.deps.store.page(limit=limit, cursor=query.get("cursor"), wanted=is_wanted)
         except ValueError as error:
             raise invalid("cursor", str(error)) from None
         return json_response(
