@@ -7,6 +7,7 @@ import structlog.testing
 from helpers.api import CALLBACK_URL, INTERNAL_ERROR, STORAGE_ROUTES, Api, api_on
 from helpers.service import MADE_UP_KEY
 
+from ccrun.api.responses import whole_number
 from ccrun.errors import Busy, KeyServiceError, LaunchFailed, StorageError
 from ccrun.task import Reason, Status, TaskId
 
@@ -88,3 +89,15 @@ async def test_unusable_directory_is_503_without_its_path(tmp_path: Path) -> Non
     assert {"error": "The key file can be neither read nor created: Not a directory."} == response.body
     assert (503, ["keyService", "storage"]) == (ready.status, ready.body["failing"])
     assert str(tmp_path) not in response.text + ready.text
+
+
+@pytest.mark.parametrize(("text", "number"), [("1", 1), ("20", 20), ("07", 7)])
+def test_whole_number_is_read(text: str, number: int) -> None:
+    """In the range, with at most as many digits as the maximum."""
+    assert number == whole_number(text, 1, 20)
+
+
+@pytest.mark.parametrize("text", ["", "0", "21", "007", "-1", "1.0", "1_0", " 1", "\u0661"])
+def test_other_text_is_no_whole_number(text: str) -> None:
+    """Neither a number out of the range, nor one that Python would accept and that has other characters than ASCII digits."""
+    assert whole_number(text, 1, 20) is None
