@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+from ccrun.api.half_close import HalfClose
 from ccrun.errors import CcrunError
 
 log = structlog.get_logger()
@@ -44,6 +45,7 @@ class Listener:
     def __init__(self, app: web.Application, *, max_connections: int) -> None:
         self._max_connections = max_connections
         self._server: web.Server | None = None
+        self._half_close = HalfClose(app)
         app.on_response_prepare.append(self._close_when_busy)
 
     @contextlib.asynccontextmanager
@@ -59,13 +61,37 @@ class Listener:
                 sockets = [stack.enter_context(sock) for sock in await _bind(host, port)]
             except OSError as error:
                 raise CcrunError(f"ccrun cannot start: {_reason(error, host, port)}.") from None
-            accepting = [asyncio.create_task(_accept(sock, server, self._max_connections)) for sock in sockets]
+            accepting = [asyncio.create_task(self._accept(sock, server)) for sock in sockets]
             try:
                 yield int(sockets[0].getsockname()[1])
             finally:
                 for task in accepting:
                     task.cancel()
                 await asyncio.gather(*accepting, return_exceptions=True)
+
+    async def _accept(self, sock: socket.socket, server: web.Server) -> None:
+        loop = asyncio.get_running_loop()
+        next_log = 0.0
+        while True:
+            delay = FULL_POLL_SECONDS
+            if len(server.connections) < self._max_connections:
+                try:
+                    connection, _ = await loop.sock_accept(sock)
+                    await loop.connect_accepted_socket(lambda: self._half_close.protocol(server), connection)
+                    continue
+                except ConnectionError:
+                    # The client has left.
+                    continue
+                except OSError:
+                    delay = ERROR_DELAY_SECONDS
+            if loop.time() >= next_log:
+                next_log = loop.time() + LOG_SECONDS
+                log.warning(
+                    "connections_waiting",
+                    message="Too many connections are open; others wait",
+                    limit=self._max_connections,
+                )
+            await asyncio.sleep(delay)
 
     async def _close_when_busy(self, _: web.Request, response: web.StreamResponse) -> None:
         if self._server is not None and len(self._server.connections) > self._max_connections // 2:
@@ -80,29 +106,6 @@ async def _bind(host: str, port: int) -> list[socket.socket]:
         sockets.append(socket.create_server(address[:2], family=family, backlog=BACKLOG))
         sockets[-1].setblocking(False)
     return sockets
-
-
-async def _accept(sock: socket.socket, server: web.Server, max_connections: int) -> None:
-    loop = asyncio.get_running_loop()
-    next_log = 0.0
-    while True:
-        delay = FULL_POLL_SECONDS
-        if len(server.connections) < max_connections:
-            try:
-                connection, _ = await loop.sock_accept(sock)
-                await loop.connect_accepted_socket(server, connection)
-                continue
-            except ConnectionError:
-                # The client has left.
-                continue
-            except OSError:
-                delay = ERROR_DELAY_SECONDS
-        if loop.time() >= next_log:
-            next_log = loop.time() + LOG_SECONDS
-            log.warning(
-                "connections_waiting", message="Too many connections are open; others wait", limit=max_connections
-            )
-        await asyncio.sleep(delay)
 
 
 def _reason(error: OSError, host: str, port: int) -> str:

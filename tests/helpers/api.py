@@ -21,6 +21,7 @@ from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed
+from ccrun.api.listen import Listener
 from ccrun.api.poller import PollPolicy
 from ccrun.api.request import Defaults
 from ccrun.backends.local.blobs import DirectoryBlobs
@@ -33,6 +34,7 @@ from helpers.service import MADE_UP_KEY, WAIT_SECONDS, Event, read_events
 
 #: `ApiDependencies.max_request_bytes` of the API under test.
 MAX_REQUEST_BYTES: Final = 256 * 1024
+MAX_CONNECTIONS: Final = 1024
 #: A callback URL that accepts no connections.
 CALLBACK_URL: Final = "http://127.0.0.1:9/"
 TOKEN: Final = "first-token-of-the-tests"
@@ -305,13 +307,13 @@ async def api_on(directory: Path, *, host: str = "127.0.0.1", **deps: Any) -> As
         backend="local",
     )
     app = make_app(attrs.evolve(defaults, **deps))
+    listener = Listener(app, max_connections=MAX_CONNECTIONS)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, 0).start()
-        port = runner.addresses[0][1]
+        assert runner.server is not None
         url_host = f"[{host}]" if ":" in host else host
-        async with aiohttp.ClientSession() as http:
+        async with listener.listening(runner.server, host, 0) as port, aiohttp.ClientSession() as http:
             yield Api(
                 url=f"http://{url_host}:{port}",
                 port=port,
