@@ -1,14 +1,14 @@
 """Clients that close their side of the connection and wait for the response.
 
 asyncio closes a connection when the client sends its end, before the response is written. A client that half-closes, as
-`nc -N` does, would start a task and not learn its ID.
+`nc -N` does, would start a task and not learn its ID. An open event stream still ends then, because a client that has left
+closes its side too; and so does a request whose body is incomplete.
 """
 
 from __future__ import annotations
 
 import asyncio
 from typing import Final
-from weakref import WeakKeyDictionary, WeakSet
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -18,69 +18,23 @@ from aiohttp_sse import EventSourceResponse
 START_SECONDS: Final = 1.0
 
 
-class HalfClose:
-    """Keeps half-closed connections of an app open until the response is written.
-
-    An event stream ends when the client closes its side, because a client that has left does the same. So does a request
-    whose body is incomplete.
+class Connection(asyncio.Protocol):
+    """A connection that stays open until the response is written, though the client has closed its side.
 
     Args:
-        app: The app, which must not be set up yet.
+        inner: The protocol of aiohttp's server, which ignores the client's end. `track_request` must be a middleware of its
+            app, and `note_stream` a handler of its `on_response_prepare`.
     """
 
-    def __init__(self, app: web.Application) -> None:
-        self._requests: WeakKeyDictionary[asyncio.BaseTransport, web.Request] = WeakKeyDictionary()
-        self._streaming: WeakSet[asyncio.BaseTransport] = WeakSet()
-        self._half_closed: WeakSet[asyncio.BaseTransport] = WeakSet()
-        app.middlewares.insert(0, self._track)
-        app.on_response_prepare.append(self._note_stream)
+    #: The request that is handled now.
+    request: web.Request | None = None
+    #: Whether its response is an event stream that has begun.
+    is_streaming = False
+    #: Whether the client has closed its side.
+    is_half_closed = False
 
-    def protocol(self, server: web.Server) -> asyncio.Protocol:
-        """Return the protocol of a new connection."""
-        return _Protocol(server(), self)
-
-    def keeps_open(self, transport: asyncio.Transport) -> bool:
-        """Return whether the connection stays open, now that the client has closed its side."""
-        if transport in self._requests and (transport in self._streaming or not self._is_received(transport)):
-            return False
-        self._half_closed.add(transport)
-        asyncio.get_running_loop().call_later(START_SECONDS, self._close_unused, transport)
-        return True
-
-    def _close_unused(self, transport: asyncio.Transport) -> None:
-        if not self._is_received(transport):
-            transport.close()
-
-    def _is_received(self, transport: asyncio.Transport) -> bool:
-        request = self._requests.get(transport)
-        return request is not None and request.content.is_eof()
-
-    async def _note_stream(self, request: web.Request, response: web.StreamResponse) -> None:
-        if isinstance(response, EventSourceResponse) and request.transport is not None:
-            self._streaming.add(request.transport)
-
-    @web.middleware
-    async def _track(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        transport = request.transport
-        if transport is None:
-            return await handler(request)
-        self._requests[transport] = request
-        try:
-            response = await handler(request)
-        finally:
-            del self._requests[transport]
-            self._streaming.discard(transport)
-        if transport in self._half_closed:
-            response.force_close()
-        return response
-
-
-class _Protocol(asyncio.Protocol):
-    # aiohttp's protocol ignores the client's end, and asyncio then closes the connection.
-
-    def __init__(self, inner: asyncio.Protocol, half_close: HalfClose) -> None:
+    def __init__(self, inner: asyncio.Protocol) -> None:
         self._inner = inner
-        self._half_close = half_close
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -90,7 +44,19 @@ class _Protocol(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._inner.eof_received()
-        return self._transport is not None and self._half_close.keeps_open(self._transport)
+        if self.request is not None and (self.is_streaming or not self._has_request):
+            return False
+        self.is_half_closed = True
+        asyncio.get_running_loop().call_later(START_SECONDS, self._close_unused)
+        return True
+
+    def _close_unused(self) -> None:
+        if self._transport is not None and not self._has_request:
+            self._transport.close()
+
+    @property
+    def _has_request(self) -> bool:
+        return self.request is not None and self.request.content.is_eof()
 
     def data_received(self, data: bytes) -> None:
         self._inner.data_received(data)
@@ -103,3 +69,31 @@ class _Protocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._inner.connection_lost(exc)
+
+
+@web.middleware
+async def track_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Tell the connection which request is handled. Close a half-closed one after the response."""
+    connection = _connection_of(request)
+    if connection is None:
+        return await handler(request)
+    connection.request = request
+    try:
+        response = await handler(request)
+    finally:
+        connection.request, connection.is_streaming = None, False
+    if connection.is_half_closed:
+        response.force_close()
+    return response
+
+
+async def note_stream(request: web.Request, response: web.StreamResponse) -> None:
+    """Tell the connection that an event stream begins."""
+    connection = _connection_of(request)
+    if connection is not None and isinstance(response, EventSourceResponse):
+        connection.is_streaming = True
+
+
+def _connection_of(request: web.Request) -> Connection | None:
+    protocol = None if request.transport is None else request.transport.get_protocol()
+    return protocol if isinstance(protocol, Connection) else None

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from ccrun.api.half_close import HalfClose
+from ccrun.api.half_close import Connection, note_stream, track_request
 from ccrun.errors import CcrunError
 
 log = structlog.get_logger()
@@ -45,8 +45,8 @@ class Listener:
     def __init__(self, app: web.Application, *, max_connections: int) -> None:
         self._max_connections = max_connections
         self._server: web.Server | None = None
-        self._half_close = HalfClose(app)
-        app.on_response_prepare.append(self._close_when_busy)
+        app.middlewares.insert(0, track_request)
+        app.on_response_prepare.extend((note_stream, self._close_when_busy))
 
     @contextlib.asynccontextmanager
     async def listening(self, server: web.Server, host: str, port: int) -> AsyncIterator[int]:
@@ -77,7 +77,7 @@ class Listener:
             if len(server.connections) < self._max_connections:
                 try:
                     connection, _ = await loop.sock_accept(sock)
-                    await loop.connect_accepted_socket(lambda: self._half_close.protocol(server), connection)
+                    await loop.connect_accepted_socket(lambda: Connection(server()), connection)
                     continue
                 except ConnectionError:
                     # The client has left.

@@ -90,5 +90,12 @@ async def test_task_that_is_run_is_streamed(api: Api) -> None:
 
 async def test_regular_requests_keep_their_connection(api: Api) -> None:
     """A client that does not close its side can send more requests."""
-    first = await api.call("GET", "/health")
-    assert "close" != first.headers.get("Connection")
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+    for _ in range(3):
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        async with asyncio.timeout(WAIT_SECONDS):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(len(b'{"status":"ok"}'))
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"\r\nConnection: close\r\n" not in head
+    writer.close()
