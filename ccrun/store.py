@@ -1,7 +1,6 @@
-"""Task records, payloads, uploads and logs in object storage.
+"""Task records, payloads and uploads in object storage.
 
-Records change only by compare-and-swap, in `Store.update`. The numbers of log chunks have no gaps, and the names of chunks sort
-in order. Nothing here opens a payload.
+Records change only by compare-and-swap, in `Store.update`. Nothing here opens a payload.
 """
 
 from __future__ import annotations
@@ -21,14 +20,9 @@ from ccrun.blobs import Blobs
 from ccrun.errors import BlobChanged, BlobExists, BlobNotFound, StorageError, TaskExists, TaskNotFound
 from ccrun.leases import Leases
 from ccrun.names import (
-    CHUNK_NAME,
     active_name,
-    before_chunk,
-    chunk_name,
-    chunk_number,
     index_name,
     index_name_at,
-    lease_name,
     payload_name,
     record_name,
     task_prefix,
@@ -36,27 +30,7 @@ from ccrun.names import (
 )
 from ccrun.seal import Sealed
 from ccrun.task import TaskId, TaskRecord
-
-
-@attrs.frozen(kw_only=True)
-class ChunkRef:
-    """A log chunk in a listing. `size` is in bytes."""
-
-    number: int
-    name: str
-    size: int
-
-
-@attrs.frozen(kw_only=True)
-class ChunkListing:
-    """The chunks of a task from some number on, and the generations of its record and of its lease.
-
-    `record_generation` is None when there are more chunks than one listing holds, `lease_generation` also when there is no lease.
-    """
-
-    chunks: Sequence[ChunkRef]
-    record_generation: int | None
-    lease_generation: int | None
+from ccrun.task_logs import TaskLogs
 
 
 @attrs.frozen(kw_only=True)
@@ -85,8 +59,6 @@ class VersionedRecord:
 
 # --- the store -------------------------------------------------------------------------------------------------------
 
-#: Names in one listing: the page size of Cloud Storage.
-LISTING_NAMES: Final = 1000
 #: Records that one page of `GET /tasks` reads at most when it filters by status.
 MAX_PAGE_READS: Final = 500
 #: Records that are read concurrently.
@@ -105,6 +77,7 @@ class Store:
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self.leases = Leases(blobs)
+        self.logs = TaskLogs(blobs)
 
     async def check(self) -> None:
         """Check that the storage works.
@@ -361,54 +334,3 @@ class Store:
         name = upload_name(task_id, path)
         await self._blobs.create_from(name, file, size=size)
         return self._blobs.url(name)
-
-    # The log, for readers.
-
-    async def listing(self, task_id: TaskId, *, first: int) -> ChunkListing:
-        """Return the chunks of a task from number `first` on, and both generations, in one call to the storage."""
-        last = record_name(task_id)
-        entries = await self._blobs.entries(
-            task_prefix(task_id), after=before_chunk(task_id, first), before=last + "\x00", limit=LISTING_NAMES
-        )
-        chunks = [
-            ChunkRef(number=chunk_number(match[1]), name=entry.name, size=entry.size)
-            for entry in entries
-            if (match := CHUNK_NAME.fullmatch(entry.name.removeprefix(task_prefix(task_id))))
-        ]
-        generations = {entry.name: entry.generation for entry in entries[-2:]}
-        return ChunkListing(
-            chunks=chunks,
-            record_generation=generations.get(last),
-            lease_generation=generations.get(lease_name(task_id)) if last in generations else None,
-        )
-
-    async def read_chunk(self, chunk: ChunkRef) -> bytes:
-        """Return the lines of a chunk, each with its newline.
-
-        Raises:
-            BlobNotFound: There is no such chunk.
-            StorageError: The storage failed.
-        """
-        return (await self._blobs.read(chunk.name)).content
-
-    # The log, for its single writer.
-
-    async def add_chunk(
-        self, task_id: TaskId, number: int, lines: Sequence[bytes | bytearray], at: dt.datetime
-    ) -> None:
-        """Store a chunk. When the same chunk is there already, do nothing.
-
-        Raises:
-            BlobExists: There is another chunk with this number and time.
-            StorageError: The storage failed.
-        """
-        name = chunk_name(task_id, number, at)
-        content: list[bytes | bytearray] = []
-        for line in lines:
-            content += (line, b"\n")
-        try:
-            await self._blobs.create(name, content)
-        except BlobExists:
-            # An earlier attempt may have been stored, although its response was lost.
-            if (await self._blobs.read(name)).content != b"".join(content):
-                raise

@@ -15,8 +15,9 @@ from ccrun.api.sse import Cursor, parse_cursor
 from ccrun.api.streams import write_in_pieces
 from ccrun.api.tasks import task_id_of
 from ccrun.errors import BlobNotFound, FieldError, InvalidRequest, StorageError
-from ccrun.store import ChunkRef, Store
+from ccrun.store import Store
 from ccrun.task import TaskId
+from ccrun.task_logs import ChunkRef
 
 #: The maximum of `tail` and `limit`. Lines can be long, but are not held in memory.
 MAX_LINES: Final = 1_000_000
@@ -124,20 +125,20 @@ class LogRoutes:
     async def _read(self, chunk: ChunkRef) -> bytes:
         """Return the content of a chunk, nothing if it was deleted."""
         try:
-            return await self.deps.store.read_chunk(chunk)
+            return await self.deps.store.logs.read_chunk(chunk)
         except BlobNotFound:
             return b""
 
 
 async def _chunks(store: Store, task_id: TaskId, *, first: int = 1) -> AsyncIterator[ChunkRef]:
     """Yield the chunks that are stored."""
-    listing = await store.listing(task_id, first=first)
+    listing = await store.logs.listing(task_id, first=first)
     while listing.chunks:
         for chunk in listing.chunks:
             yield chunk
         if listing.record_generation is not None:
             return
-        listing = await store.listing(task_id, first=listing.chunks[-1].number + 1)
+        listing = await store.logs.listing(task_id, first=listing.chunks[-1].number + 1)
 
 
 def _part_of(request: web.Request) -> _Part:

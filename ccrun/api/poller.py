@@ -16,8 +16,9 @@ import structlog
 
 from ccrun.api import sse
 from ccrun.errors import BlobNotFound, StorageError
-from ccrun.store import ChunkRef, Store
+from ccrun.store import Store
 from ccrun.task import TaskId, TaskRecord, TaskType
+from ccrun.task_logs import ChunkRef
 
 log = structlog.get_logger()
 
@@ -139,10 +140,10 @@ class TaskPoller:
         async for attempt in stamina.retry_context(on=_is_transient, attempts=None, timeout=READ_RETRY_SECONDS):
             with attempt:
                 if number not in self._names:
-                    self._remember((await self._store.listing(self._task_id, first=number)).chunks)
+                    self._remember((await self._store.logs.listing(self._task_id, first=number)).chunks)
                 if number in self._names:
                     with contextlib.suppress(BlobNotFound):
-                        return await self._store.read_chunk(self._names[number])
+                        return await self._store.logs.read_chunk(self._names[number])
         return b""
 
     def _remember(self, chunks: Sequence[ChunkRef]) -> None:
@@ -214,7 +215,7 @@ class TaskPoller:
             skip_gaps: Whether to pass missing chunks. Otherwise a chunk waits for those before it.
         """
         while True:
-            listing = await self._store.listing(self._task_id, first=self.head + 1)
+            listing = await self._store.logs.listing(self._task_id, first=self.head + 1)
             before = self.head
             for chunk in listing.chunks:
                 if chunk.number == self.head + 1 or skip_gaps:

@@ -250,7 +250,7 @@ class LogWriter:
         )
         async for attempt in retries:
             with attempt:
-                await self._store.add_chunk(self._task_id, number, lines, at)
+                await self._store.logs.add_chunk(self._task_id, number, lines, at)
         self._chunks = number
         self._stored += len(lines)
         self._write_seconds, self._write_started = loop.time() - self._write_started, None

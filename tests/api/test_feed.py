@@ -32,8 +32,9 @@ from ccrun.api.poller import PollPolicy
 from ccrun.api.sse import Cursor, parse_cursor
 from ccrun.errors import TaskNotFound
 from ccrun.names import chunk_name
-from ccrun.store import LISTING_NAMES, Store
+from ccrun.store import Store
 from ccrun.task import Status, TaskId
+from ccrun.task_logs import LISTING_NAMES
 
 __all__ = ["blobs", "feed", "store"]
 

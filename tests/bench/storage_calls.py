@@ -128,7 +128,7 @@ async def count(report: Report, recorded: RecordedService, receiver: str) -> Non
         each for each in recorded.deployment.cloud_run.executions.values() if each.overrides["TASK_ID"] == "done"
     )
     await execution.finished.wait()
-    chunks = len((await recorded.deployment.store.listing(TaskId("done"), first=1)).chunks)
+    chunks = len((await recorded.deployment.store.logs.listing(TaskId("done"), first=1)).chunks)
     report.line(f"a task with a callback, {chunks} chunks (worker)", recorded.worker, writes=3 + chunks, lists=0, KMS=1)
     await service.events("done")
     report.line(f"GET events of a finished task, {chunks} chunks", api, writes=0, reads=1 + chunks, lists=1)

@@ -240,7 +240,7 @@ class Api:
 
     async def add_chunk(self, task_id: TaskId, number: int, *lines: bytes) -> None:
         """Write a chunk of the log, as the worker does."""
-        await self.store.add_chunk(task_id, number, lines, dt.datetime.now(dt.UTC))
+        await self.store.logs.add_chunk(task_id, number, lines, dt.datetime.now(dt.UTC))
 
     async def finish(self, task_id: TaskId, outcome: Outcome = COMPLETED) -> TaskRecord:
         """Write the final record, as the worker does."""

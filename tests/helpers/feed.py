@@ -106,7 +106,7 @@ async def start_task(store: Store, task_id: TaskId = TASK) -> None:
 
 async def add_chunk(store: Store, chunk: int, lines: int = 2, task_id: TaskId = TASK) -> None:
     """Store a chunk whose lines contain their positions."""
-    await store.add_chunk(task_id, chunk, [line_at(chunk, line) for line in range(1, lines + 1)], NOW)
+    await store.logs.add_chunk(task_id, chunk, [line_at(chunk, line) for line in range(1, lines + 1)], NOW)
 
 
 async def finish_task(store: Store, task_id: TaskId = TASK) -> None:

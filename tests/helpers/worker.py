@@ -118,8 +118,8 @@ class WorkerSetup:
 
     async def log(self) -> list[dict[str, Any]]:
         """Return the lines of the log of the task."""
-        listing = await self.deps.store.listing(TASK, first=1)
-        contents = [await self.deps.store.read_chunk(chunk) for chunk in listing.chunks]
+        listing = await self.deps.store.logs.listing(TASK, first=1)
+        contents = [await self.deps.store.logs.read_chunk(chunk) for chunk in listing.chunks]
         return [json.loads(line) for content in contents for line in content.splitlines()]
 
 

@@ -145,10 +145,10 @@ async def stored_log(store: Store, task_id: TaskId) -> list[bytes]:
     lines: list[bytes] = []
     first = 1
     while True:
-        listing = await store.listing(task_id, first=first)
+        listing = await store.logs.listing(task_id, first=first)
         for number, chunk in enumerate(listing.chunks, start=first):
             assert chunk.number == number, f"chunk {number} of task {task_id} is missing"
-            lines += (await store.read_chunk(chunk)).splitlines()
+            lines += (await store.logs.read_chunk(chunk)).splitlines()
         first += len(listing.chunks)
         if listing.record_generation is not None or not listing.chunks:
             return lines

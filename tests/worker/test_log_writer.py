@@ -78,15 +78,15 @@ BY_LINES = FlushPolicy(flush_lines=100, flush_seconds=3600, first_flush_seconds=
 
 async def chunks(store: Store, task_id: TaskId = TASK) -> list[bytes]:
     """Return the contents of the chunks of a log, whose numbers must have no gaps."""
-    listing = await store.listing(task_id, first=1)
+    listing = await store.logs.listing(task_id, first=1)
     assert list(range(1, len(listing.chunks) + 1)) == [chunk.number for chunk in listing.chunks]
-    return [await store.read_chunk(chunk) for chunk in listing.chunks]
+    return [await store.logs.read_chunk(chunk) for chunk in listing.chunks]
 
 
 async def until_chunks(store: Store, count: int) -> None:
     """Wait until the log has this number of chunks."""
     async with asyncio.timeout(10):
-        while len((await store.listing(TASK, first=1)).chunks) < count:
+        while len((await store.logs.listing(TASK, first=1)).chunks) < count:
             await asyncio.sleep(0.002)
 
 

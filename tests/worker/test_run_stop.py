@@ -42,7 +42,7 @@ def is_alive(pid: int) -> bool:
 async def until_first_chunk(worker_setup: WorkerSetup) -> None:
     """Wait until the log has a chunk."""
     async with asyncio.timeout(WAIT_SECONDS):
-        while not (await worker_setup.deps.store.listing(TASK, first=1)).chunks:
+        while not (await worker_setup.deps.store.logs.listing(TASK, first=1)).chunks:
             await asyncio.sleep(0.01)
 
 
@@ -160,7 +160,7 @@ class DistantBlobs(DirectoryBlobs):
 async def until_chunks(worker_setup: WorkerSetup, count: int) -> None:
     """Wait until the log has this number of chunks."""
     async with asyncio.timeout(WAIT_SECONDS):
-        while len((await worker_setup.deps.store.listing(TASK, first=1)).chunks) < count:
+        while len((await worker_setup.deps.store.logs.listing(TASK, first=1)).chunks) < count:
             await asyncio.sleep(0.01)
 
 
@@ -225,4 +225,4 @@ async def test_record_of_a_shutdown_says_how_many_lines_are_missing(
     missing = re.search(r"(\d+) lines of the log could not be stored", record.error or "")
     assert missing is not None
     assert int(missing[1]) > 0
-    assert 3 == len((await worker_setup.deps.store.listing(TASK, first=1)).chunks)
+    assert 3 == len((await worker_setup.deps.store.logs.listing(TASK, first=1)).chunks)

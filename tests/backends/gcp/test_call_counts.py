@@ -53,7 +53,7 @@ class Bucket:
     async def add_chunks(self, first: int, last: int) -> None:
         """Write chunks of the task."""
         for number in range(first, last + 1):
-            await self.store.add_chunk(TASK, number, [b"{}"], NOW)
+            await self.store.logs.add_chunk(TASK, number, [b"{}"], NOW)
 
     async def finish(self) -> None:
         """Write the final record of the task."""
