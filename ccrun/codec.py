@@ -19,7 +19,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 
 from ccrun import javascript_json
 from ccrun.errors import SealError, StorageError
-from ccrun.results import GitCommit
+from ccrun.results import GitCommit, Isolation
 from ccrun.spec import GitToken, TaskSpec
 from ccrun.task import CallbackState, Secret, Summary, TaskRecord
 from ccrun.urls import GitUrl, parse_git_url
@@ -29,14 +29,17 @@ _JSON_NAMES: Final = {"anthropic_oauth_token": "anthropicOAuthToken"}
 #: Fields of a stored record that clients do not see, like `rounds` of the callback.
 _INTERNAL_FIELDS: Final = frozenset({"sealedCallbackUrl", "idempotencyDigest", "launchRejected", "writeId"})
 #: Fields of a record that are absent instead of null.
-_OPTIONAL_FIELDS: Final = ("uploadedFiles", "gitCommit")
+_OPTIONAL_FIELDS: Final = ("uploadedFiles", "gitCommit", "isolation")
 #: Fields that are absent instead of null or empty.
 _OMITTED_BY_DEFAULT: Final = {
     GitCommit: ("committed", "recovery"),
+    Isolation: ("reasons", "refused_hosts"),
     Summary: ("background_tasks", "api_error", "mcp_servers"),
 }
 #: The fields that every callback has, in order.
 _CALLBACK_FIELDS: Final = ("taskId", "status", "exitCode", "logsPath", "summary", "error", "metadata")
+#: The fields that a callback has when there is something to say, in order.
+_OPTIONAL_CALLBACK_FIELDS: Final = ("uploadedFiles", "gitCommit", "actionErrors")
 
 
 def to_json(value: Any) -> bytes:
@@ -108,11 +111,16 @@ def record_to_public(record: TaskRecord) -> dict[str, Any]:
     }
 
 
+def isolation_to_public(isolation: Isolation) -> dict[str, Any]:
+    """Return an isolation as clients see it, as JSON values."""
+    return dict(_converter().unstructure(isolation))
+
+
 def callback_body(record: TaskRecord) -> bytes:
     """Return the body of the callback, which is also the data of the `done` event. Equal records give equal bytes."""
     public = record_to_public(record)
     body = {name: public[name] for name in _CALLBACK_FIELDS}
-    body |= {name: public[name] for name in (*_OPTIONAL_FIELDS, "actionErrors") if public.get(name)}
+    body |= {name: public[name] for name in _OPTIONAL_CALLBACK_FIELDS if public.get(name)}
     return javascript_json.dumps(body)
 
 

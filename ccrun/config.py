@@ -15,6 +15,7 @@ from typing import Final
 import attrs
 import environ
 
+from ccrun.results import AGENT_NETWORKS, AgentNetwork
 from ccrun.setting import (
     MODEL_CREDENTIALS,
     as_address,
@@ -57,6 +58,16 @@ class Backend(enum.StrEnum):
 
     LOCAL = "local"
     GCP = "gcp"
+
+
+class SandboxMode(enum.StrEnum):
+    """Whether agents run in a sandbox."""
+
+    #: Where it works.
+    AUTO = "auto"
+    #: Else their tasks fail.
+    REQUIRED = "required"
+    OFF = "off"
 
 
 class LogFormat(enum.StrEnum):
@@ -143,6 +154,14 @@ class Config:
 
     claude_cli: Path | None = setting("CLAUDE_CLI", as_path)
     agent_user: str | None = setting("CCRUN_AGENT_USER")
+    sandbox: SandboxMode = setting(
+        "CCRUN_SANDBOX", lambda value: SandboxMode(as_one_of(*SandboxMode)(value)), default=SandboxMode.AUTO
+    )
+    agent_network: AgentNetwork = setting(
+        "AGENT_NETWORK", lambda value: AgentNetwork(as_one_of(*AGENT_NETWORKS)(value)), default=AgentNetwork.PUBLIC
+    )
+    agent_allowed_hosts: tuple[str, ...] = setting("AGENT_ALLOWED_HOSTS", as_hosts, default=())
+    agent_private_hosts: tuple[str, ...] = setting("AGENT_PRIVATE_HOSTS", as_hosts, default=())
     anthropic_base_url: str = setting("ANTHROPIC_BASE_URL", as_url, default="https://api.anthropic.com")
     anthropic_api_key: Secret | None = setting("ANTHROPIC_API_KEY", as_credential)
     claude_code_oauth_token: Secret | None = setting("CLAUDE_CODE_OAUTH_TOKEN", as_credential)

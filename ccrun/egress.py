@@ -53,6 +53,12 @@ class Egress:
         is_loopback = host in _LOOPBACK or host.startswith("127.")
         return None if proxy is None or is_loopback or self._is_direct(host) else proxy.reveal()
 
+    def agent_proxy_for(self, url: str) -> str | None:
+        """Return the URL of the proxy for a URL that the agent asks for, None if the server is reached directly."""
+        parts = urlsplit(url)
+        proxy = self.agent_https_proxy if parts.scheme == "https" else self.agent_http_proxy
+        return None if self._is_direct(parts.hostname or "") else proxy
+
     def _is_direct(self, host: str) -> bool:
         names = (name.strip().lower().removeprefix("*").removeprefix(".") for name in self.no_proxy.split(","))
         return "*" in self.no_proxy.split(",") or any(name and f".{host}".endswith(f".{name}") for name in names)

@@ -164,6 +164,7 @@ def finish(
         uploaded_files=outcome.uploaded_files,
         git_commit=outcome.git_commit,
         action_errors=outcome.action_errors,
+        isolation=outcome.isolation,
         webhook=webhook,
     )
 

@@ -3,8 +3,52 @@
 from __future__ import annotations
 
 import datetime as dt
+import enum
+from typing import Final
 
 import attrs
+
+
+class IsolationLevel(enum.StrEnum):
+    """What kept the processes of an agent apart from the rest of the machine."""
+
+    #: Namespaces of their own: of the machine, they saw only the programs of the system and the directory of the task.
+    SANDBOX = "sandbox"
+    #: A user of their own.
+    USER = "user"
+    #: Nothing but the limits of a process.
+    PROCESS = "process"
+
+
+class AgentNetwork(enum.StrEnum):
+    """What the processes of an agent could reach besides the model API. In order, from the narrowest to the widest."""
+
+    NONE = "none"
+    #: The hosts that were allowed.
+    ALLOWLIST = "allowlist"
+    #: All public addresses.
+    PUBLIC = "public"
+    #: Whatever the machine can reach, since the agent was in no sandbox.
+    HOST = "host"
+
+
+#: The networks that a request and the operator can choose, the narrowest first.
+AGENT_NETWORKS: Final = (AgentNetwork.NONE, AgentNetwork.ALLOWLIST, AgentNetwork.PUBLIC)
+
+
+@attrs.frozen(kw_only=True)
+class Isolation:
+    """How an agent was kept apart from the rest of the machine.
+
+    Args:
+        reasons: Why the level is not higher, in sentences.
+        refused_hosts: Hosts, with their ports, to which connections were refused.
+    """
+
+    level: IsolationLevel
+    network: AgentNetwork
+    reasons: tuple[str, ...] = ()
+    refused_hosts: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 
 from ccrun import __version__
+from ccrun.agent_sandbox import agent_sandbox, isolation_of
 from ccrun.api.app import make_app
 from ccrun.api.dependencies import ApiDependencies, ApiTimeouts
 from ccrun.api.dispatch import Dispatcher
@@ -33,6 +34,7 @@ from ccrun.errors import ConfigError
 from ccrun.jobs import Jobs
 from ccrun.process import linux
 from ccrun.process.limits import open_files_limit, raise_open_files_limit
+from ccrun.results import Isolation, IsolationLevel
 from ccrun.settle import settle
 from ccrun.sweep import Sweeper
 from ccrun.worker.clouds import check_cloud
@@ -135,11 +137,12 @@ async def serving(
     """
     # Set when a sweep should run immediately.
     sweep_needed = asyncio.Event()
+    isolation = await _isolation(config, worker_environment) if config.is_local else None
     async with (
         open_backend(config) as backend,
         _open_jobs(config, backend.egress, worker_environment, sweep_needed.set) as jobs,
     ):
-        app = make_app(_deps(config, backend, jobs, sweep_needed))
+        app = make_app(attrs.evolve(_deps(config, backend, jobs, sweep_needed), isolation=isolation))
         listener = Listener(app, max_connections=_max_connections())
         runner = web.AppRunner(
             app,
@@ -157,6 +160,24 @@ async def serving(
                 yield f"http://{host}:{port}"
         finally:
             await runner.cleanup()
+
+
+async def _isolation(config: Config, worker_environment: Mapping[str, str]) -> Isolation:
+    """Return how the agents on this machine are isolated, and log it."""
+    found = await asyncio.to_thread(agent_sandbox, config, worker_environment, None)
+    isolation = isolation_of(found, network=config.agent_network, has_user=config.agent_user is not None)
+    shown = {"level": isolation.level, "network": isolation.network}
+    if isolation.level is IsolationLevel.SANDBOX:
+        log.info("agents_isolated", message="Agents run in a sandbox", **shown)
+    else:
+        reach = "" if config.api_tokens else "; agents can call this API unless CCRUN_API_TOKENS is set"
+        log.warning(
+            "agents_not_isolated",
+            message=f"Agents run outside of a sandbox{reach}",
+            **shown,
+            error=" ".join(isolation.reasons),
+        )
+    return isolation
 
 
 def _max_connections() -> int:
@@ -239,6 +260,7 @@ def _deps(config: Config, backend: OpenBackend, jobs: Jobs, sweep_needed: asynci
         defaults=Defaults(
             operator_has_credential=config.operator_has_credential,
             allowed_base_urls=config.allowed_base_urls,
+            agent_network=config.agent_network,
             allowed_tools=config.allowed_tools,
             permission_mode=config.permission_mode,
             max_timeout_minutes=config.max_timeout_minutes,

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 import attrs
 
+from ccrun.results import AgentNetwork
 from ccrun.task import Secret, TaskId, TaskType
 from ccrun.urls import GitUrl
 
@@ -193,6 +194,10 @@ class TaskSpec:
     #: By path, whose first part is the name of the plugin.
     plugins: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
     subagents: Mapping[str, ConfigFile] = attrs.field(factory=dict, repr=False)
+    #: What the agent reaches besides the model API; None for the operator's default.
+    network: AgentNetwork | None = None
+    #: Host names, or `*.example.com` for all below one. Only for `AgentNetwork.ALLOWLIST`.
+    allowed_hosts: tuple[str, ...] = ()
     cwd_relative: str = "."
     metadata: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
     post_execution_actions: PostRunActions = attrs.field(factory=PostRunActions)

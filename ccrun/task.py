@@ -14,7 +14,7 @@ from typing import Any, Final, NewType
 
 import attrs
 
-from ccrun.results import ActionError, ApiError, BackgroundTask, GitCommit, McpServer, UploadedFile
+from ccrun.results import ActionError, ApiError, BackgroundTask, GitCommit, Isolation, McpServer, UploadedFile
 
 #: A task ID becomes part of object names (at most 1024 bytes in Cloud Storage) and file names (at most 255).
 MAX_TASK_ID_CHARS: Final = 128
@@ -165,6 +165,7 @@ class TaskRecord:
     uploaded_files: tuple[UploadedFile, ...] | None = None
     git_commit: GitCommit | None = None
     action_errors: tuple[ActionError, ...] = ()
+    isolation: Isolation | None = None
     webhook: CallbackInfo | None = None
     metadata: Mapping[str, Any] | None = None
     #: The complete callback URL, sealed under the task's data key.
@@ -211,3 +212,4 @@ class Outcome:
     uploaded_files: tuple[UploadedFile, ...] | None = None
     git_commit: GitCommit | None = None
     action_errors: tuple[ActionError, ...] = ()
+    isolation: Isolation | None = None

@@ -1,4 +1,5 @@
-# The worker: `ccrun worker`, the Claude CLI, and the programs that agents need: git, git-lfs, ssh, Node for MCP servers, ripgrep.
+# The worker: `ccrun worker`, the Claude CLI, bubblewrap for the sandbox of agents, and the programs that agents need: git, git-lfs,
+# ssh, Node for MCP servers, ripgrep.
 #   docker build --file containers/worker.Dockerfile --build-arg REVISION="$(git rev-parse HEAD)" .
 # One container runs one task. It starts as root only to switch to the user ccrun (see worker-entrypoint.sh). Agents run as
 # the user agent, without any capability.
@@ -26,7 +27,7 @@ FROM python:3.13.16-slim-trixie@sha256:bf44cdfcb76cd3b41e879bc058fc37ec5872002cc
 # The entry point and the worker switch users with setpriv. It is part of util-linux, which every Debian image has.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-      ca-certificates git git-lfs nodejs npm openssh-client ripgrep \
+      bubblewrap ca-certificates git git-lfs nodejs npm openssh-client ripgrep \
     && rm -rf /var/lib/apt/lists/*
 # The base image has no bytecode of the standard library; without it, each start would compile these modules again.
 # The agent's user has a separate group, no password, no login shell and no home directory: the worker creates one for each task.
@@ -44,6 +45,7 @@ COPY --from=build /opt/ccrun /opt/ccrun
 COPY --chmod=0755 containers/worker-entrypoint.sh /usr/local/bin/worker-entrypoint
 ENV CCRUN_AGENT_USER=agent \
     CCRUN_BACKEND=gcp \
+    CCRUN_SANDBOX=required \
     DISABLE_AUTOUPDATER=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1

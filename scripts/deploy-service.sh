@@ -62,7 +62,7 @@ find_image image api "$tag" || fail "There is no image api:$tag: run scripts/bui
 look job run jobs describe "$CLOUDRUN_JOB_NAME" --region="$REGION" --format='value(metadata.name)' ||
   missing "The job $CLOUDRUN_JOB_NAME" deploy-job.sh
 deploy "$image" "$(variables CCRUN_BACKEND CCRUN_WORKER_HAS PROJECT_ID REGION GCS_LOGS_BUCKET KMS_LOCATION KMS_KEY_RING KMS_KEY_NAME \
-  CLOUDRUN_JOB_NAME MAX_TIMEOUT_MINUTES MAX_REQUEST_BYTES ALLOWED_TOOLS PERMISSION_MODE ALLOWED_BASE_URLS HEARTBEAT_SECONDS \
+  CLOUDRUN_JOB_NAME MAX_TIMEOUT_MINUTES MAX_REQUEST_BYTES ALLOWED_TOOLS PERMISSION_MODE ALLOWED_BASE_URLS AGENT_NETWORK HEARTBEAT_SECONDS \
   POLL_SECONDS LOG_LEVEL)"
 on_service || missing "The service $CLOUDRUN_SERVICE_NAME" deploy-service.sh
 grant_callers

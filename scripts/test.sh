@@ -74,6 +74,7 @@ prepare
 missing() {
   command -v "$1" >/dev/null || say "$1 is not installed: tests that need it are skipped ($2)."
 }
+missing bwrap "agents in a sandbox: apt-get install bubblewrap"
 missing node "JavaScript receivers, comparison with JavaScript's JSON"
 missing npm "the Express receiver"
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from ccrun import config
-from ccrun.config import Backend, LogFormat
+from ccrun.config import Backend, LogFormat, SandboxMode
 from ccrun.errors import ConfigError
+from ccrun.results import AgentNetwork
 from ccrun.spec import PERMISSION_MODES
 from ccrun.task import Secret
 
@@ -52,6 +53,10 @@ def test_empty_environment_gives_the_documented_defaults() -> None:
         "google_oidc_audience": (),
         "metadata_host": "metadata.google.internal",
         "claude_cli": None,
+        "sandbox": SandboxMode.AUTO,
+        "agent_network": AgentNetwork.PUBLIC,
+        "agent_allowed_hosts": (),
+        "agent_private_hosts": (),
         "anthropic_base_url": "https://api.anthropic.com",
         "anthropic_auth_token": None,
         "callback_timeout_seconds": 10,
@@ -93,6 +98,10 @@ def test_every_setting_is_read_from_its_variable() -> None:
             "GOOGLE_OIDC_AUDIENCE": "https://Receiver.example/, https://iap.example:8443=1.apps.example",
             "CLAUDE_CLI": "/opt/claude",
             "CCRUN_AGENT_USER": "agent",
+            "CCRUN_SANDBOX": "required",
+            "AGENT_NETWORK": "allowlist",
+            "AGENT_ALLOWED_HOSTS": "Index.example, *.modules.example",
+            "AGENT_PRIVATE_HOSTS": "mirror.internal",
             "ANTHROPIC_BASE_URL": "http://127.0.0.1:9/",
             "ANTHROPIC_API_KEY": "made-up-key",
             "ANTHROPIC_AUTH_TOKEN": "made-up-gateway-token",
@@ -138,6 +147,10 @@ def test_every_setting_is_read_from_its_variable() -> None:
         ),
         "claude_cli": Path("/opt/claude"),
         "agent_user": "agent",
+        "sandbox": SandboxMode.REQUIRED,
+        "agent_network": AgentNetwork.ALLOWLIST,
+        "agent_allowed_hosts": ("index.example", "*.modules.example"),
+        "agent_private_hosts": ("mirror.internal",),
         "anthropic_base_url": "http://127.0.0.1:9",
         "anthropic_api_key": Secret("made-up-key"),
         "anthropic_auth_token": Secret("made-up-gateway-token"),
@@ -284,6 +297,8 @@ def test_terminal_is_detected() -> None:
             "http://a.example",
             'GOOGLE_OIDC_AUDIENCE must be origins with https, each with or without =AUDIENCE, not "http://a.example".',
         ),
+        ("CCRUN_SANDBOX", "on", 'CCRUN_SANDBOX must be one of auto, required, off, not "on".'),
+        ("AGENT_NETWORK", "host", 'AGENT_NETWORK must be one of none, allowlist, public, not "host".'),
         ("ANTHROPIC_BASE_URL", "localhost", 'ANTHROPIC_BASE_URL must be an http or https URL, not "localhost".'),
         ("ANTHROPIC_BASE_URL", "http://[", 'ANTHROPIC_BASE_URL must be an http or https URL, not "http://[".'),
         ("KMS_EMULATOR_HOST", "http://a", 'KMS_EMULATOR_HOST must be host:port, not "http://a".'),

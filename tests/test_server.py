@@ -187,12 +187,13 @@ async def test_waiting_connections_are_logged_once(tmp_path: Path) -> None:
     assert 1 == (await asyncio.to_thread(log_file.read_text)).count("connections_waiting")
 
 
-async def test_start_logs_the_proxies_without_their_passwords(tmp_path: Path) -> None:
-    """The log also says that agents do not get a proxy whose URL has a password."""
+async def test_start_logs_proxies_and_isolation(tmp_path: Path) -> None:
+    """The log has no password. It says that agents do not get a proxy whose URL has one, and that they can call the service."""
     log_file = tmp_path / "log"
     settings: dict[str, Any] = {
         "HTTPS_PROXY": "http://me:made-up-password@proxy.invalid:3128",
         "NO_PROXY": "corp.example",
+        "CCRUN_SANDBOX": "off",
     }
 
     def logged() -> list[dict[str, Any]]:
@@ -203,11 +204,17 @@ async def test_start_logs_the_proxies_without_their_passwords(tmp_path: Path) ->
             while not (lines := {line["event"]: line for line in await asyncio.to_thread(logged)}).keys() >= {
                 "proxy_used",
                 "agent_proxy_missing",
+                "agents_not_isolated",
             }:
                 await asyncio.sleep(0.02)
     used = lines["proxy_used"]
     assert ("http://proxy.invalid:3128", "corp.example") == (used["httpsProxy"], used["noProxy"])
     assert "made-up-password" not in str(lines)
+    message = "Agents run outside of a sandbox; agents can call this API unless CCRUN_API_TOKENS is set"
+    isolation = lines["agents_not_isolated"]
+    assert (message, "process", "CCRUN_SANDBOX is off.") == tuple(
+        isolation[name] for name in ("message", "level", "error")
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +261,8 @@ async def test_next_service_removes_what_a_lost_worker_has_left(tmp_path: Path) 
     store = Store(DirectoryBlobs(data_dir))
     async with (
         ScriptedModel(lambda _: UseTool("Bash", {"command": "tail -f /dev/null"})) as model,
-        serve_process(data_dir, ANTHROPIC_BASE_URL=model.url) as service,
+        # The processes in a sandbox end with the worker.
+        serve_process(data_dir, ANTHROPIC_BASE_URL=model.url, CCRUN_SANDBOX="off") as service,
     ):
         task_id = await submit(service.url, allowedTools=["Bash"])
         workspace = Path(tempfile.gettempdir()) / f"ws-{task_id}"

@@ -316,6 +316,11 @@ model: Final = _matching(
 tool: Final = _matching(
     r"(?!-)[^\x00-\x1f\x7f-\x9f]+", "may not contain control characters or start with a hyphen", max_bytes=4096
 )
+host: Final = _matching(
+    r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*",
+    "must be a host name or an address, or `*.` and a name for all hosts below it, without scheme, port or path",
+    max_bytes=255,
+)
 
 
 def one_of(allowed: tuple[str, ...]) -> Check:

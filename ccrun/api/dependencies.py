@@ -11,6 +11,7 @@ from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed
 from ccrun.api.request import Defaults
 from ccrun.jobs import Jobs
+from ccrun.results import Isolation
 from ccrun.seal import KeyWrapper
 from ccrun.store import Store
 from ccrun.task import Secret
@@ -51,6 +52,7 @@ class ApiDependencies:
         project_id: The Google Cloud project of the traces in the log.
         backend: The name of the backend, for `/health?verbose=true`.
         companions: What runs while the app runs.
+        isolation: How the agents on this machine are isolated; None where they run elsewhere.
         max_streams: The maximum number of open streams. Each keeps a connection, which counts as an open file.
     """
 
@@ -70,3 +72,4 @@ class ApiDependencies:
     timeouts: ApiTimeouts = attrs.field(factory=ApiTimeouts)
     companions: Sequence[Companion] = ()
     max_streams: int = 10_000
+    isolation: Isolation | None = None

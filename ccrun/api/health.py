@@ -12,6 +12,7 @@ from aiohttp import web
 from ccrun import __version__
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.responses import RETRY_AFTER_SECONDS, json_response
+from ccrun.codec import isolation_to_public
 from ccrun.errors import CcrunError
 
 ENDPOINTS: Final = (
@@ -44,6 +45,7 @@ class HealthRoutes:
         if request.query.get("verbose") != "true":
             return json_response({"status": "ok"})
         unavailable = self.deps.unavailable
+        isolation = self.deps.isolation
         checks = {"configuration": unavailable} if unavailable else await self._checks()
         return json_response(
             {
@@ -52,6 +54,7 @@ class HealthRoutes:
                 "backend": self.deps.backend,
                 "checks": {name: error or "ok" for name, error in checks.items()},
                 "callbacks": self.deps.callbacks_unavailable or "ok",
+                **({"isolation": isolation_to_public(isolation)} if isolation is not None else {}),
             }
         )
 

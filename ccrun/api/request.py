@@ -23,6 +23,7 @@ from ccrun.api.checks import (
 )
 from ccrun.codec import spec_from_values
 from ccrun.errors import FieldError, InvalidRequest
+from ccrun.results import AGENT_NETWORKS, AgentNetwork
 from ccrun.spec import (
     DEFAULT_TIMEOUT_MINUTES,
     EFFORT_LEVELS,
@@ -64,6 +65,7 @@ class Defaults:
         permission_mode: For requests without `permissionMode`.
         max_timeout_minutes: The limit of `timeoutMinutes`.
         allowed_base_urls: What `anthropicBaseUrl` may be.
+        agent_network: The widest network that `network` may name.
         backend_is_local: Repositories may have `http` and `file` URLs.
     """
 
@@ -72,6 +74,7 @@ class Defaults:
     permission_mode: str | None = None
     max_timeout_minutes: float = 60.0
     allowed_base_urls: tuple[str, ...] = ()
+    agent_network: AgentNetwork = AgentNetwork.PUBLIC
     backend_is_local: bool = False
 
 
@@ -108,6 +111,8 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
         location.field("maxThinkingTokens").add_error(
             "maxThinkingTokens must be less than maxOutputTokens, which includes it"
         )
+    if not errors:
+        _check_hosts(given, defaults, location)
     if not errors and given.get("requireMcp") and not _may_have_mcp_servers(given):
         location.field("requireMcp").add_error(
             "requireMcp needs MCP servers: give mcpConfig, or gitRepo without strictMcpConfig"
@@ -176,6 +181,8 @@ def request_fields(defaults: Defaults) -> Mapping[str, Check]:
         "subagents": options.subagents,
         "skills": options.skills,
         "plugins": options.plugins,
+        "network": checks.one_of(AGENT_NETWORKS[: AGENT_NETWORKS.index(defaults.agent_network) + 1]),
+        "allowedHosts": checks.string_list(checks.host),
         "cwdRelative": checks.relative_path,
         "useNamedPipe": checks.boolean,
         "metadata": checks.metadata,
@@ -205,6 +212,15 @@ def _has(value: object, name: str) -> bool:
 
 def _has_push(given: Mapping[str, Any]) -> bool:
     return bool(given.get("postExecutionActions", {}).get("git", {}).get("push"))
+
+
+def _check_hosts(given: Mapping[str, Any], defaults: Defaults, location: Location) -> None:
+    """Add an error if the network and its hosts do not go together."""
+    is_list = given.get("network", defaults.agent_network) == AgentNetwork.ALLOWLIST
+    if "allowedHosts" in given and not is_list:
+        location.field("allowedHosts").add_error("allowedHosts needs network: allowlist")
+    if is_list and not given.get("allowedHosts") and defaults.agent_network is not AgentNetwork.ALLOWLIST:
+        location.field("allowedHosts").add_error("allowedHosts is required for network: allowlist")
 
 
 def _may_have_mcp_servers(given: Mapping[str, Any]) -> bool:

@@ -11,8 +11,8 @@ import attrs
 
 from ccrun.errors import CcrunError
 from ccrun.process.child import spawn
+from ccrun.process.confinement import Confinement
 from ccrun.process.exit import Exit
-from ccrun.process.user import User
 
 #: Bytes of output that `capture` accepts: a list of some hundred thousand paths.
 MAX_CAPTURED_BYTES: Final = 64 * 1024 * 1024
@@ -45,7 +45,7 @@ async def capture(
     seconds: float | None,
     stdin: bytes = b"",
     max_bytes: int = MAX_CAPTURED_BYTES,
-    user: User | None = None,
+    confinement: Confinement | None = None,
 ) -> ProcessResult:
     """Run a program until it exits, and return its output. See `spawn` for the other arguments.
 
@@ -60,7 +60,7 @@ async def capture(
     """
     printed = bytearray()
     async with spawn(
-        argv, env=env, cwd=cwd, stdin=stdin, user=user, term_grace_seconds=CAPTURE_TERM_GRACE_SECONDS
+        argv, env=env, cwd=cwd, stdin=stdin, confinement=confinement, term_grace_seconds=CAPTURE_TERM_GRACE_SECONDS
     ) as child:
         try:
             async with asyncio.timeout(seconds):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from ccrun.errors import CcrunError
+from ccrun.process.confinement import Confinement, SandboxNotStarted
 from ccrun.process.exit import Exit, exit_from_returncode
 from ccrun.process.tree import (
     KILL_SECONDS,
@@ -26,7 +27,6 @@ from ccrun.process.tree import (
     open_children,
     signal_group,
 )
-from ccrun.process.user import User
 
 #: Bytes of one read: the default capacity of a pipe on Linux.
 PIPE_READ_BYTES: Final = 64 * 1024
@@ -203,7 +203,7 @@ async def spawn(
     cwd: Path,
     stdin: bytes = b"",
     term_grace_seconds: float = TERM_GRACE_SECONDS,
-    user: User | None = None,
+    confinement: Confinement | None = None,
     joins_stderr: bool = False,
 ) -> AsyncIterator[Child]:
     """Run a program in its own session and process group, and stop all of it when the context is left.
@@ -217,7 +217,7 @@ async def spawn(
         env: The complete environment.
         stdin: Written in the background. A child may leave it unread.
         term_grace_seconds: The time between SIGTERM and SIGKILL.
-        user: The user of the process, None for the current one.
+        confinement: How the process is kept apart from the rest of the machine. By default, not at all.
         joins_stderr: Whether stderr is part of stdout.
 
     Raises:
@@ -229,9 +229,12 @@ async def spawn(
         feed, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.BaseProtocol, to_child)
         stack.callback(_close_feed, feed)
         stdout, stderr = await _reader(stack, from_child), await _reader(stack, errors)
+        servers = await stack.enter_async_context(contextlib.AsyncExitStack())
+        start = stack.enter_context((confinement or Confinement()).start(argv, cwd))
         try:
             process = await asyncio.create_subprocess_exec(
-                *(argv if user is None else user.argv(argv)),
+                *start.argv,
+                pass_fds=start.inherited,
                 env=dict(env),
                 cwd=cwd,
                 stdin=child_in,
@@ -249,6 +252,11 @@ async def spawn(
             end.close()
         feed.write(stdin)
         feed.close()
+        try:
+            await start.serve(servers)
+        except SandboxNotStarted as error:
+            await child.wait()
+            raise CcrunError(f"{error.message} {child.stderr_tail.decode(errors='replace').strip()}".strip()) from None
         yield child
 
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 import structlog
 
 from ccrun import config, log
+from ccrun.agent_sandbox import agent_sandbox
 from ccrun.backends.local import pidfile
 from ccrun.backends.local.layout import pid_files, process_marker
 from ccrun.backends.local.pidfile import AlreadyHeld
 from ccrun.backends.open import load_modules, open_backend
 from ccrun.claude_cli import find_cli
-from ccrun.config import Config
+from ccrun.config import Config, SandboxMode
 from ccrun.egress import Egress
 from ccrun.errors import CcrunError, ConfigError, exit_status
 from ccrun.names import payload_name
@@ -28,6 +29,7 @@ from ccrun.task import TaskId
 from ccrun.worker.clouds import open_cloud
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git.run import SYSTEM_PATH
+from ccrun.worker.isolation import IsolationPolicy
 from ccrun.worker.log_writer import STORAGE_RETRY_SECONDS, FlushPolicy
 from ccrun.worker.run import run_task
 from ccrun.worker.upstream import ModelApi
@@ -103,7 +105,14 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
             marker=process_marker(settings.data_dir, task_id),
             flush_policy=FlushPolicy(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),
             execution_name=settings.cloud_run_execution,
-            agent_user=agent_user,
+            isolation=IsolationPolicy(
+                user=agent_user,
+                is_required=settings.sandbox is SandboxMode.REQUIRED,
+                find_sandbox=lambda: agent_sandbox(settings, inherited, agent_user),
+                network=settings.agent_network,
+                allowed_hosts=frozenset(settings.agent_allowed_hosts),
+                private_hosts=frozenset(settings.agent_private_hosts),
+            ),
             git_protocols="https:ssh:http:file" if settings.is_local else "https:ssh",
         )
         await run_task(deps, task_id, shutdown=shutdown)

@@ -63,7 +63,7 @@ async def run_agent(
         cwd=directory,
         stdin=spec.prompt.encode(),
         term_grace_seconds=deps.timeouts.term_grace,
-        user=workspace.agent,
+        confinement=workspace.confinement,
     ) as child:
         log.info("agent_started", message="Agent started")
         return await _follow(child, session, stop, deps.timeouts, spec)

@@ -64,7 +64,7 @@ async def run_commands(
             [shell, str(script)],
             env={**variables, FILE_VARIABLE: str(workspace.inputs / FILE_NAME)},
             cwd=workspace.repository,
-            user=workspace.agent,
+            confinement=workspace.confinement,
             joins_stderr=True,
         ) as child:
             try:
@@ -122,7 +122,7 @@ async def _read_variables(workspace: Workspace, environment: Mapping[str, str]) 
             ["cat", "--", str(workspace.inputs / FILE_NAME)],
             env={"PATH": SYSTEM_PATH, MARKER_VARIABLE: environment[MARKER_VARIABLE]},
             cwd=workspace.root,
-            user=workspace.agent,
+            confinement=workspace.confinement,
             seconds=READ_SECONDS,
             max_bytes=MAX_ENVIRONMENT_BYTES,
         )

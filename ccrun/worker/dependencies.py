@@ -10,10 +10,10 @@ import attrs
 
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.egress import Egress
-from ccrun.process.user import User
 from ccrun.seal import KeyWrapper
 from ccrun.store import Store
 from ccrun.task import Secret
+from ccrun.worker.isolation import IsolationPolicy
 from ccrun.worker.log_writer import FlushPolicy
 from ccrun.worker.upstream import ModelApi
 
@@ -83,7 +83,7 @@ class WorkerDependencies:
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
         marker: An environment variable's value by which the processes of this task are found.
         execution_name: The name of this execution at the platform.
-        agent_user: The user of the agent's processes, None for the worker's own.
+        isolation: How agents are isolated.
         git_protocols: The protocols that git may use, separated by colons (git(1), GIT_ALLOW_PROTOCOL).
     """
 
@@ -103,5 +103,5 @@ class WorkerDependencies:
     flush_policy: FlushPolicy = attrs.field(factory=FlushPolicy)
     timeouts: WorkerTimeouts = attrs.field(factory=WorkerTimeouts)
     execution_name: str | None = None
-    agent_user: User | None = None
+    isolation: IsolationPolicy = attrs.field(factory=IsolationPolicy)
     git_protocols: str = "https:ssh"

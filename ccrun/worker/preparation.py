@@ -140,7 +140,7 @@ async def check_settings(
             [str(await asyncio.to_thread(cli)), "doctor"],
             env={**variables, "CLAUDE_CONFIG_DIR": str(directory)},
             cwd=directory,
-            user=workspace.agent,
+            confinement=workspace.confinement,
             seconds=SETTINGS_CHECK_SECONDS,
             max_bytes=MAX_SETTINGS_CHECK_BYTES,
         )

@@ -7,10 +7,12 @@ token that is valid for this proxy only, while it runs. Nothing is logged or sto
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import json
 import re
 import secrets
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -114,6 +116,7 @@ class CredentialProxy:
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            self._runner = runner
             self._resources = resources.pop_all()
         return self
 
@@ -121,6 +124,21 @@ class CredentialProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._resources.aclose()
+
+    @property
+    def port(self) -> int:
+        """The port on 127.0.0.1."""
+        return int(self._runner.addresses[0][1])
+
+    @contextlib.asynccontextmanager
+    async def serve(self, listener: socket.socket) -> AsyncIterator[None]:
+        """Serve the connections of another listener too, while the context is open."""
+        site = web.SockSite(self._runner, listener)
+        await site.start()
+        try:
+            yield
+        finally:
+            await site.stop()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = self._authenticated_path(request)

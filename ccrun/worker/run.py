@@ -20,6 +20,7 @@ import structlog
 from ccrun import lifecycle
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import CcrunError, IllegalTransition, StorageError, TaskNotFound
+from ccrun.results import Isolation
 from ccrun.spec import TaskSpec
 from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Status, TaskId, TaskRecord
 from ccrun.worker import claude
@@ -27,7 +28,9 @@ from ccrun.worker.agent import AgentSession, run_agent
 from ccrun.worker.commands import command_files, run_commands
 from ccrun.worker.credential import choose_upstream
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
+from ccrun.worker.egress_proxy import HostPolicy
 from ccrun.worker.git.checkout import Checkout, check_out
+from ccrun.worker.isolation import agent_servers
 from ccrun.worker.log_writer import LogIncomplete, LogWriter
 from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
@@ -72,9 +75,12 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
     async with _watching(deps, task_id, stop, shutdown), AsyncExitStack() as stack:
         try:
             spec = await payload.open()
+            confinement, isolation = await deps.isolation.confinement()
             stop.set_deadline(started + spec.timeout_minutes * 60)
-            workspace = await stack.enter_async_context(open_workspace(task_id, deps.agent_user))
-            outcome = await _until_shutdown(_perform(deps, spec, workspace, stop), stop, deps.timeouts)
+            isolation, policy = deps.isolation.network_of(spec, isolation)
+            workspace = await stack.enter_async_context(open_workspace(task_id, confinement))
+            performing = _perform(deps, spec, workspace, stop, isolation, policy)
+            outcome = await _until_shutdown(performing, stop, deps.timeouts)
         except StorageError as error:
             outcome = lifecycle.failed_outcome(
                 Reason.KILLED, f"The storage failed, so the task was stopped: {error.message}"
@@ -159,21 +165,30 @@ async def _until_shutdown(work: Coroutine[Any, Any, Outcome], stop: StopRequest,
 # --- the steps ---------------------------------------------------------------------------------------------------------
 
 
-async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspace, stop: StopRequest) -> Outcome:
+async def _perform(
+    deps: WorkerDependencies,
+    spec: TaskSpec,
+    workspace: Workspace,
+    stop: StopRequest,
+    isolation: Isolation,
+    policy: HostPolicy,
+) -> Outcome:
     """Do what the request asks for. Afterwards the log is complete and no process of the agent runs."""
     upstream = choose_upstream(deps, spec)
     async with AsyncExitStack() as stack:
         writer = await stack.enter_async_context(LogWriter(deps.store, spec.task_id, deps.flush_policy))
         proxy = await stack.enter_async_context(CredentialProxy(upstream, egress=deps.egress))
+        ca_file = workspace.inputs / CA_FILE if deps.egress.ca_bundle else None
+        servers = agent_servers(workspace.confinement, isolation, policy, deps.egress, proxy, ca_file)
         environment = claude.environment(
             spec,
             inherited=deps.inherited,
-            network=deps.egress.agent_variables(workspace.inputs / CA_FILE if deps.egress.ca_bundle else None),
+            network=servers.variables,
             home=workspace.home,
             config=workspace.config,
             temporary=workspace.temporary,
             model_api=upstream.variables(proxy.url, proxy.run_token),
-            is_root=workspace.agent is None and os.geteuid() == 0,
+            is_root=workspace.confinement.user is None and os.geteuid() == 0,
             marker=deps.marker,
         )
         redactor = Redactor((*spec.secrets, *upstream.secrets, *deps.egress.secrets, proxy.run_token))
@@ -198,18 +213,19 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
                 },
             )
             await chown_to_agent(workspace)
+            served = attrs.evolve(workspace, confinement=servers.confinement)
             await stop.run(check_settings(spec, workspace, cli=deps.cli, environment=environment))
             variables = await stop.run(
                 run_commands(
                     spec.pre_execution_commands,
-                    workspace,
+                    served,
                     environment=environment,
                     log_line=log_line,
                     seconds=deps.timeouts.command,
                 )
             )
             session = attrs.evolve(session, environment=variables)
-            outcome = await run_agent(deps, spec, workspace, session, option_files, stop)
+            outcome = await run_agent(deps, spec, served, session, option_files, stop)
         except StopRequested:
             outcome = stopped_outcome(stop.cause, spec.timeout_minutes)
         except StorageError:
@@ -226,6 +242,9 @@ async def _perform(deps: WorkerDependencies, spec: TaskSpec, workspace: Workspac
             limits=deps.timeouts.actions,
         )
         outcome = await _finish_work(post_run, outcome, stop, deps.timeouts)
+    if servers.proxy is not None:
+        isolation = attrs.evolve(isolation, refused_hosts=redactor.value(tuple(servers.proxy.refused)))
+    outcome = attrs.evolve(outcome, isolation=isolation)
     redacted = ("error", "result", "api_error", "background_tasks", "mcp_servers")
     return attrs.evolve(outcome, **{name: redactor.value(getattr(outcome, name)) for name in redacted})
 

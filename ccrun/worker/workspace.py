@@ -17,6 +17,7 @@ from typing import Final
 import attrs
 
 from ccrun.errors import CcrunError
+from ccrun.process.confinement import Confinement
 from ccrun.process.user import User
 from ccrun.removal import remove_tree
 from ccrun.spec import ConfigFile
@@ -39,11 +40,11 @@ class Workspace:
     """The directories of a task.
 
     Args:
-        agent: The user of the agent's processes, None for the worker's own.
+        confinement: How the processes of the agent are started.
     """
 
     root: Path
-    agent: User | None = None
+    confinement: Confinement = attrs.field(factory=Confinement)
 
     @property
     def repository(self) -> Path:
@@ -87,7 +88,7 @@ class Workspace:
 
 
 @contextlib.asynccontextmanager
-async def open_workspace(task_id: TaskId, agent: User | None = None) -> AsyncIterator[Workspace]:
+async def open_workspace(task_id: TaskId, confinement: Confinement | None = None) -> AsyncIterator[Workspace]:
     """Create the directories of a task, and remove them afterwards with everything in them.
 
     They belong to the worker's user until `chown_to_agent` is called.
@@ -95,7 +96,9 @@ async def open_workspace(task_id: TaskId, agent: User | None = None) -> AsyncIte
     Raises:
         WorkspaceError: They cannot be created.
     """
-    workspace = attrs.evolve(await asyncio.to_thread(_make, task_id), agent=agent)
+    workspace = await asyncio.to_thread(_make, task_id)
+    if confinement is not None:
+        workspace = attrs.evolve(workspace, confinement=confinement.within(workspace.root))
     try:
         yield workspace
     finally:
@@ -125,15 +128,21 @@ async def chown_to_agent(workspace: Workspace) -> None:
     Raises:
         WorkspaceError: The owner cannot be changed.
     """
-    if workspace.agent is not None:
-        await asyncio.to_thread(_chown, workspace.root, workspace.agent)
+    if workspace.confinement.user is not None:
+        await asyncio.to_thread(_chown, workspace.root, workspace.confinement.user)
 
 
 def _chown(root: Path, agent: User) -> None:
     try:
-        for directory, directories, files in os.walk(root):
-            for name in (*directories, *files):
-                os.chown(Path(directory, name), agent.uid, agent.gid, follow_symlinks=False)
+        directories = [os.fspath(root)]
+        # Not `os.walk`, which exceeds Python's recursion limit in deep directories.
+        while directories:
+            with os.scandir(directories.pop()) as entries:
+                for entry in entries:
+                    os.chown(entry.path, agent.uid, agent.gid, follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        directories.append(entry.path)
+        # Last, since the agent's user can enter it from now on.
         os.chown(root, agent.uid, agent.gid, follow_symlinks=False)
     except OSError as error:
         raise WorkspaceError(f"The workspace cannot be given to the agent's user: {error.strerror}.") from error

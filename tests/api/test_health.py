@@ -10,6 +10,7 @@ from ccrun import __version__
 from ccrun.api.dependencies import ApiTimeouts
 from ccrun.api.health import ENDPOINTS
 from ccrun.errors import KeyServiceError, StorageError
+from ccrun.results import AgentNetwork, Isolation, IsolationLevel
 from ccrun.task import Secret
 
 # --- GET / -----------------------------------------------------------------------------------------------------------
@@ -54,6 +55,14 @@ async def test_verbose_health_has_the_errors_of_checks(tmp_path: Path) -> None:
     assert 200 == response.status
     assert {"storage": "ok", "keyService": "The key service does not answer."} == response.body["checks"]
     assert "There is no secret to sign with." == response.body["callbacks"]
+
+
+async def test_verbose_health_has_the_isolation_of_agents(tmp_path: Path) -> None:
+    """Where agents run on the same machine, it says how they are kept apart."""
+    isolation = Isolation(level=IsolationLevel.USER, network=AgentNetwork.HOST, reasons=("Why.",))
+    async with api_on(tmp_path / "data", isolation=isolation) as api:
+        response = await api.call("GET", "/health?verbose=true")
+    assert {"level": "user", "network": "host", "reasons": ["Why."]} == response.body["isolation"]
 
 
 # --- GET /ready ------------------------------------------------------------------------------------------------------

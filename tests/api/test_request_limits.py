@@ -10,6 +10,7 @@ from ccrun import codec, javascript_json
 from ccrun.api import checks
 from ccrun.api.options import MAX_CONFIG_FILES
 from ccrun.api.request import MAX_MCP_CONFIG_BYTES, Defaults, request_fields
+from ccrun.results import AgentNetwork
 from ccrun.spec import (
     MAX_METADATA_BYTES,
     MAX_PROMPT_BYTES,
@@ -148,3 +149,47 @@ def test_sealed_task_has_every_field_of_the_request() -> None:
         sealed["anthropicApiKey"],
         sealed["anthropicOAuthToken"],
     )
+
+
+# --- the network of the agent ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operators", "allowed"),
+    [
+        (AgentNetwork.PUBLIC, ("none", "allowlist", "public")),
+        (AgentNetwork.ALLOWLIST, ("none", "allowlist")),
+        (AgentNetwork.NONE, ("none",)),
+    ],
+)
+def test_network_is_at_most_that_of_the_operator(operators: AgentNetwork, allowed: tuple[str, ...]) -> None:
+    """A request can narrow the network and not widen it."""
+    for network in ("none", "allowlist", "public", "host"):
+        body = {**MINIMAL, "network": network, **({"allowedHosts": ["a.org"]} if network == "allowlist" else {})}
+        if network in allowed:
+            assert network == parse(body, agent_network=operators).network
+        else:
+            assert ["network"] == list(errors_of(body, agent_network=operators))
+
+
+def test_allowed_hosts_go_with_an_allowlist() -> None:
+    """Hosts without an allowlist are an error, and so is an allowlist that nobody has written."""
+    hosts = {"allowedHosts": ["registry.modules.example", "*.example.com", "2001:db8::1"]}
+    assert tuple(hosts["allowedHosts"]) == parse({**MINIMAL, **hosts, "network": "allowlist"}).allowed_hosts
+    needed = {"allowedHosts": "allowedHosts needs network: allowlist"}
+    assert needed == errors_of({**MINIMAL, **hosts})
+    assert needed == errors_of({**MINIMAL, **hosts, "network": "none"})
+    required = {"allowedHosts": "allowedHosts is required for network: allowlist"}
+    assert required == errors_of({**MINIMAL, "network": "allowlist"})
+    # That of the operator is enough, and the default then.
+    assert () == parse({**MINIMAL}, agent_network=AgentNetwork.ALLOWLIST).allowed_hosts
+    assert parse({**MINIMAL, **hosts}, agent_network=AgentNetwork.ALLOWLIST).allowed_hosts
+
+
+@pytest.mark.parametrize(
+    "host", ["", "*", "*.", "https://a.org", "a.org:443", "a.org/x", "a b", "-a.org", "*.*.org", "a.*", "ä.org"]
+)
+def test_host_has_no_other_parts(host: str) -> None:
+    """A host is a name or an address, or `*.` and a name."""
+    errors = errors_of({**MINIMAL, "network": "allowlist", "allowedHosts": [host]})
+    assert ["allowedHosts[0]"] == list(errors)

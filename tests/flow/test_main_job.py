@@ -231,7 +231,8 @@ print(json.dumps({"type":"result","is_error":False,"num_turns":1,"digest":digest
     "kib":peak(os.getppid())},separators=(",",":")))
 """
     )
-    async with start_service(CLAUDE_CLI=str(cli)) as service:
+    # The script measures the worker, which is its parent.
+    async with start_service(CLAUDE_CLI=str(cli), CCRUN_SANDBOX="off") as service:
         submitted = await service.submit()
         record = await service.until_final(submitted["taskId"])
         assert Status.COMPLETED == record.status

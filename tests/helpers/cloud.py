@@ -199,7 +199,9 @@ async def start_cloud(cli: Path, deployment: CloudDeployment | None = None) -> A
         if deployment is None:
             environment = {
                 **os.environ,
+                # The scripts of these tests reach what is outside of a sandbox.
                 "CLAUDE_CLI": str(cli),
+                "CCRUN_SANDBOX": "off",
                 "CLOUDRUN_CALLBACK_SECRET": CALLBACK_SECRET,
                 "LOG_LEVEL": "WARNING",
                 "FLUSH_SECONDS": "0.05",

@@ -13,6 +13,7 @@ from standins.githttp import TOKEN, GitHttp
 from standins.gitssh import GitSsh, KeyPair, key_pair
 from standins.repos import Repos
 
+from ccrun.process.confinement import Confinement
 from ccrun.process.user import User, find_user
 from ccrun.spec import GitToken
 from ccrun.task import Secret
@@ -35,7 +36,7 @@ def git_at(home: Path, user: User | None = None, protocols: str = PROTOCOLS) -> 
     home.mkdir(parents=True, exist_ok=True)
     inherited = {name: value for name, value in os.environ.items() if name == "PATH"}
     environment = run.environment(program=PROGRAM, inherited=inherited, home=home, marker=MARKER, protocols=protocols)
-    return Git(program=PROGRAM, environment=environment, cwd=home, user=user)
+    return Git(program=PROGRAM, environment=environment, cwd=home, confinement=Confinement(user=user))
 
 
 def ssh_access(url: str, key: KeyPair | str | None = None) -> Access:

@@ -31,6 +31,7 @@ from ccrun.testing.model import Script, ScriptedModel
 from ccrun.urls import parse_git_url
 from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.run import SYSTEM_PATH
+from ccrun.worker.isolation import IsolationPolicy
 from ccrun.worker.log_writer import FlushPolicy
 from ccrun.worker.run import run_task
 from helpers.service import MADE_UP_KEY, WAIT_SECONDS
@@ -110,8 +111,14 @@ class WorkerSetup:
             fields["git_repo"] = parse_git_url(url)
         await self.dispatcher.submit(TaskSpec(**{**defaults, **fields}))
 
-    async def run(self, **changes: Any) -> TaskRecord:
-        """Run the worker of the task until it returns, and return the final record."""
+    async def run(self, *, agent_user: User | None = None, **changes: Any) -> TaskRecord:
+        """Run the worker of the task until it returns, and return the final record.
+
+        Args:
+            agent_user: The user of the agent, None for that of the worker.
+            changes: Fields of `WorkerDependencies` that differ.
+        """
+        changes.setdefault("isolation", IsolationPolicy(user=agent_user))
         async with asyncio.timeout(WAIT_SECONDS):
             await run_task(attrs.evolve(self.deps, **changes), TASK, shutdown=self.shutdown)
         return await self.deps.store.record(TASK)

@@ -11,6 +11,7 @@ from helpers.process import PATH, WAIT_SECONDS
 from ccrun.errors import ConfigError
 from ccrun.process.capture import capture
 from ccrun.process.child import spawn
+from ccrun.process.confinement import Confinement
 from ccrun.process.user import find_user
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start processes as another user")
@@ -21,7 +22,10 @@ async def test_child_runs_as_another_user() -> None:
     """The child has the user and group, no further groups, no capabilities, and cannot gain privileges."""
     user = await asyncio.to_thread(find_user, "61234", PATH)
     script = "id -u; id -g; id -G; grep -E '^(Cap(Inh|Prm|Eff|Amb)|NoNewPrivs):' /proc/self/status"
-    ran = await capture(["sh", "-c", script], env={"PATH": PATH}, cwd=Path("/"), seconds=WAIT_SECONDS, user=user)
+    as_user = Confinement(user=user)
+    ran = await capture(
+        ["sh", "-c", script], env={"PATH": PATH}, cwd=Path("/"), seconds=WAIT_SECONDS, confinement=as_user
+    )
     no_capabilities = [f"Cap{kind}:\t{0:016x}" for kind in ("Inh", "Prm", "Eff", "Amb")]
     assert ["61234", "61234", "61234", *no_capabilities, "NoNewPrivs:\t1"] == ran.stdout.decode().splitlines()
 
@@ -32,7 +36,11 @@ async def test_processes_of_another_user_are_killed() -> None:
     user = await asyncio.to_thread(find_user, "61236", PATH)
     script = "setsid sleep 600 & sleep 600 & echo $! ; sleep 600"
     async with spawn(
-        ["sh", "-c", script], env={"PATH": PATH}, cwd=Path("/"), user=user, term_grace_seconds=0.1
+        ["sh", "-c", script],
+        env={"PATH": PATH},
+        cwd=Path("/"),
+        confinement=Confinement(user=user),
+        term_grace_seconds=0.1,
     ) as child:
         async for _ in child.lines():
             break

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ccrun.process.confinement import Confinement
 from ccrun.process.user import find_user
 from ccrun.spec import ConfigFile
 from ccrun.task import TaskId
@@ -289,7 +290,7 @@ async def test_agent_owns_the_workspace(tmp_path: Path) -> None:
     user = await asyncio.to_thread(find_user, "61239", SYSTEM_PATH)
     outside = tmp_path / "outside"
     outside.write_text("x")
-    async with open_workspace(TASK, user) as workspace:
+    async with open_workspace(TASK, Confinement(user=user)) as workspace:
         (workspace.repository / "deep").mkdir()
         (workspace.repository / "deep" / "file").write_text("x")
         (workspace.repository / "link").symlink_to(outside)

@@ -226,7 +226,9 @@ class Changes:
     async def _write(self, arguments: Sequence[str], target: IO[bytes], max_bytes: int, stdin: bytes = b"") -> bool:
         left = max_bytes
         git = self.git
-        async with spawn(git.argv(*arguments), env=git.environment, cwd=git.cwd, user=git.user, stdin=stdin) as child:
+        async with spawn(
+            git.argv(*arguments), env=git.environment, cwd=git.cwd, confinement=git.confinement, stdin=stdin
+        ) as child:
             try:
                 async with asyncio.timeout(LOCAL_SECONDS):
                     async for chunk in child.chunks():
@@ -345,7 +347,7 @@ async def _copy(git: Git, source: Path, target: Path) -> None:
     # With its modification time: git compares that of the index with those of the files.
     argv = ["sh", "-c", 'test -f "$1" && cp -p -- "$1" "$2"', "sh", str(source), str(target)]
     with contextlib.suppress(CcrunError):
-        await capture(argv, env=git.environment, cwd=git.cwd, user=git.user, seconds=COPY_SECONDS)
+        await capture(argv, env=git.environment, cwd=git.cwd, confinement=git.confinement, seconds=COPY_SECONDS)
 
 
 async def _read(git: Git, path: Path) -> bytes:
@@ -354,7 +356,7 @@ async def _read(git: Git, path: Path) -> bytes:
         ["cat", "--", str(path)],
         env=git.environment,
         cwd=git.cwd,
-        user=git.user,
+        confinement=git.confinement,
         seconds=LOCAL_SECONDS,
         max_bytes=MAX_SHALLOW_BYTES,
     )

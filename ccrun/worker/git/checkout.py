@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 
-from ccrun.process.user import User
+from ccrun.process.confinement import Confinement
 from ccrun.spec import TaskSpec
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes, lfs
@@ -108,7 +108,9 @@ async def check_out(
 
     network = deps.egress.git_variables(await _ca_file(deps, spec, stack))
 
-    def git_at(home: Path, user: User | None, protocols: str = "", network: Mapping[str, str] | None = None) -> Git:
+    def git_at(
+        home: Path, confinement: Confinement | None, protocols: str = "", network: Mapping[str, str] | None = None
+    ) -> Git:
         variables = environment(
             program=program,
             inherited=deps.inherited,
@@ -117,11 +119,11 @@ async def check_out(
             protocols=protocols,
             network=network,
         )
-        return Git(program=program, environment=variables, cwd=home, user=user)
+        return Git(program=program, environment=variables, cwd=home, confinement=confinement)
 
     checkout = Checkout(
         workspace=workspace,
-        agent_git=git_at(workspace.root, workspace.agent),
+        agent_git=git_at(workspace.root, workspace.confinement),
         worker_git=lambda home: git_at(home, None, deps.git_protocols, network),
         excludes_dotenv=bool(spec.environment_secrets),
         sparse=spec.sparse_checkout,

@@ -162,7 +162,7 @@ async def _small_blobs(git: Git, blobs: Sequence[str]) -> dict[str, bytes]:
 
 
 async def _is_file(git: Git, path: Path) -> bool:
-    async with spawn(["test", "-f", str(path)], env=git.environment, cwd=git.cwd, user=git.user) as child:
+    async with spawn(["test", "-f", str(path)], env=git.environment, cwd=git.cwd, confinement=git.confinement) as child:
         return (await child.wait()).ok
 
 
@@ -194,7 +194,9 @@ async def import_objects(git: Git, stores: Sequence[Path], objects: Sequence[Lfs
 async def _copy(git: Git, source: Path, target: Path, wanted: LfsObject) -> bool:
     """Copy one object. Return whether it is the wanted one."""
     digest, left = hashlib.sha256(), wanted.size
-    async with spawn(["cat", "--", str(source)], env=git.environment, cwd=git.cwd, user=git.user) as child:
+    async with spawn(
+        ["cat", "--", str(source)], env=git.environment, cwd=git.cwd, confinement=git.confinement
+    ) as child:
         with await asyncio.to_thread(target.open, "wb") as file:
             try:
                 async with asyncio.timeout(LOCAL_SECONDS):

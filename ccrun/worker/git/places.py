@@ -108,7 +108,7 @@ class _Search:
             ["find", ".", "-path", "./.git", "-prune", "-o", "-name", ".git", "-prune", "-print0"],
             env=here.environment,
             cwd=self.repository,
-            user=here.user,
+            confinement=here.confinement,
             seconds=FIND_SECONDS,
         )
         paths = {self.repository / os.fsdecode(path)[2:-5] for path in found.stdout.split(b"\0") if path}

@@ -18,8 +18,8 @@ import attrs
 from ccrun.errors import CcrunError
 from ccrun.process import capture
 from ccrun.process.capture import OutputTooLarge, ProcessResult, ProcessTimeout
+from ccrun.process.confinement import Confinement
 from ccrun.process.tree import MARKER_VARIABLE
-from ccrun.process.user import User
 
 #: Seconds for a command without network. `git add` of some gigabytes takes a minute.
 LOCAL_SECONDS: Final = 120.0
@@ -67,7 +67,7 @@ class Git:
     program: Path
     environment: Mapping[str, str] = attrs.field(repr=False)
     cwd: Path
-    user: User | None = None
+    confinement: Confinement | None = None
     settings: tuple[str, ...] = ()
 
     async def __call__(
@@ -108,7 +108,7 @@ class Git:
                 cwd=self.cwd,
                 stdin=stdin,
                 seconds=seconds,
-                user=self.user,
+                confinement=self.confinement,
                 **({} if max_bytes is None else {"max_bytes": max_bytes}),
             )
         except ProcessTimeout:

@@ -230,7 +230,7 @@ async def test_another_service_cancels_and_the_sweep_command_delivers(
     start_service: StartService, fake_cli: Callable[[str], Path], receiver: Receiver
 ) -> None:
     """Two services and a sweep, as `ccrun serve` and `ccrun sweep` run them, share only the cloud."""
-    async with start_service(CLAUDE_CLI=str(fake_cli(CLI))) as service:
+    async with start_service(CLAUDE_CLI=str(fake_cli(CLI)), CCRUN_SANDBOX="off") as service:
         assert isinstance(service.deployment, CloudDeployment)
         settings = await asyncio.to_thread(config.load, {**service.deployment.sweep_environment, "PORT": "0"})
         async with serving(settings, {}) as other:
