@@ -6,18 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import attrs
 
 from ccrun.process.confinement import Confinement
 from ccrun.spec import TaskSpec
+from ccrun.urls import GitUrl
 from ccrun.worker.dependencies import WorkerDependencies
 from ccrun.worker.git import changes, lfs
 from ccrun.worker.git.changes import Changes
 from ccrun.worker.git.clone import Clone, CloneOptions, PackSnapshot, clone
 from ccrun.worker.git.places import Place, find_places
 from ccrun.worker.git.remote import Access
-from ccrun.worker.git.run import SYSTEM_PATH, Git, environment, find_git
+from ccrun.worker.git.run import SYSTEM_PATH, Git, GitError, environment, find_git
 from ccrun.worker.lines import worker_line
 from ccrun.worker.workspace import CA_FILE, Workspace, private_directory
 
@@ -124,7 +126,7 @@ async def check_out(
     checkout = Checkout(
         workspace=workspace,
         agent_git=git_at(workspace.root, workspace.confinement),
-        worker_git=lambda home: git_at(home, None, deps.git_protocols, network),
+        worker_git=lambda home: git_at(home, None, _protocols(deps.git_protocols, spec.git_repo), network),
         excludes_dotenv=bool(spec.environment_secrets),
         sparse=spec.sparse_checkout,
         has_lfs=await asyncio.to_thread(lfs.is_installed, SYSTEM_PATH),
@@ -135,6 +137,8 @@ async def check_out(
     remote = spec.git_repo if spec.ssh_key is None else spec.git_repo.over_ssh()
     access = Access(remote=remote, ssh_key=spec.ssh_key, git_token=spec.git_token)
     async with private_directory(spec.task_id) as directory:
+        if remote.scheme == "file" and (user := workspace.confinement.user) is not None:
+            await _check_readable(git_at(workspace.root, Confinement(user=user)), remote)
         cloned = await clone(
             checkout.worker_git(directory),
             access,
@@ -155,6 +159,29 @@ async def check_out(
         snapshot = await PackSnapshot.of(workspace.repository)
         stack.callback(snapshot.close)
     return attrs.evolve(checkout, origin=Origin(access=access, clone=cloned, snapshot=snapshot))
+
+
+def _protocols(allowed: str, remote: GitUrl | None) -> str:
+    """Return the protocols that git may use for a task, separated by colons.
+
+    http and file are allowed for a repository that has such a URL itself. Otherwise a repository of a stranger could name a
+    directory or a service of this machine as a submodule.
+    """
+    own = "" if remote is None else remote.scheme
+    return ":".join(name for name in allowed.split(":") if name in ("https", "ssh", own))
+
+
+async def _check_readable(agent_git: Git, remote: GitUrl) -> None:
+    """Check that the agent's user may read a repository on this machine: the worker may be able to read more.
+
+    Raises:
+        GitError: It may not.
+    """
+    path = unquote(urlsplit(remote.url).path)
+    # Whoever the owner is: git would refuse another one.
+    ran = await agent_git.at(agent_git.cwd, "safe.directory=*").run("upload-pack", "--advertise-refs", "--", path)
+    if not ran.exit.ok:
+        raise GitError("The repository in gitRepo does not exist, or the agent's user may not read it.")
 
 
 async def _pull_lfs(
