@@ -18,6 +18,7 @@ import attrs
 from ccrun import codec, globs, javascript_json
 from ccrun.errors import FieldError
 from ccrun.globs import BadPattern
+from ccrun.redaction import MASK
 from ccrun.spec import MAX_METADATA_BYTES
 from ccrun.task import MAX_TASK_ID_CHARS, TASK_ID_PATTERN
 from ccrun.urls import is_http_url
@@ -36,6 +37,10 @@ MAX_CREDENTIAL_BYTES: Final = 8 * 1024
 MAX_NAME_CHARS: Final = 64
 MAX_PATH_BYTES: Final = 1024
 MAX_LIST_ITEMS: Final = 256
+
+
+#: What keys and tokens look like, which are long and have digits, and names of fields do not.
+_LIKE_TOKEN: Final = re.compile(r"(?=.*[a-z])(?=.*[0-9])[!-~]{16,}", re.DOTALL)
 
 
 # --- errors and their locations --------------------------------------------------------------------------------------
@@ -59,7 +64,7 @@ class Location:
 
     def field(self, name: str) -> Location:
         """Return the location of a field of the object here."""
-        if re.fullmatch(r"\w{1,64}", name, re.ASCII) is None:
+        if re.fullmatch(r"\w{1,64}", name, re.ASCII) is None or printable(name) != name:
             return Location(f"{self.path}[{json.dumps(printable(name), ensure_ascii=False)}]", self.errors)
         return Location(f"{self.path}.{name}" if self.path else name, self.errors)
 
@@ -110,7 +115,9 @@ def json_type(value: object) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a name from the body, made safe and short for a message of one line."""
+    """Return a name from the body, made safe and short for a message of one line. One that looks like a token is masked."""
+    if _LIKE_TOKEN.fullmatch(name):
+        return MASK
     plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name[:MAX_NAME_CHARS])
     return plain + "…" * (len(name) > MAX_NAME_CHARS)
 

@@ -6,7 +6,7 @@ Validates only the form of values. Resolves no host name, opens no file and call
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, Final
 
 import attrs
@@ -23,6 +23,7 @@ from ccrun.api.checks import (
 )
 from ccrun.codec import spec_from_values
 from ccrun.errors import FieldError, InvalidRequest
+from ccrun.redaction import Redactor
 from ccrun.results import AGENT_NETWORKS, AgentNetwork
 from ccrun.spec import (
     DEFAULT_TIMEOUT_MINUTES,
@@ -34,7 +35,7 @@ from ccrun.spec import (
     PERMISSION_MODES,
     TaskSpec,
 )
-from ccrun.task import TaskId, TaskType
+from ccrun.task import Secret, TaskId, TaskType
 
 #: An RSA key of 16384 bits has 12.5 KB in PEM form.
 MAX_SSH_KEY_BYTES: Final = 32 * 1024
@@ -45,6 +46,8 @@ MAX_COMMIT_MESSAGE_BYTES: Final = 64 * 1024
 MAX_GIT_DEPTH: Final = 2**31 - 1
 #: The credentials for the model API, in the order of the CLI: the first that is given is used.
 _CREDENTIALS: Final = ("anthropicAuthToken", "anthropicApiKey", "anthropicOAuthToken")
+#: All fields with a secret, but for `environmentSecrets`.
+_SECRETS: Final = (*_CREDENTIALS, "sshKey", "gitToken")
 #: Fields that make no sense without a repository, each with the reason.
 _NEEDS_REPOSITORY: Final = {
     "gitBase": "it is a branch of that repository",
@@ -99,7 +102,8 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
         raise InvalidRequest(error.errors[:MAX_FIELD_ERRORS]) from error
 
     errors: list[FieldError] = []
-    check_body = checks.object_of(request_fields(defaults), required=_required(value, task_type, defaults))
+    fields = request_fields(defaults)
+    check_body = checks.object_of(fields, required=_required(value, task_type, defaults))
     location = Location("", errors)
     given = run_check(check_body, value, location)
     if not errors and _has_push(given) and "gitRepo" not in given:
@@ -118,10 +122,8 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
             "requireMcp needs MCP servers: give mcpConfig, or gitRepo without strictMcpConfig"
         )
     if errors:
-        raise InvalidRequest(errors)
+        raise InvalidRequest(_masked(errors, value, fields))
 
-    for name in [name for name in _CREDENTIALS if name in given][1:]:
-        del given[name]
     given.pop("useNamedPipe", None)
     spec = spec_from_values(
         {
@@ -135,8 +137,31 @@ def parse_request(body: bytes, *, task_type: TaskType, task_id: TaskId, defaults
     )
     _check_option_variables(spec, location)
     if errors:
-        raise InvalidRequest(errors)
+        raise InvalidRequest(_masked(errors, value, fields))
     return spec
+
+
+def _masked(errors: list[FieldError], body: object, known: Container[str]) -> list[FieldError]:
+    """Return errors without the secrets of the body that are also names in it, by mistake.
+
+    Args:
+        known: The names that are none.
+    """
+    given = body if isinstance(body, dict) else {}
+    variables = given.get("environmentSecrets")
+    values = [*map(given.get, _SECRETS), *(variables.values() if isinstance(variables, dict) else ())]
+    names = "\n".join(name for name in _names(body) if name not in known)
+    # No others: they may be words of a message.
+    redactor = Redactor(Secret(value) for value in values if isinstance(value, str) and value in names)
+    return [redactor.value(error) for error in errors]
+
+
+def _names(value: object) -> Iterator[str]:
+    """Yield the names of all fields in a JSON value, whose depth `ijson` limits."""
+    if isinstance(value, dict):
+        yield from value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _names(item)
 
 
 def request_fields(defaults: Defaults) -> Mapping[str, Check]:

@@ -68,6 +68,7 @@ class Child:
         self._drain_seconds = DRAIN_SECONDS
         self._drain_bytes = DRAIN_BYTES
         self._tail = bytearray()
+        self._tail_is_cut = False
         self._tailing = asyncio.create_task(self._keep_tail(stderr))
         self._exiting = asyncio.create_task(self._watch())
         self._stopping: asyncio.Task[None] | None = None
@@ -75,8 +76,8 @@ class Child:
 
     @property
     def stderr_tail(self) -> bytes:
-        """The last `STDERR_TAIL_BYTES` bytes of stderr. Complete once `wait` has returned."""
-        return bytes(self._tail)
+        """The last `STDERR_TAIL_BYTES` bytes of stderr, after `…` if there were more. Complete once `wait` has returned."""
+        return ("…".encode() if self._tail_is_cut else b"") + self._tail
 
     async def wait(self) -> Exit:
         """Wait until the process has exited, even if another process keeps its pipes open."""
@@ -144,7 +145,9 @@ class Child:
     async def _keep_tail(self, stderr: asyncio.StreamReader) -> None:
         while chunk := await stderr.read(PIPE_READ_BYTES):
             self._tail += chunk
-            del self._tail[:-STDERR_TAIL_BYTES]
+            if len(self._tail) > STDERR_TAIL_BYTES:
+                del self._tail[:-STDERR_TAIL_BYTES]
+                self._tail_is_cut = True
 
     async def _watch(self) -> Exit:
         returncode = await self._process.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
@@ -11,6 +11,7 @@ import structlog
 
 from ccrun import lifecycle
 from ccrun.process.child import Child, spawn
+from ccrun.redaction import Redactor
 from ccrun.spec import TaskSpec
 from ccrun.task import Outcome, Reason, Status
 from ccrun.worker import claude
@@ -19,7 +20,6 @@ from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.lines import text_line
 from ccrun.worker.log_writer import LogWriter
 from ccrun.worker.proxy import CredentialProxy
-from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, stopped_outcome
 from ccrun.worker.transcript import Transcript, line_for_log, outcome_of_run, unfinished_work
 from ccrun.worker.workspace import Workspace
@@ -32,12 +32,10 @@ class AgentSession:
     """What the agent's output and requests pass through.
 
     Args:
-        log_line: Redacts a line and adds it to the log of the task.
         environment: All environment variables of the agent.
     """
 
     writer: LogWriter
-    log_line: Callable[[bytes | bytearray], Awaitable[None]]
     redactor: Redactor
     proxy: CredentialProxy
     environment: Mapping[str, str] = attrs.field(repr=False)
@@ -73,7 +71,7 @@ async def _follow(
     child: Child, session: AgentSession, stop: StopRequest, timeouts: WorkerTimeouts, spec: TaskSpec
 ) -> Outcome:
     """Log what the CLI prints until it exits or is stopped, and return the outcome."""
-    transcript = Transcript()
+    transcript = Transcript(session.redactor.text)
     logging = asyncio.create_task(_log_output(child, session, transcript, timeouts, require_mcp=spec.require_mcp))
     stop_requested = asyncio.create_task(stop.wait())
     log_given_up = asyncio.create_task(session.writer.until_given_up())
@@ -93,7 +91,9 @@ async def _follow(
         child.terminate()
     exit_status = await child.wait()
     if child.stderr_tail:
-        await session.log_line(text_line(child.stderr_tail, type="stderr"))
+        # Masked here, since the log does not look for a part of a secret at a cut.
+        text = session.redactor.text(child.stderr_tail.decode(errors="replace"))
+        await session.writer.write(text_line(text.encode(), type="stderr"))
     was_stopped = is_hung or cause is not None
     outcome = outcome_of_run(
         transcript,
@@ -154,7 +154,7 @@ async def _log_output(
                 silence.reschedule(None)
                 transcript.feed(line)
                 if logged := line_for_log(line):
-                    await session.log_line(logged)
+                    await session.writer.write(logged)
                 # A line can have many megabytes, so it is released before the next one is read.
                 del line, logged
                 if transcript.result is None and transcript.is_refused:

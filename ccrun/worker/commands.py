@@ -59,7 +59,7 @@ async def run_commands(
         # In a file, since an argument, with any secret in it, would be visible in the process list.
         script = workspace.inputs / f"command-{index}"
         label = f"Pre-execution command {index} of {len(commands)}"
-        tail = bytearray()
+        tail, printed = bytearray(), 0
         async with spawn(
             [shell, str(script)],
             env={**variables, FILE_VARIABLE: str(workspace.inputs / FILE_NAME)},
@@ -70,13 +70,16 @@ async def run_commands(
             try:
                 async with asyncio.timeout(seconds):
                     async for line in child.lines():
+                        printed += len(line) + 1
                         tail += line[-TAIL_BYTES:] + b"\n"
                         del tail[:-TAIL_BYTES]
                         await log_line(text_line(line, type="worker", step="command", event="output", index=index))
                     exit_status = await child.wait()
             except TimeoutError:
                 limit = f"{seconds / 60:g} minutes" if seconds >= 60 else f"{seconds:g} s"
-                raise PreparationFailed(f"{label} did not finish within {limit}{_output_suffix(tail)}") from None
+                raise PreparationFailed(
+                    f"{label} did not finish within {limit}{_output_suffix(tail, printed)}"
+                ) from None
         await log_line(worker_line("command", event="ended", index=index, exitCode=exit_status.code))
         if not exit_status.ok:
             how = (
@@ -84,7 +87,7 @@ async def run_commands(
                 if exit_status.signal
                 else f"failed with exit code {exit_status.code}"
             )
-            raise PreparationFailed(f"{label} {how}{_output_suffix(tail)}")
+            raise PreparationFailed(f"{label} {how}{_output_suffix(tail, printed)}")
         try:
             variables = {**environment, **await _read_variables(workspace, environment)}
         except InvalidVariables as error:
@@ -98,8 +101,10 @@ def command_files(commands: Sequence[str]) -> dict[str, bytes]:
     return {**scripts, FILE_NAME: b""} if scripts else {}
 
 
-def _output_suffix(tail: bytes | bytearray) -> str:
+def _output_suffix(tail: bytes | bytearray, printed: int) -> str:
     text = tail.decode(errors="replace").strip()
+    if text and printed > len(tail):
+        text = f"…{text}"
     return f"; the end of its output: {text}" if text else "; it printed nothing."
 
 

@@ -105,3 +105,8 @@ class WorkerDependencies:
     execution_name: str | None = None
     isolation: IsolationPolicy = attrs.field(factory=IsolationPolicy)
     git_protocols: str = "https:ssh"
+
+    @property
+    def secrets(self) -> tuple[Secret, ...]:
+        """The operator's credentials, whether or not a task uses them."""
+        return tuple(secret for secret in (self.auth_token, self.api_key, self.oauth_token) if secret is not None)

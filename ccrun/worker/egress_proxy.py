@@ -197,7 +197,7 @@ class EgressProxy:
 
     def _refusal(self, host: str, port: int, reason: str) -> _Refused:
         if len(self.refused) < MAX_REFUSED:
-            self.refused.setdefault(f"{host[:MAX_HOST_CHARS]}:{port}")
+            self.refused.setdefault(f"{host if len(host) <= MAX_HOST_CHARS else f'{host[:MAX_HOST_CHARS]}…'}:{port}")
         return _Refused("403 Forbidden", f"The agent may not reach {host}: {reason}.")
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import datetime as dt
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 import attrs
@@ -61,6 +61,10 @@ class FlushPolicy:
     drop_note_seconds: float = DROP_NOTE_SECONDS
 
 
+#: Masks the secrets in the lines of a chunk. Blocks.
+Redact = Callable[[Sequence[bytes | bytearray]], Sequence[bytes | bytearray]]
+
+
 class LogIncomplete(StorageError):
     """Some lines of a log were not stored."""
 
@@ -77,10 +81,13 @@ class LogWriter:
     `asyncio.Queue` cannot: lines differ in size by a factor of a million.
     """
 
-    def __init__(self, store: Store, task_id: TaskId, policy: FlushPolicy) -> None:
+    def __init__(
+        self, store: Store, task_id: TaskId, policy: FlushPolicy, redact: Redact = lambda lines: lines
+    ) -> None:
         self._store = store
         self._task_id = task_id
         self._policy = policy
+        self._redact = redact
         self._lines: deque[tuple[bytes | bytearray, float]] = deque()
         self._bytes = 0
         self._chunks = 0
@@ -244,6 +251,7 @@ class LogWriter:
     async def _write_chunk(self, lines: Sequence[bytes | bytearray]) -> None:
         loop = asyncio.get_running_loop()
         self._write_started = loop.time()
+        lines = await asyncio.to_thread(self._redact, lines)
         number, at = self._chunks + 1, dt.datetime.now(dt.UTC)
         retries = stamina.retry_context(
             on=_is_transient, attempts=None, timeout=self._policy.retry_seconds, wait_max=MAX_RETRY_DELAY_SECONDS

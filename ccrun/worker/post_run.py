@@ -13,6 +13,7 @@ import attrs
 
 from ccrun.errors import CcrunError
 from ccrun.globs import Globs
+from ccrun.redaction import Redactor
 from ccrun.results import GitCommit, UploadedFile
 from ccrun.spec import GitAction, TaskSpec, UploadAction
 from ccrun.store import Store
@@ -27,7 +28,6 @@ from ccrun.worker.git.links import Link, unconfirmed
 from ccrun.worker.git.run import GitError
 from ccrun.worker.lines import worker_line
 from ccrun.worker.post_run_result import PostRunResult
-from ccrun.worker.redaction import Redactor
 from ccrun.worker.rescue import Rescue
 from ccrun.worker.uploads import printable, upload_files
 from ccrun.worker.workspace import Workspace, private_directory
@@ -110,7 +110,12 @@ class PostRun:
         try:
             async with asyncio.timeout(self.limits.uploads):
                 uploads = await upload_files(
-                    self.store, self.task_id, self.workspace.repository, action, excluded=excluded
+                    self.store,
+                    self.task_id,
+                    self.workspace.repository,
+                    action,
+                    excluded=excluded,
+                    mask=self.redactor.text,
                 )
         except TimeoutError:
             raise CcrunError(f"The uploads did not finish within {self.limits.uploads / 60:g} minutes.") from None

@@ -9,9 +9,9 @@ import attrs
 import structlog
 
 from ccrun.errors import CcrunError
+from ccrun.redaction import Redactor
 from ccrun.results import ActionError, GitCommit, UploadedFile
 from ccrun.task import Outcome
-from ccrun.worker.redaction import Redactor
 
 log = structlog.get_logger()
 
@@ -49,6 +49,6 @@ class PostRunResult:
         return attrs.evolve(
             outcome,
             git_commit=redactor.value(self.git_commit),
-            uploaded_files=None if self.uploaded is None else tuple(self.uploaded),
+            uploaded_files=None if self.uploaded is None else redactor.value(tuple(self.uploaded)),
             action_errors=redactor.value(tuple(self.errors)),
         )

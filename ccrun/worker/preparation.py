@@ -150,6 +150,7 @@ async def check_settings(
         raise PreparationFailed("The Claude CLI could not check settings: `claude doctor` failed.")
     errors = claude.settings_errors(ran.stdout.decode(errors="replace"))
     if errors:
-        raise PreparationFailed(
-            f"settings is not valid for the Claude CLI: {'; '.join(errors)}."[:MAX_SETTINGS_ERROR_CHARS]
-        )
+        listed = "; ".join(errors)
+        if len(listed) > MAX_SETTINGS_ERROR_CHARS:
+            listed = f"{listed[:MAX_SETTINGS_ERROR_CHARS]}…"
+        raise PreparationFailed(f"settings is not valid for the Claude CLI: {listed}.")

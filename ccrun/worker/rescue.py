@@ -11,6 +11,7 @@ from typing import IO, Final
 import attrs
 
 from ccrun.errors import CcrunError
+from ccrun.redaction import Redactor
 from ccrun.results import UploadedFile
 from ccrun.store import Store
 from ccrun.task import TaskId
@@ -19,7 +20,6 @@ from ccrun.worker.git.checkout import Checkout
 from ccrun.worker.git.places import Place
 from ccrun.worker.lines import worker_line
 from ccrun.worker.post_run_result import PostRunResult
-from ccrun.worker.redaction import Redactor
 from ccrun.worker.uploads import printable
 from ccrun.worker.workspace import private_directory
 
@@ -83,7 +83,7 @@ class Rescue:
             if isinstance(place, str):
                 self.result.fail("rescue", place)
                 continue
-            path = f"{RESCUE_DIRECTORY}/{_file_name(place, names)}"
+            path = f"{RESCUE_DIRECTORY}/{_file_name(place, names, self.redactor)}"
             with self.result.errors_recorded("rescue"):
 
                 async def write(file: IO[bytes], max_bytes: int, place: Place = place) -> bool:
@@ -117,9 +117,9 @@ class Rescue:
         return size
 
 
-def _file_name(place: Place, taken: set[str]) -> str:
+def _file_name(place: Place, taken: set[str], redactor: Redactor) -> str:
     """Return a new name for the patch of a place, with letters that are safe in any file system."""
-    full = "-".join(filter(None, (place.inside, place.kind, place.name)))
+    full = redactor.text("-".join(filter(None, (place.inside, place.kind, place.name))))
     stem = re.sub(r"[^A-Za-z0-9._]+", "-", full)[:MAX_NAME_CHARS].strip("-.")
     names = (
         f"{stem}{suffix}.patch" for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2)))

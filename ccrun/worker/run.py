@@ -20,6 +20,7 @@ import structlog
 from ccrun import lifecycle
 from ccrun.callbacks.owed import OwedCallbacks
 from ccrun.errors import CcrunError, IllegalTransition, StorageError, TaskNotFound
+from ccrun.redaction import Redactor
 from ccrun.results import Isolation
 from ccrun.spec import TaskSpec
 from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Status, TaskId, TaskRecord
@@ -36,7 +37,6 @@ from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
 from ccrun.worker.preparation import check_settings, prepare_dotenv
 from ccrun.worker.proxy import CredentialProxy
-from ccrun.worker.redaction import Redactor
 from ccrun.worker.stop import StopCause, StopRequest, StopRequested, stopped_outcome
 from ccrun.worker.workspace import CA_FILE, Workspace, chown_to_agent, open_workspace, write_inputs
 
@@ -176,8 +176,9 @@ async def _perform(
     """Do what the request asks for. Afterwards the log is complete and no process of the agent runs."""
     upstream = choose_upstream(deps, spec)
     async with AsyncExitStack() as stack:
-        writer = await stack.enter_async_context(LogWriter(deps.store, spec.task_id, deps.flush_policy))
         proxy = await stack.enter_async_context(CredentialProxy(upstream, egress=deps.egress))
+        redactor = Redactor((*spec.secrets, *deps.secrets, *upstream.secrets, *deps.egress.secrets, proxy.run_token))
+        writer = await stack.enter_async_context(LogWriter(deps.store, spec.task_id, deps.flush_policy, redactor.lines))
         ca_file = workspace.inputs / CA_FILE if deps.egress.ca_bundle else None
         servers = agent_servers(workspace.confinement, isolation, policy, deps.egress, proxy, ca_file)
         environment = claude.environment(
@@ -191,18 +192,11 @@ async def _perform(
             is_root=workspace.confinement.user is None and os.geteuid() == 0,
             marker=deps.marker,
         )
-        redactor = Redactor((*spec.secrets, *upstream.secrets, *deps.egress.secrets, proxy.run_token))
-
-        async def log_line(line: bytes | bytearray) -> None:
-            await writer.write(redactor.line(line))
-
-        session = AgentSession(
-            writer=writer, log_line=log_line, redactor=redactor, proxy=proxy, environment=environment
-        )
+        session = AgentSession(writer=writer, redactor=redactor, proxy=proxy, environment=environment)
         checkout: Checkout | None = None
         try:
-            checkout = await stop.run(check_out(deps, spec, workspace, stack=stack, log_line=log_line))
-            await stop.run(prepare_dotenv(spec.environment_secrets, workspace, checkout, log_line=log_line))
+            checkout = await stop.run(check_out(deps, spec, workspace, stack=stack, log_line=writer.write))
+            await stop.run(prepare_dotenv(spec.environment_secrets, workspace, checkout, log_line=writer.write))
             option_files = await write_inputs(
                 workspace,
                 config_files=claude.config_files(spec),
@@ -220,7 +214,7 @@ async def _perform(
                     spec.pre_execution_commands,
                     served,
                     environment=environment,
-                    log_line=log_line,
+                    log_line=writer.write,
                     seconds=deps.timeouts.command,
                 )
             )
@@ -238,14 +232,14 @@ async def _perform(
             workspace=workspace,
             checkout=checkout,
             redactor=redactor,
-            log_line=log_line,
+            log_line=writer.write,
             limits=deps.timeouts.actions,
         )
         outcome = await _finish_work(post_run, outcome, stop, deps.timeouts)
     if servers.proxy is not None:
         isolation = attrs.evolve(isolation, refused_hosts=redactor.value(tuple(servers.proxy.refused)))
     outcome = attrs.evolve(outcome, isolation=isolation)
-    redacted = ("error", "result", "api_error", "background_tasks", "mcp_servers")
+    redacted = ("error", "result", "usage", "session_id", "api_error", "background_tasks", "mcp_servers")
     return attrs.evolve(outcome, **{name: redactor.value(getattr(outcome, name)) for name in redacted})
 
 

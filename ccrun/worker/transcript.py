@@ -10,7 +10,7 @@ import json
 import math
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ccrun.process.exit import Exit
@@ -38,6 +38,8 @@ MAX_NAME_CHARS: Final = 200
 _FACTS: Final = re.compile(
     rb'"type":"result"|"is_error":true|"api_retry"|"background_tasks_changed"|"subtype":"init"|"ScheduleWakeup"'
 )
+#: Masks secrets in a text.
+Mask = Callable[[str], str]
 _CONTROL: Final = re.compile(rb"[\x00-\x1f]")
 
 
@@ -45,9 +47,14 @@ _CONTROL: Final = re.compile(rb"[\x00-\x1f]")
 
 
 class Transcript:
-    """The facts of a run so far that matter for its outcome, collected line by line."""
+    """The facts of a run so far that matter for its outcome, collected line by line.
 
-    def __init__(self) -> None:
+    Args:
+        mask: Masks secrets in a text. Lines are read with them, since a secret may be a word of their format.
+    """
+
+    def __init__(self, mask: Mask = lambda text: text) -> None:
+        self.mask = mask
         #: The last result. Background work can wake the agent after its first.
         self.result: Mapping[str, Any] | None = None
         #: Turns of all results.
@@ -88,7 +95,7 @@ class Transcript:
                 self.result = event
                 self.retry = None
                 self.turns += _count(event.get("num_turns"))
-                self.usage = _sum(self.usage, event.get("usage")) or self.usage
+                self.usage = _sum(self.usage, event.get("usage"), self.mask) or self.usage
                 self.is_refused = event.get("api_error_status") == 401
             case {"type": "user", "message": {"content": [*blocks]}}:
                 self.errors += sum(isinstance(block, dict) and block.get("is_error") is True for block in blocks)
@@ -96,39 +103,41 @@ class Transcript:
                 if any(isinstance(block, dict) and block.get("name") == "ScheduleWakeup" for block in blocks):
                     self._wakeup_is_scheduled = True
             case {"type": "system", "subtype": "api_retry"}:
-                self.retry = _retried_error(event)
+                self.retry = _retried_error(event, self.mask)
                 self.is_refused = self.is_refused or self.retry.status == 401
             case {"type": "system", "subtype": "background_tasks_changed", "tasks": [*tasks]}:
                 self.background_tasks = tuple(
-                    BackgroundTask(type=kind, description=_text(task.get("description"), MAX_NAME_CHARS) or "")
+                    BackgroundTask(
+                        type=kind, description=_text(task.get("description"), MAX_NAME_CHARS, self.mask) or ""
+                    )
                     for task in tasks[:MAX_LISTED]
-                    if isinstance(task, dict) and (kind := _text(task.get("task_type"), MAX_NAME_CHARS))
+                    if isinstance(task, dict) and (kind := _text(task.get("task_type"), MAX_NAME_CHARS, self.mask))
                 )
             case {"type": "system", "subtype": "init"}:
                 # The CLI prints this line again when it wakes the agent.
                 self._wakeup_is_scheduled = False
                 if self.mcp_servers is None:
-                    self.mcp_servers = _mcp_servers(event.get("mcp_servers"))
+                    self.mcp_servers = _mcp_servers(event.get("mcp_servers"), self.mask)
             case _:
                 pass
 
 
-def _retried_error(event: Mapping[str, Any]) -> ApiError:
+def _retried_error(event: Mapping[str, Any], mask: Mask) -> ApiError:
     status, kind = event.get("error_status"), event.get("error")
     return ApiError(
         status=status if isinstance(status, int) and 100 <= status < 1000 else None,
-        type=_text(kind, MAX_NAME_CHARS),
+        type=_text(kind, MAX_NAME_CHARS, mask),
         retryable=True,
     )
 
 
-def _mcp_servers(servers: object) -> tuple[McpServer, ...]:
+def _mcp_servers(servers: object, mask: Mask) -> tuple[McpServer, ...]:
     return tuple(
         McpServer(name=name, status=status)
         for server in (servers[:MAX_LISTED] if isinstance(servers, list) else ())
         if isinstance(server, dict)
-        and (name := _text(server.get("name"), MAX_NAME_CHARS)) is not None
-        and (status := _text(server.get("status"), MAX_NAME_CHARS)) is not None
+        and (name := _text(server.get("name"), MAX_NAME_CHARS, mask)) is not None
+        and (status := _text(server.get("status"), MAX_NAME_CHARS, mask)) is not None
     )
 
 
@@ -136,29 +145,29 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) and 0 <= value < MAX_FIGURE else 0
 
 
-def _text(value: object, limit: int) -> str | None:
-    """Return a text that can be encoded and stored, None if the value is not a text."""
+def _text(value: object, limit: int, mask: Mask) -> str | None:
+    """Return a text that can be encoded and stored, masked and then cut; None if the value is not a text."""
     if not isinstance(value, str):
         return None
-    text = value.encode(errors="replace").decode()
+    text = mask(value.encode(errors="replace").decode())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _sum(old: Mapping[str, Any] | None, new: object, depth: int = MAX_USAGE_DEPTH) -> dict[str, Any] | None:
+def _sum(old: Mapping[str, Any] | None, new: object, mask: Mask, depth: int = MAX_USAGE_DEPTH) -> dict[str, Any] | None:
     """Return the sum of figures: of numbers, and of objects member by member. Of two texts, it is the newer one."""
     if not isinstance(new, dict) or not depth:
         return None
     total = dict(old or {})
     for key, value in new.items():
-        name = _text(key, MAX_ERROR_CHARS) or ""
+        name = _text(key, MAX_ERROR_CHARS, mask) or ""
         before = total.get(name)
         match value:
             case dict():
-                total[name] = _sum(before if isinstance(before, dict) else None, value, depth - 1)
+                total[name] = _sum(before if isinstance(before, dict) else None, value, mask, depth - 1)
             case int() | float() if abs(value) < MAX_FIGURE:
                 total[name] = value + (before if isinstance(before, int | float) else 0)
             case str():
-                total[name] = _text(value, MAX_ERROR_CHARS)
+                total[name] = _text(value, MAX_ERROR_CHARS, mask)
             case _:
                 pass
     return total
@@ -237,7 +246,9 @@ def outcome_of_run(
     else:
         if not is_success:
             api_error = _api_error(transcript, api_errors or {})
-        reason, error = _failure(transcript, None if is_success else _error_text(result), ended, rejected)
+        reason, error = _failure(
+            transcript, None if is_success else _error_text(result, transcript.mask), ended, rejected
+        )
     cost = result.get("total_cost_usd")
     return Outcome(
         status=Status.COMPLETED if error is None else Status.FAILED,
@@ -248,8 +259,8 @@ def outcome_of_run(
         errors=transcript.errors,
         cost_usd=cost if isinstance(cost, int | float) and 0 <= cost < math.inf else None,
         usage=transcript.usage,
-        session_id=_text(result.get("session_id"), MAX_ERROR_CHARS),
-        result=_text(result.get("result"), MAX_RESULT_CHARS),
+        session_id=_text(result.get("session_id"), MAX_ERROR_CHARS, transcript.mask),
+        result=_text(result.get("result"), MAX_RESULT_CHARS, transcript.mask),
         background_tasks=transcript.background_tasks,
         api_error=api_error,
         mcp_servers=transcript.mcp_servers or (),
@@ -265,8 +276,8 @@ def _api_error(transcript: Transcript, known: Mapping[int, ApiError]) -> ApiErro
     status = result.get("api_error_status")
     if not isinstance(status, int):
         return None
-    kind = _text(result.get("api_error_type"), MAX_NAME_CHARS)
-    unknown = ApiError(status=status, type=kind, message=_error_text(result), retryable=False)
+    kind = _text(result.get("api_error_type"), MAX_NAME_CHARS, transcript.mask)
+    unknown = ApiError(status=status, type=kind, message=_error_text(result, transcript.mask), retryable=False)
     return known.get(status, unknown)
 
 
@@ -295,11 +306,11 @@ def unfinished_work(transcript: Transcript) -> str:
     return f"Work in the background was stopped before it had finished: {names or 'a scheduled wakeup of the agent'}."
 
 
-def _error_text(result: Mapping[str, Any]) -> str | None:
+def _error_text(result: Mapping[str, Any], mask: Mask) -> str | None:
     """Return the text of a result that is an error, else its list of errors."""
     errors = result.get("errors")
     listed = "; ".join(error for error in errors if isinstance(error, str)) if isinstance(errors, list) else None
-    return _text(result.get("result") or listed, MAX_ERROR_CHARS) or None
+    return _text(result.get("result") or listed, MAX_ERROR_CHARS, mask) or None
 
 
 def _killed_by(number: int) -> str:

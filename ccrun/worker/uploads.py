@@ -67,7 +67,13 @@ class Uploads:
 
 
 async def upload_files(
-    store: Store, task_id: TaskId, root: Path, action: UploadAction, *, excluded: Collection[str] = ()
+    store: Store,
+    task_id: TaskId,
+    root: Path,
+    action: UploadAction,
+    *,
+    excluded: Collection[str] = (),
+    mask: Callable[[str], str] = lambda path: path,
 ) -> Uploads:
     """Upload the files that match the patterns. All errors are in the result.
 
@@ -75,6 +81,7 @@ async def upload_files(
         root: The directory that the patterns are relative to.
         action: The patterns, and the prefix of the uploads.
         excluded: Paths in that directory that are never uploaded, since the worker has written them.
+        mask: Masks secrets in the path of a file, for the name of its object.
     """
     errors = _Errors()
     prefix = "".join(f"{part}/" for part in action.gcs_prefix.split("/") if part not in ("", "."))
@@ -85,17 +92,21 @@ async def upload_files(
         return Uploads(errors=(f"globPatterns {error.message}.",))
     except ValueError:
         return Uploads(errors=("gcsPrefix is not valid in an object name.",))
+
+    def name(path: str) -> str:
+        return prefix + mask(path)
+
     cancelled = threading.Event()
     with contextlib.ExitStack() as stack:
         try:
             tree = await run_in_thread(lambda: _Tree(root, stack))
         except OSError as error:
             return Uploads(errors=(f"The workspace {_reason(error)}",))
-        search = _Search(tree, lambda path: upload_name(task_id, prefix + path), frozenset(excluded), errors, cancelled)
+        search = _Search(tree, lambda path: upload_name(task_id, name(path)), frozenset(excluded), errors, cancelled)
         found = await run_in_thread(lambda: search.find(globs.root), on_cancel=cancelled.set)
         if not found.paths and not errors.number:
             errors.add("No file matches globPatterns.")
-        uploader = _Uploader(store, task_id, prefix, tree, found.links, errors)
+        uploader = _Uploader(store, task_id, name, tree, found.links, errors)
         files = await uploader.upload(found.paths)
     return Uploads(files=tuple(files), errors=errors.messages())
 
@@ -333,29 +344,21 @@ class _Search:
 # --- uploading -----------------------------------------------------------------------------------------------------------
 
 
+@attrs.define
 class _Uploader:
     """Uploads files, some of them concurrently."""
 
-    def __init__(
-        self,
-        store: Store,
-        task_id: TaskId,
-        prefix: str,
-        tree: _Tree,
-        links: Mapping[FileId, int],
-        errors: _Errors,
-    ) -> None:
-        self._store = store
-        self._task_id = task_id
-        self._prefix = prefix
-        self._tree = tree
-        self._links = links
-        self._errors = errors
-        self._files: list[UploadedFile] = []
-        #: The files that were not uploaded, and why.
-        self._skipped: list[tuple[str, str]] = []
-        #: Consecutive failures.
-        self._failures = 0
+    _store: Store
+    _task_id: TaskId
+    _name: Callable[[str], str]
+    _tree: _Tree
+    _links: Mapping[FileId, int]
+    _errors: _Errors
+    _files: list[UploadedFile] = attrs.field(factory=list, init=False)
+    #: The files that were not uploaded, and why.
+    _skipped: list[tuple[str, str]] = attrs.field(factory=list, init=False)
+    #: Consecutive failures.
+    _failures: int = attrs.field(default=0, init=False)
 
     async def upload(self, paths: Sequence[str]) -> list[UploadedFile]:
         """Upload files, and return those that were uploaded, in order."""
@@ -390,5 +393,5 @@ class _Uploader:
     async def _upload_file(self, path: str) -> UploadedFile:
         with contextlib.ExitStack() as stack:
             file, size = await run_in_thread(lambda: self._tree.open(path, self._links, stack))
-            url = await self._store.add_upload(self._task_id, self._prefix + path, file, size=size)
+            url = await self._store.add_upload(self._task_id, self._name(path), file, size=size)
         return UploadedFile(original_path=path, gcs_path=url, size_bytes=size)

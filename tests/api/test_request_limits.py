@@ -193,3 +193,33 @@ def test_host_has_no_other_parts(host: str) -> None:
     """A host is a name or an address, or `*.` and a name."""
     errors = errors_of({**MINIMAL, "network": "allowlist", "allowedHosts": [host]})
     assert ["allowedHosts[0]"] == list(errors)
+
+
+# --- secrets in the wrong place --------------------------------------------------------------------------------------
+
+TOKEN = "made-up-token-0123456789"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**MINIMAL, TOKEN: "anthropicApiKey"},
+        {**MINIMAL, "environmentSecrets": {TOKEN: "TOKEN"}},
+        {**MINIMAL, "anthropicApiKey": "no-digits-in-it", "no-digits-in-it": 1},
+        {**MINIMAL, "environmentSecrets": {"A": "pass word", "B": 1}, "pass word": 1},
+        {**MINIMAL, "postExecutionActions": {"git": {"my-git-secret": 1}}, "gitToken": "my-git-secret"},
+    ],
+    ids=str,
+)
+def test_error_does_not_repeat_a_secret(body: dict[str, Any]) -> None:
+    """A secret that is given as a name by mistake is masked in the error."""
+    errors = str(errors_of(body))
+    assert "***" in errors
+    for secret in (TOKEN, "no-digits-in-it", "pass word", "my-git-secret"):
+        assert secret not in errors
+
+
+def test_words_of_an_error_are_not_masked() -> None:
+    """A value that is a word of a message leaves the message as it is."""
+    body = {**MINIMAL, "maxTurns": "6", "environmentSecrets": {"A": "number", "B": "maxTurns"}}
+    assert {"maxTurns": "maxTurns must be a whole number from 1 to 1000"} == errors_of(body)

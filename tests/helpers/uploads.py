@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -38,7 +38,7 @@ class UploadSetup:
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
             (self.root / path).write_bytes(os.fsencode(path))
 
-    async def upload(self, *patterns: str, prefix: str = "", **options: frozenset[str]) -> Uploads:
+    async def upload(self, *patterns: str, prefix: str = "", **options: Any) -> Uploads:
         """Upload the files that match these patterns, by default all."""
         action = UploadAction(glob_patterns=patterns or ("**",), gcs_prefix=prefix)
         return await upload_files(self.store, TASK, self.root, action, **options)
