@@ -17,7 +17,7 @@ from aiohttp import web
 
 from ccrun import __version__
 from ccrun.agent_sandbox import agent_sandbox, isolation_of
-from ccrun.api.app import make_app
+from ccrun.api.app import RUNNER_OPTIONS, make_app
 from ccrun.api.dependencies import ApiDependencies, ApiTimeouts
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed
@@ -148,7 +148,7 @@ async def serving(
             app,
             access_log=None,
             logger=server_logger(),
-            handler_cancellation=True,
+            **RUNNER_OPTIONS,
             keepalive_timeout=idle_seconds,
             shutdown_timeout=SHUTDOWN_SECONDS,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -16,9 +17,12 @@ from ccrun.api.streams import StreamRoutes
 from ccrun.api.submit import SubmitRoutes
 from ccrun.api.tasks import TaskRoutes
 
+#: Options of `web.AppRunner` that the app needs: handlers stop when their client disconnects, and decompress bodies themselves.
+RUNNER_OPTIONS: Final[dict[str, Any]] = {"handler_cancellation": True, "auto_decompress": False}
+
 
 def make_app(deps: ApiDependencies) -> web.Application:
-    """Return the application. Run it with `handler_cancellation`, so that handlers stop when their client disconnects."""
+    """Return the application. Run it with `RUNNER_OPTIONS`."""
     authorization = Authorization(deps.tokens, loopback_only=deps.loopback_only, unavailable=deps.unavailable)
     background = BackgroundTasks()
     health = HealthRoutes(deps)

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from ccrun.api.half_close import Connection, note_stream, track_request
+from ccrun.api.connection import HEAD_SECONDS, Connection, note_stream, track_request
 from ccrun.errors import CcrunError
 
 log = structlog.get_logger()
@@ -40,10 +40,12 @@ class Listener:
     Args:
         app: The app, which must not be set up yet.
         max_connections: The maximum number of open connections.
+        head_seconds: The time for the head of a request after its first byte.
     """
 
-    def __init__(self, app: web.Application, *, max_connections: int) -> None:
+    def __init__(self, app: web.Application, *, max_connections: int, head_seconds: float = HEAD_SECONDS) -> None:
         self._max_connections = max_connections
+        self._head_seconds = head_seconds
         self._server: web.Server | None = None
         app.middlewares.insert(0, track_request)
         app.on_response_prepare.extend((note_stream, self._close_when_busy))
@@ -77,7 +79,9 @@ class Listener:
             if len(server.connections) < self._max_connections:
                 try:
                     connection, _ = await loop.sock_accept(sock)
-                    await loop.connect_accepted_socket(lambda: Connection(server()), connection)
+                    await loop.connect_accepted_socket(
+                        lambda: Connection(server(), head_seconds=self._head_seconds), connection
+                    )
                     continue
                 except ConnectionError:
                     # The client has left.

@@ -13,6 +13,7 @@ from aiohttp import web
 from ccrun import codec
 from ccrun.api.abandoned import AbandonedTasks
 from ccrun.api.background import BackgroundTasks
+from ccrun.api.body import read_json_body
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Idempotency, Submitted
 from ccrun.api.middleware import Authorization
@@ -71,7 +72,7 @@ class SubmitRoutes:
     async def _submit(self, request: web.Request, task_type: TaskType) -> asyncio.Task[Submitted]:
         """Validate a request and submit its task. The submission continues when the client disconnects."""
         idempotency = self._idempotency(request)
-        body = await _read_body(request, seconds=self.deps.timeouts.body)
+        body = await read_json_body(request, seconds=self.deps.timeouts.body, max_bytes=self.deps.max_request_bytes)
         # In a thread: 10 MiB of hostile input take seconds.
         spec = await asyncio.to_thread(
             parse_request,
@@ -105,15 +106,3 @@ def _headers(submitted: Submitted) -> dict[str, str]:
     if submitted.is_replay:
         headers["Idempotent-Replay"] = "true"
     return headers
-
-
-async def _read_body(request: web.Request, *, seconds: float) -> bytes:
-    if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(reason="The body must be JSON, with Content-Type: application/json")
-    try:
-        async with asyncio.timeout(seconds):
-            return await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(reason=f"The body did not arrive within {seconds:g} s") from None
-    except web.RequestPayloadError:
-        raise web.HTTPBadRequest(reason="The body is not encoded as its headers say") from None

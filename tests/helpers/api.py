@@ -17,7 +17,8 @@ import attrs
 from aiohttp import web
 
 from ccrun import codec, lifecycle
-from ccrun.api.app import make_app
+from ccrun.api.app import RUNNER_OPTIONS, make_app
+from ccrun.api.connection import HEAD_SECONDS
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed
@@ -285,12 +286,15 @@ class Api:
 
 
 @contextlib.asynccontextmanager
-async def api_on(directory: Path, *, host: str = "127.0.0.1", **deps: Any) -> AsyncIterator[Api]:
+async def api_on(
+    directory: Path, *, host: str = "127.0.0.1", head_seconds: float = HEAD_SECONDS, **deps: Any
+) -> AsyncIterator[Api]:
     """Serve the API on a directory.
 
     Args:
         directory: The root of the storage. The key is in it too.
         host: The address to listen on.
+        head_seconds: See `Listener`.
         deps: Fields of `ApiDependencies` that differ from the defaults here.
     """
     blobs, jobs, key = FaultyBlobs(directory), RecordingJobs(), FaultyKey(directory / ".keys" / "sealing.key")
@@ -307,8 +311,8 @@ async def api_on(directory: Path, *, host: str = "127.0.0.1", **deps: Any) -> As
         backend="local",
     )
     app = make_app(attrs.evolve(defaults, **deps))
-    listener = Listener(app, max_connections=MAX_CONNECTIONS)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    listener = Listener(app, max_connections=MAX_CONNECTIONS, head_seconds=head_seconds)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUNNER_OPTIONS)
     await runner.setup()
     try:
         assert runner.server is not None

@@ -22,7 +22,7 @@ from standins.execution import JOB, REGION, Execution
 from standins.gcs import BUCKET
 from standins.kms import PROJECT, open_key
 
-from ccrun.api.app import make_app
+from ccrun.api.app import RUNNER_OPTIONS, make_app
 from ccrun.api.dependencies import ApiDependencies
 from ccrun.api.dispatch import Dispatcher
 from ccrun.api.feed import Feed
@@ -239,7 +239,7 @@ async def start_cloud(cli: Path, deployment: CloudDeployment | None = None) -> A
                 backend="gcp",
             )
         )
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **RUNNER_OPTIONS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -1,15 +1,16 @@
-"""Clients that close their side of the connection before they have the response."""
+"""Clients that are slow, and clients that close their side of the connection before they have the response."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
-from helpers.api import Api, until
+from helpers.api import Api, api_on, until
 from helpers.service import WAIT_SECONDS
 
-from ccrun.api.half_close import START_SECONDS
+from ccrun.api.connection import START_SECONDS
 from ccrun.task import TaskId
 
 TASK = TaskId("half-closed")
@@ -99,3 +100,40 @@ async def test_regular_requests_keep_their_connection(api: Api) -> None:
         assert head.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"\r\nConnection: close\r\n" not in head
     writer.close()
+
+
+@pytest.mark.parametrize(
+    "sent", [b"G", b"GET /health HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nHost: a\r\nX: "], ids=str
+)
+async def test_slow_head_ends_the_connection(tmp_path: Path, sent: bytes) -> None:
+    """A client that begins a request and does not finish its head is disconnected, also after another request."""
+    async with api_on(tmp_path, head_seconds=0.2) as api, asyncio.timeout(WAIT_SECONDS):
+        for first in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+            if first:
+                writer.write(first)
+                await reader.readuntil(b'{"status":"ok"}')
+            for byte in sent:
+                writer.write(bytes([byte]))
+                await writer.drain()
+            assert b"" == await reader.read()
+            writer.close()
+
+
+async def test_time_for_the_head_does_not_limit_the_rest(tmp_path: Path) -> None:
+    """A slow body, a slow response and the pause between two requests may take longer."""
+    async with api_on(tmp_path, head_seconds=0.2) as api, asyncio.timeout(WAIT_SECONDS):
+        api.blobs.gate = asyncio.Event()
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        request = post("/run-async", json.dumps(api.body(taskId=TASK, callbackUrl="http://127.0.0.1:9/")).encode())
+        writer.write(request[:-5])
+        await asyncio.sleep(0.6)
+        writer.write(request[-5:])
+        await asyncio.sleep(0.6)
+        api.blobs.gate.set()
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+        await reader.readuntil(b"}")
+        await asyncio.sleep(0.6)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
