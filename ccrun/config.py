@@ -154,6 +154,9 @@ class Config:
 
     claude_cli: Path | None = setting("CLAUDE_CLI", as_path)
     agent_user: str | None = setting("CCRUN_AGENT_USER")
+    #: The least is what is read from a pipe at once.
+    max_line_bytes: int = setting("MAX_LINE_BYTES", as_whole(64 * 1024, 1024**3), default=64 * 1024**2)
+    max_upload_bytes: int = setting("MAX_UPLOAD_BYTES", as_whole(0, 2**50), default=10 * 1024**3)
     sandbox: SandboxMode = setting(
         "CCRUN_SANDBOX", lambda value: SandboxMode(as_one_of(*SandboxMode)(value)), default=SandboxMode.AUTO
     )

@@ -41,6 +41,19 @@ DRAIN_SECONDS: Final = 1.0
 DRAIN_BYTES: Final = 2 * 1024 * 1024
 
 
+class CutLine(bytearray):
+    """The bytes of a line, up to a limit."""
+
+    #: How many bytes followed.
+    omitted_bytes = 0
+
+    def append(self, content: bytes | bytearray, max_bytes: int | None) -> None:  # type: ignore[override]
+        """Add content as far as the limit allows."""
+        allowed = len(content) if max_bytes is None else max(0, max_bytes - len(self))
+        self += content[:allowed]
+        self.omitted_bytes += max(0, len(content) - allowed)
+
+
 class Child:
     """A running process, created by `spawn`.
 
@@ -96,25 +109,29 @@ class Child:
         self._must_kill.set()
         self.terminate()
 
-    async def lines(self) -> AsyncIterator[bytes | bytearray]:
-        """Yield the lines of stdout, of any length, without their newline. The last line may lack one.
+    async def lines(self, max_bytes: int | None = None) -> AsyncIterator[bytes | bytearray]:
+        """Yield the lines of stdout without their newline. The last line may lack one.
 
         Nothing is read while the caller is busy, so that a slow caller slows the child, and memory stays near one line. The
         iteration ends with the pipe, or soon after the process when a grandchild keeps the pipe open. Use it once.
+
+        Args:
+            max_bytes: At least `PIPE_READ_BYTES`. Of a longer line, these first bytes are yielded as a `CutLine`. By default,
+                lines may have any length.
         """
-        partial = bytearray()
+        partial = CutLine()
         while chunk := await self._read():
             start = 0
             while (end := chunk.find(b"\n", start)) >= 0:
                 line: bytes | bytearray = chunk[start:end]
                 if partial:
-                    partial += line
-                    line, partial = partial, bytearray()
+                    partial.append(line, max_bytes)
+                    line, partial = partial, CutLine()
                 yield line
                 # Release the line before the next one grows.
                 del line
                 start = end + 1
-            partial += memoryview(chunk)[start:]
+            partial.append(chunk[start:], max_bytes)
         if partial:
             yield partial
 

@@ -27,7 +27,7 @@ from ccrun.process.guardian import run_guarded
 from ccrun.process.user import User
 from ccrun.task import TaskId
 from ccrun.worker.clouds import open_cloud
-from ccrun.worker.dependencies import WorkerDependencies
+from ccrun.worker.dependencies import PostRunLimits, WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.run import SYSTEM_PATH
 from ccrun.worker.isolation import IsolationPolicy
 from ccrun.worker.log_writer import STORAGE_RETRY_SECONDS, FlushPolicy
@@ -104,6 +104,8 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
             inherited=inherited,
             marker=process_marker(settings.data_dir, task_id),
             flush_policy=FlushPolicy(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),
+            max_line_bytes=settings.max_line_bytes,
+            timeouts=WorkerTimeouts(actions=PostRunLimits(upload_bytes=settings.max_upload_bytes)),
             execution_name=settings.cloud_run_execution,
             isolation=IsolationPolicy(
                 user=agent_user,

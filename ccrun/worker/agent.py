@@ -33,12 +33,14 @@ class AgentSession:
 
     Args:
         environment: All environment variables of the agent.
+        max_line_bytes: The bytes of a line that are logged.
     """
 
     writer: LogWriter
     redactor: Redactor
     proxy: CredentialProxy
     environment: Mapping[str, str] = attrs.field(repr=False)
+    max_line_bytes: int
 
 
 async def run_agent(
@@ -149,7 +151,7 @@ async def _log_output(
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeouts.first_line) as silence:
-            async for line in child.lines():
+            async for line in child.lines(session.max_line_bytes):
                 # The time that a slow storage takes does not count as silence of the CLI.
                 silence.reschedule(None)
                 transcript.feed(line)

@@ -37,7 +37,13 @@ READ_SECONDS: Final = 20.0
 
 
 async def run_commands(
-    commands: Sequence[str], workspace: Workspace, *, environment: Mapping[str, str], log_line: LogLine, seconds: float
+    commands: Sequence[str],
+    workspace: Workspace,
+    *,
+    environment: Mapping[str, str],
+    log_line: LogLine,
+    seconds: float,
+    max_line_bytes: int,
 ) -> dict[str, str]:
     """Run the commands one after another, each in a shell with its own process group, and log their output.
 
@@ -45,6 +51,7 @@ async def run_commands(
         environment: The environment variables of the agent.
         log_line: Adds a line to the log of the task.
         seconds: The timeout of each command.
+        max_line_bytes: The bytes of a line of output that are logged.
 
     Returns:
         These variables, with those that the commands have set.
@@ -69,7 +76,7 @@ async def run_commands(
         ) as child:
             try:
                 async with asyncio.timeout(seconds):
-                    async for line in child.lines():
+                    async for line in child.lines(max_line_bytes):
                         printed += len(line) + 1
                         tail += line[-TAIL_BYTES:] + b"\n"
                         del tail[:-TAIL_BYTES]

@@ -17,13 +17,17 @@ from ccrun.worker.isolation import IsolationPolicy
 from ccrun.worker.log_writer import FlushPolicy
 from ccrun.worker.upstream import ModelApi
 
+#: Bytes of a line of the log. It is in memory, in the worker and in each service that reads it.
+MAX_LINE_BYTES: Final = 64 * 1024**2
+#: Bytes of all uploads of a task. A sparse file of a terabyte takes no time to make, and an hour to upload.
+MAX_UPLOAD_BYTES: Final = 10 * 1024**3
 #: Bytes of a patch. It is in memory while secrets are redacted in it.
 MAX_RESCUE_BYTES: Final = 32 * 1024 * 1024
 
 
 @attrs.frozen(kw_only=True)
 class PostRunLimits:
-    """How long an action after the agent may take, in seconds, and how large a patch may be, in bytes.
+    """How long an action after the agent may take, in seconds, and how large patches and uploads may be, in bytes.
 
     With a minute each for a patch, the record and the callback, all of them fit into the 15 minutes that the Cloud Run job has
     in addition to the agent's time (`scripts/deploy-job.sh`).
@@ -33,6 +37,8 @@ class PostRunLimits:
     uploads: float = 420.0
     #: Of a larger patch, only the files that fit are stored.
     rescue_bytes: int = MAX_RESCUE_BYTES
+    #: Of all uploads together.
+    upload_bytes: int = MAX_UPLOAD_BYTES
 
 
 @attrs.frozen(kw_only=True)
@@ -82,6 +88,7 @@ class WorkerDependencies:
         egress: How the worker reaches other servers.
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
         marker: An environment variable's value by which the processes of this task are found.
+        max_line_bytes: The bytes of a line that are logged.
         execution_name: The name of this execution at the platform.
         isolation: How agents are isolated.
         git_protocols: The protocols that git may use, separated by colons (git(1), GIT_ALLOW_PROTOCOL).
@@ -100,6 +107,7 @@ class WorkerDependencies:
     egress: Egress = attrs.field(factory=Egress)
     inherited: Mapping[str, str]
     marker: str
+    max_line_bytes: int = MAX_LINE_BYTES
     flush_policy: FlushPolicy = attrs.field(factory=FlushPolicy)
     timeouts: WorkerTimeouts = attrs.field(factory=WorkerTimeouts)
     execution_name: str | None = None

@@ -8,14 +8,18 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+from ccrun.process.child import CutLine
+
 _SLICE_BYTES: Final = 64 * 1024
 
 
 def text_line(content: bytes | bytearray, **fields: Any) -> bytearray:
-    """Return a JSON object with these fields and `content`, the bytes as text.
+    """Return a JSON object with these fields and `content`, the bytes as text, and `omittedBytes` if the line was cut.
 
     Bytes that are not UTF-8 become replacement characters. Memory stays near one copy, since a line may have many megabytes.
     """
+    if isinstance(content, CutLine) and content.omitted_bytes:
+        fields["omittedBytes"] = content.omitted_bytes
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     opened = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))[:-1]
     wrapped = bytearray(f'{opened}{"," if fields else ""}"content":"'.encode())

@@ -29,7 +29,8 @@ from ccrun.worker.git.run import GitError
 from ccrun.worker.lines import worker_line
 from ccrun.worker.post_run_result import PostRunResult
 from ccrun.worker.rescue import Rescue
-from ccrun.worker.uploads import printable, upload_files
+from ccrun.worker.upload_search import printable
+from ccrun.worker.uploads import upload_files
 from ccrun.worker.workspace import Workspace, private_directory
 
 #: Paths that one sentence names at most.
@@ -114,6 +115,7 @@ class PostRun:
                     self.task_id,
                     self.workspace.repository,
                     action,
+                    max_bytes=self.limits.upload_bytes,
                     excluded=excluded,
                     mask=self.redactor.text,
                 )

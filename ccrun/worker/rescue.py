@@ -20,7 +20,7 @@ from ccrun.worker.git.checkout import Checkout
 from ccrun.worker.git.places import Place
 from ccrun.worker.lines import worker_line
 from ccrun.worker.post_run_result import PostRunResult
-from ccrun.worker.uploads import printable
+from ccrun.worker.upload_search import printable
 from ccrun.worker.workspace import private_directory
 
 #: The path of the patch of the repository's work tree and last commit below the uploads of the task.

@@ -192,7 +192,13 @@ async def _perform(
             is_root=workspace.confinement.user is None and os.geteuid() == 0,
             marker=deps.marker,
         )
-        session = AgentSession(writer=writer, redactor=redactor, proxy=proxy, environment=environment)
+        session = AgentSession(
+            writer=writer,
+            redactor=redactor,
+            proxy=proxy,
+            environment=environment,
+            max_line_bytes=deps.max_line_bytes,
+        )
         checkout: Checkout | None = None
         try:
             checkout = await stop.run(check_out(deps, spec, workspace, stack=stack, log_line=writer.write))
@@ -216,6 +222,7 @@ async def _perform(
                     environment=environment,
                     log_line=writer.write,
                     seconds=deps.timeouts.command,
+                    max_line_bytes=deps.max_line_bytes,
                 )
             )
             session = attrs.evolve(session, environment=variables)

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from ccrun.process.child import CutLine
 from ccrun.process.exit import Exit
 from ccrun.results import ApiError, BackgroundTask, McpServer
 from ccrun.task import EXIT_FAILED, Outcome, Reason, Status
@@ -181,6 +182,8 @@ def line_for_log(line: bytes | bytearray) -> bytes | bytearray:
     """
     if line.isspace() or not line:
         return b""
+    if isinstance(line, CutLine) and line.omitted_bytes:
+        return _as_text(line)
     if len(line) > MAX_PARSED_LINE_BYTES:
         return line if _looks_like_object(line) else _as_text(line)
     stripped = line.strip()

@@ -39,6 +39,8 @@ settings() {
   "$1" MAX_REQUEST_BYTES '' "$any" 'one line'
   "$1" ALLOWED_TOOLS '' "$any" 'one line'
   "$1" PERMISSION_MODE '' "$any" 'one line'
+  "$1" MAX_LINE_BYTES '' "$any" 'one line'
+  "$1" MAX_UPLOAD_BYTES '' "$any" 'one line'
   "$1" CCRUN_SANDBOX '' "$any" 'one line'
   "$1" AGENT_NETWORK '' "$any" 'one line'
   "$1" AGENT_ALLOWED_HOSTS '' "$any" 'one line'

@@ -12,6 +12,7 @@ from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.spec import UploadAction
 from ccrun.store import Store
 from ccrun.task import TaskId
+from ccrun.worker.dependencies import MAX_UPLOAD_BYTES
 from ccrun.worker.uploads import Uploads, upload_files
 
 TASK: Final = TaskId("a-task")
@@ -41,7 +42,7 @@ class UploadSetup:
     async def upload(self, *patterns: str, prefix: str = "", **options: Any) -> Uploads:
         """Upload the files that match these patterns, by default all."""
         action = UploadAction(glob_patterns=patterns or ("**",), gcs_prefix=prefix)
-        return await upload_files(self.store, TASK, self.root, action, **options)
+        return await upload_files(self.store, TASK, self.root, action, **{"max_bytes": MAX_UPLOAD_BYTES, **options})
 
     def objects(self) -> dict[str, bytes]:
         """Return the contents of all objects, by name."""

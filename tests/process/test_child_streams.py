@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.process import ON_LINUX, WAIT_SECONDS, Shell, is_alive, run_python, until
 
-from ccrun.process.child import DRAIN_SECONDS, STDERR_TAIL_BYTES, spawn
+from ccrun.process.child import DRAIN_SECONDS, PIPE_READ_BYTES, STDERR_TAIL_BYTES, spawn
 from ccrun.process.exit import Exit
 
 # --- stdout ----------------------------------------------------------------------------------------------------------
@@ -53,6 +53,16 @@ asyncio.run(main())
     length, content, grown_mib = run_python(code, str(tmp_path)).split()
     assert (length, content) == ("True", "True")
     assert int(grown_mib) < 100
+
+
+async def test_long_line_is_cut(shell: Shell) -> None:
+    """Of a line over the limit, the beginning and the number of the other bytes remain; the lines around it are whole."""
+    limit = PIPE_READ_BYTES
+    zeros = "head -c {} /dev/zero".format
+    script = f"echo a; {zeros(limit)}; echo; {zeros(10 * limit + 7)}; echo; echo b; {zeros(limit + 1)}"
+    async with shell(script) as child:
+        lines = [(len(line), getattr(line, "omitted_bytes", 0)) async for line in child.lines(limit)]
+    assert [(1, 0), (limit, 0), (limit, 9 * limit + 7), (1, 0), (limit, 1)] == lines
 
 
 async def test_child_waits_for_a_slow_reader(shell: Shell, tmp_path: Path) -> None:
@@ -127,11 +137,12 @@ async def test_child_that_never_reads_its_stdin_is_killed(shell: Shell) -> None:
 
 
 async def test_tail_of_stderr_is_retained(shell: Shell) -> None:
-    """A child can write any amount to stderr without blocking, and `stderr_tail` has the last part."""
+    """A child can write any amount to stderr without blocking, and `stderr_tail` has the last part, after `…`."""
     async with shell("head -c 5000000 /dev/zero >&2; echo last line >&2; echo done") as child:
         assert [line async for line in child.lines()] == [b"done"]
         await child.wait()
-        assert len(child.stderr_tail) == STDERR_TAIL_BYTES
+        assert len(child.stderr_tail.removeprefix("…".encode())) == STDERR_TAIL_BYTES
+        assert child.stderr_tail.startswith("…".encode())
         assert child.stderr_tail.endswith(b"\0last line\n")
 
 

@@ -170,9 +170,9 @@ def peak():
 async def main():
     root, data = map(Path, sys.argv[1:])
     store, task = Store(DirectoryBlobs(data)), TaskId("a-task")
-    await upload_files(store, task, root, UploadAction(glob_patterns=("small",)))
+    await upload_files(store, task, root, UploadAction(glob_patterns=("small",)), max_bytes=2**40)
     before = peak()
-    result = await upload_files(store, task, root, UploadAction(glob_patterns=("large",)))
+    result = await upload_files(store, task, root, UploadAction(glob_patterns=("large",)), max_bytes=2**40)
     print(result.files[0].size_bytes, peak() - before)
 
 asyncio.run(main())

@@ -17,8 +17,9 @@ from helpers.uploads import SECRET, UploadSetup, open_descriptors, paths, setup
 from ccrun.backends.local.blobs import DirectoryBlobs
 from ccrun.removal import remove_tree
 from ccrun.store import Store
-from ccrun.worker import uploads
-from ccrun.worker.uploads import MAX_FILES, MAX_UPLOAD_ERRORS, Uploads
+from ccrun.worker import upload_search
+from ccrun.worker.upload_search import MAX_FILES, MAX_UPLOAD_ERRORS
+from ccrun.worker.uploads import Uploads
 
 __all__ = ["setup"]
 
@@ -187,7 +188,7 @@ async def test_number_of_errors_is_limited(setup: UploadSetup) -> None:
 async def test_search_is_limited(setup: UploadSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the search stops at its limit, this is reported, and the files until then are uploaded."""
     setup.write("a/1", "b/1", "c/1")
-    monkeypatch.setattr(uploads, "MAX_ENTRIES", 4)
+    monkeypatch.setattr(upload_search, "MAX_ENTRIES", 4)
     result = await setup.upload()
     assert ["a/1"] == paths(result)
     assert ("The workspace has too many files: the search was stopped early.",) == result.errors
@@ -215,3 +216,15 @@ class DiscardingBlobs(DirectoryBlobs):
 
     async def create_from(self, name: str, file: BinaryIO, *, size: int) -> int:
         return 1
+
+
+async def test_uploads_are_limited_in_bytes(setup: UploadSetup) -> None:
+    """A file counts with its length, also when it is sparse. Smaller ones are uploaded as far as they fit."""
+    for name, size in (("a", 600), ("b", 2**40), ("c", 600), ("d", 400)):
+        with (setup.root / name).open("wb") as file:
+            file.truncate(size)
+    result = await setup.upload("[abcd]", max_bytes=1000)
+    assert ["a", "d"] == paths(result)
+    assert 2 == len(result.errors)
+    assert result.errors[0].startswith("b: is too large: 1099511627776 bytes")
+    assert result.errors[1].startswith("c: is too large: 600 bytes")
