@@ -12,7 +12,7 @@ from ccrun.api.background import BackgroundTasks
 from ccrun.api.dependencies import ApiDependencies, Companion
 from ccrun.api.health import HealthRoutes
 from ccrun.api.logs import LogRoutes
-from ccrun.api.middleware import Authorization, bind_trace, handle_errors
+from ccrun.api.middleware import Authorization, add_security_headers, bind_trace, handle_errors
 from ccrun.api.streams import StreamRoutes
 from ccrun.api.submit import SubmitRoutes
 from ccrun.api.tasks import TaskRoutes
@@ -53,6 +53,7 @@ def make_app(deps: ApiDependencies) -> web.Application:
             web.post("/cancel/{task_id}", tasks.cancel),
         ]
     )
+    app.on_response_prepare.append(add_security_headers)
     app.cleanup_ctx.extend(_running(companion) for companion in deps.companions)
     app.cleanup_ctx.append(_closing(background))
     app.on_shutdown.append(streams.close)

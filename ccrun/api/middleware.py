@@ -23,8 +23,23 @@ log = structlog.get_logger()
 OPEN_PATHS: Final = frozenset({"/", "/health", "/healthz", "/ready"})
 #: Names of a service on loopback. A page of another site can reach it under another name (DNS rebinding), never under these.
 LOOPBACK_HOST: Final = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]*)?", re.IGNORECASE)
-#: A page of another site can also send a request whose response it cannot read, which is enough to cancel a task.
-LOOPBACK_ORIGIN: Final = re.compile(rf"https?://{LOOPBACK_HOST.pattern}", re.IGNORECASE)
+#: `Sec-Fetch-Site` of requests that a page of the service itself or the user causes (https://www.w3.org/TR/fetch-metadata/).
+#: Other pages can send a request whose response they cannot read, which is enough to cancel a task.
+OWN_SITES: Final = frozenset({"same-origin", "none"})
+#: Headers of every response. No browser shows a response as a page, in a frame, as a script or under another type.
+SECURITY_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    # By default, it has the versions of Python and aiohttp.
+    "Server": "ccrun",
+}
+
+
+async def add_security_headers(_: web.Request, response: web.StreamResponse) -> None:
+    """Add `SECURITY_HEADERS` to a response. A handler of `on_response_prepare`."""
+    response.headers.update(SECURITY_HEADERS)
 
 
 def bind_trace(project_id: str | None) -> Middleware:
@@ -67,7 +82,7 @@ class Authorization:
 
     Args:
         tokens: The bearer tokens that are accepted. When there are none, the platform authorizes requests.
-        loopback_only: Accept only requests to a name of loopback, and none from pages of other sites.
+        loopback_only: Accept only requests to a name of loopback, and none from pages of another origin, also of another port.
         unavailable: The error for all requests, when a setting is missing.
     """
 
@@ -83,9 +98,8 @@ class Authorization:
         host = request.headers.get("Host", "localhost")
         if self._loopback_only and not LOOPBACK_HOST.fullmatch(host):
             return error_response(421, "This service answers only to localhost, 127.0.0.1 and [::1].")
-        origin = request.headers.get("Origin")
-        if self._loopback_only and origin is not None and not LOOPBACK_ORIGIN.fullmatch(origin):
-            return error_response(403, "This service without tokens accepts no requests from pages of other sites.")
+        if self._loopback_only and not _is_of_own_page(request, host):
+            return error_response(403, "This service without tokens accepts no requests from pages of other origins.")
         if self._token_digests and request.path not in OPEN_PATHS and self.caller(request) is None:
             return error_response(
                 401,
@@ -105,6 +119,14 @@ class Authorization:
         # All are compared, so that the duration reveals nothing.
         known = [digest for digest in self._token_digests if hmac.compare_digest(digest, given)]
         return known[0] if known else None
+
+
+def _is_of_own_page(request: web.Request, host: str) -> bool:
+    """Return whether no page of another origin has sent a request, as far as browsers tell."""
+    origin = request.headers.get("Origin")
+    return (
+        origin is None or origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())
+    ) and request.headers.get("Sec-Fetch-Site", "none") in OWN_SITES
 
 
 def _digest(token: str) -> str:

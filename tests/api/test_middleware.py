@@ -8,6 +8,7 @@ import pytest
 import structlog.testing
 from helpers.api import CALLBACK_URL, OTHER_TOKEN, TOKEN, Api, api_on, bearer
 
+from ccrun.api.middleware import SECURITY_HEADERS
 from ccrun.errors import StorageError
 from ccrun.task import TaskId
 
@@ -132,20 +133,54 @@ async def test_other_host_is_421(loopback_api: Api, host: bytes, path: bytes) ->
 
 
 @pytest.mark.parametrize(
-    ("origin", "status"),
+    ("headers", "status"),
     [
-        ("http://localhost:3000", 404),
-        ("http://127.0.0.1", 404),
-        ("https://[::1]:8080", 404),
-        ("https://attacker.example", 403),
-        ("http://localhost.attacker.example", 403),
-        ("null", 403),
+        ({"Origin": "http://{own}"}, 404),
+        ({"Origin": "https://{own}"}, 404),
+        ({"Origin": "http://{own}", "Sec-Fetch-Site": "same-origin"}, 404),
+        ({"Sec-Fetch-Site": "none"}, 404),
+        ({"Origin": "http://localhost:3000", "Host": "LOCALHOST:3000"}, 404),
+        ({"Origin": "http://localhost:3000"}, 403),
+        ({"Origin": "http://127.0.0.1"}, 403),
+        ({"Origin": "https://[::1]:8080"}, 403),
+        ({"Origin": "https://attacker.example"}, 403),
+        ({"Origin": "http://localhost.attacker.example"}, 403),
+        ({"Origin": "http://{own}.attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://{own}", "Sec-Fetch-Site": "cross-site"}, 403),
     ],
+    ids=str,
 )
-async def test_other_origin_is_403(loopback_api: Api, origin: str, status: int) -> None:
-    """A page of another site can POST without reading the response; the `Origin` header identifies it."""
-    async with loopback_api.http.post(f"{loopback_api.url}/cancel/some-task", headers={"Origin": origin}) as response:
+async def test_request_of_another_page_is_403(loopback_api: Api, headers: dict[str, str], status: int) -> None:
+    """A page of another origin can POST without reading the response; headers of the browser identify it."""
+    own = loopback_api.url.removeprefix("http://")
+    given = {name: value.replace("{own}", own) for name, value in headers.items()}
+    async with loopback_api.http.post(f"{loopback_api.url}/cancel/some-task", headers=given) as response:
         assert status == response.status
+
+
+async def test_pages_are_not_limited_when_requests_are_authorized(api: Api) -> None:
+    """Where tokens or a platform authorize requests, the headers of the browser do not matter."""
+    headers = {"Origin": "https://dashboard.example", "Sec-Fetch-Site": "cross-site"}
+    async with api.http.post(f"{api.url}/cancel/some-task", headers=headers) as response:
+        assert 404 == response.status
+
+
+@pytest.mark.parametrize("path", ["/", "/tasks", "/tasks/unknown", "/unknown", "/tasks/unknown/events"])
+async def test_every_response_has_security_headers(api: Api, path: str) -> None:
+    """Also errors have them. No header names a version."""
+    async with api.http.get(f"{api.url}{path}") as response:
+        assert SECURITY_HEADERS.items() <= dict(response.headers).items()
+        assert not [value for value in response.headers.values() if "aiohttp" in value or "Python" in value]
+
+
+async def test_streams_have_security_headers(api: Api) -> None:
+    """An event stream has them too."""
+    task_id = await api.submit_started()
+    async with api.http.get(f"{api.url}/tasks/{task_id}/events") as response:
+        assert SECURITY_HEADERS.items() <= dict(response.headers).items()
 
 
 async def test_request_without_host_is_accepted(loopback_api: Api) -> None:
