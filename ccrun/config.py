@@ -35,6 +35,7 @@ from ccrun.setting import (
     as_permission_mode,
     as_proxy,
     as_secret_names,
+    as_size,
     as_task_id,
     as_tokens,
     as_tools,
@@ -92,6 +93,11 @@ def _default_host(config: Config) -> str:
 def _cores() -> int:
     """Return how many cores this process may use: in a container, possibly fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _task_memory() -> int:
+    """Return three quarters of the memory of this machine, so that a task cannot take the service with it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
 
 
 @environ.config(prefix="", frozen=True)
@@ -155,8 +161,11 @@ class Config:
     claude_cli: Path | None = setting("CLAUDE_CLI", as_path)
     agent_user: str | None = setting("CCRUN_AGENT_USER")
     #: The least is what is read from a pipe at once.
-    max_line_bytes: int = setting("MAX_LINE_BYTES", as_whole(64 * 1024, 1024**3), default=64 * 1024**2)
-    max_upload_bytes: int = setting("MAX_UPLOAD_BYTES", as_whole(0, 2**50), default=10 * 1024**3)
+    max_line_bytes: int = setting("MAX_LINE_BYTES", as_size(64 * 1024, 1024**3), default=64 * 1024**2)
+    max_upload_bytes: int = setting("MAX_UPLOAD_BYTES", as_size(0, 1024**5), default=10 * 1024**3)
+    task_memory: int = setting("TASK_MEMORY", as_size(64 * 1024**2, 1024**5), default=attrs.Factory(_task_memory))
+    task_pids: int = setting("TASK_PIDS", as_whole(16, 4_194_304), default=4096)
+    task_disk: int = setting("TASK_DISK", as_size(1024**2, 1024**5), default=50 * 1024**3)
     sandbox: SandboxMode = setting(
         "CCRUN_SANDBOX", lambda value: SandboxMode(as_one_of(*SandboxMode)(value)), default=SandboxMode.AUTO
     )

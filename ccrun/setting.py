@@ -57,6 +57,19 @@ def as_whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def as_size(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of numbers of bytes in a range: whole numbers, also in Ki, Mi, Gi or Ti, such as 64Mi."""
+
+    def read(value: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,15})(|Ki|Mi|Gi|Ti)", value)
+        size = int(match[1]) * 1024 ** ("", "Ki", "Mi", "Gi", "Ti").index(match[2]) if match else -1
+        if not low <= size <= high:
+            raise ValueError(f"a number of bytes from {low} to {high}, such as 64Mi")
+        return size
+
+    return read
+
+
 def as_number(low: float, high: float) -> Callable[[str], float]:
     """Return a parser of numbers in a range."""
 

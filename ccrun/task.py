@@ -92,6 +92,7 @@ class Reason(enum.StrEnum):
     CANCELLED = "cancelled"
     KILLED = "killed"
     OUT_OF_MEMORY = "out_of_memory"
+    LIMIT_EXCEEDED = "limit_exceeded"
     LAUNCH_FAILED = "launch_failed"
     WORKER_LOST = "worker_lost"
 

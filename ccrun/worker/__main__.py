@@ -30,6 +30,7 @@ from ccrun.worker.clouds import open_cloud
 from ccrun.worker.dependencies import PostRunLimits, WorkerDependencies, WorkerTimeouts
 from ccrun.worker.git.run import SYSTEM_PATH
 from ccrun.worker.isolation import IsolationPolicy
+from ccrun.worker.limits import TaskLimits
 from ccrun.worker.log_writer import STORAGE_RETRY_SECONDS, FlushPolicy
 from ccrun.worker.run import run_task
 from ccrun.worker.upstream import ModelApi
@@ -105,6 +106,9 @@ async def _work(settings: Config, task_id: TaskId, agent_user: User | None) -> N
             marker=process_marker(settings.data_dir, task_id),
             flush_policy=FlushPolicy(flush_lines=settings.flush_lines, flush_seconds=settings.flush_seconds),
             max_line_bytes=settings.max_line_bytes,
+            limits=TaskLimits(
+                memory_bytes=settings.task_memory, processes=settings.task_pids, disk_bytes=settings.task_disk
+            ),
             timeouts=WorkerTimeouts(actions=PostRunLimits(upload_bytes=settings.max_upload_bytes)),
             execution_name=settings.cloud_run_execution,
             isolation=IsolationPolicy(

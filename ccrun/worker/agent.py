@@ -83,6 +83,8 @@ async def _follow(
         if not logging.done():
             # What the CLI prints until it exits is still logged.
             child.terminate()
+        if cause is StopCause.LIMIT:
+            child.kill()
         if cause is StopCause.SHUTDOWN:
             asyncio.get_running_loop().call_later(timeouts.shutdown_term_grace, child.kill)
         is_hung = await logging
@@ -108,7 +110,7 @@ async def _follow(
         return outcome
     if cause is StopCause.CANCEL:
         return lifecycle.cancelled_outcome(outcome)
-    stopped = _stopped_outcome(cause, outcome, transcript, timeouts, spec)
+    stopped = _stopped_outcome(stop, cause, outcome, transcript, timeouts, spec)
     if stopped is None:
         return outcome
     # The figures are those of the run, the status and its reason are those of the stop.
@@ -118,7 +120,12 @@ async def _follow(
 
 
 def _stopped_outcome(
-    cause: StopCause | None, outcome: Outcome, transcript: Transcript, timeouts: WorkerTimeouts, spec: TaskSpec
+    stop: StopRequest,
+    cause: StopCause | None,
+    outcome: Outcome,
+    transcript: Transcript,
+    timeouts: WorkerTimeouts,
+    spec: TaskSpec,
 ) -> Outcome | None:
     """Return the outcome of a stop; None when the CLI's own output says better why the run has failed."""
     if cause is None:
@@ -129,7 +136,7 @@ def _stopped_outcome(
             return None
         message = f"The Claude CLI printed nothing within {timeouts.first_line:g} s."
         return lifecycle.failed_outcome(Reason.STALLED, message)
-    stopped = stopped_outcome(cause, spec.timeout_minutes)
+    stopped = stopped_outcome(stop, spec.timeout_minutes)
     if transcript.retry is not None and outcome.api_error is not None and cause is StopCause.TIMEOUT:
         error = f"{api_error_sentence(outcome.api_error)} The CLI was still retrying when the time was over."
         return lifecycle.failed_outcome(Reason.API_ERROR, error)

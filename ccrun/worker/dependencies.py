@@ -14,6 +14,7 @@ from ccrun.seal import KeyWrapper
 from ccrun.store import Store
 from ccrun.task import Secret
 from ccrun.worker.isolation import IsolationPolicy
+from ccrun.worker.limits import TaskLimits
 from ccrun.worker.log_writer import FlushPolicy
 from ccrun.worker.upstream import ModelApi
 
@@ -89,6 +90,7 @@ class WorkerDependencies:
         inherited: The worker's environment, of which the agent gets PATH, locale and time zone.
         marker: An environment variable's value by which the processes of this task are found.
         max_line_bytes: The bytes of a line that are logged.
+        limits: What a task may use of the machine.
         execution_name: The name of this execution at the platform.
         isolation: How agents are isolated.
         git_protocols: The protocols that git may use, separated by colons (git(1), GIT_ALLOW_PROTOCOL).
@@ -108,6 +110,7 @@ class WorkerDependencies:
     inherited: Mapping[str, str]
     marker: str
     max_line_bytes: int = MAX_LINE_BYTES
+    limits: TaskLimits = attrs.field(factory=TaskLimits)
     flush_policy: FlushPolicy = attrs.field(factory=FlushPolicy)
     timeouts: WorkerTimeouts = attrs.field(factory=WorkerTimeouts)
     execution_name: str | None = None

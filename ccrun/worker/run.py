@@ -24,7 +24,7 @@ from ccrun.redaction import Redactor
 from ccrun.results import Isolation
 from ccrun.spec import TaskSpec
 from ccrun.task import EXIT_TERMINATED, Outcome, Reason, Status, TaskId, TaskRecord
-from ccrun.worker import claude
+from ccrun.worker import claude, limits
 from ccrun.worker.agent import AgentSession, run_agent
 from ccrun.worker.commands import command_files, run_commands
 from ccrun.worker.credential import choose_upstream
@@ -79,6 +79,7 @@ async def run_task(deps: WorkerDependencies, task_id: TaskId, *, shutdown: async
             stop.set_deadline(started + spec.timeout_minutes * 60)
             isolation, policy = deps.isolation.network_of(spec, isolation)
             workspace = await stack.enter_async_context(open_workspace(task_id, confinement))
+            await stack.enter_async_context(limits.watch(deps.limits, workspace.root, stop))
             performing = _perform(deps, spec, workspace, stop, isolation, policy)
             outcome = await _until_shutdown(performing, stop, deps.timeouts)
         except StorageError as error:
@@ -228,7 +229,7 @@ async def _perform(
             session = attrs.evolve(session, environment=variables)
             outcome = await run_agent(deps, spec, served, session, option_files, stop)
         except StopRequested:
-            outcome = stopped_outcome(stop.cause, spec.timeout_minutes)
+            outcome = stopped_outcome(stop, spec.timeout_minutes)
         except StorageError:
             raise
         except CcrunError as error:

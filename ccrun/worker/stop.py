@@ -19,6 +19,8 @@ class StopCause(enum.Enum):
     TIMEOUT = enum.auto()
     CANCEL = enum.auto()
     SHUTDOWN = enum.auto()
+    #: The task has used more of the machine than it may.
+    LIMIT = enum.auto()
 
 
 class StopRequested(Exception):
@@ -30,19 +32,25 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.cause: StopCause | None = None
+        #: The outcome of the task that has exceeded a limit.
+        self.exceeded: Outcome | None = None
         #: When the shutdown was requested, on the clock of the event loop.
         self.shutdown_at: float | None = None
         self._requested = asyncio.Event()
         self._shutdown = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
 
-    def request(self, cause: StopCause) -> None:
-        """Request that the task stops."""
+    def request(self, cause: StopCause, exceeded: Outcome | None = None) -> None:
+        """Request that the task stops.
+
+        Args:
+            exceeded: The outcome, for `StopCause.LIMIT`.
+        """
         if cause is StopCause.SHUTDOWN and self.shutdown_at is None:
             self.shutdown_at = asyncio.get_running_loop().time()
             self._shutdown.set()
         if self.cause is None:
-            self.cause = cause
+            self.cause, self.exceeded = cause, exceeded
             self._requested.set()
 
     def set_deadline(self, at: float) -> None:
@@ -83,14 +91,16 @@ class StopRequest:
             await asyncio.gather(working, requested, return_exceptions=True)
 
 
-def stopped_outcome(cause: StopCause | None, timeout_minutes: float) -> Outcome:
+def stopped_outcome(stop: StopRequest, timeout_minutes: float) -> Outcome:
     """Return the outcome of a task that was stopped."""
-    match cause:
+    if stop.exceeded is not None:
+        return stop.exceeded
+    match stop.cause:
         case StopCause.TIMEOUT:
             error = f"The task did not finish within {timeout_minutes:g} minutes."
             return lifecycle.failed_outcome(Reason.TIMEOUT, error, exit_code=EXIT_TIMEOUT)
         case StopCause.CANCEL:
             return lifecycle.cancelled_outcome()
-        case StopCause.SHUTDOWN | None:
+        case _:
             error = "The worker was shut down before the task finished."
             return lifecycle.failed_outcome(Reason.KILLED, error, exit_code=EXIT_TERMINATED)

@@ -210,7 +210,7 @@ def peak(pid):
 async def test_long_line_and_many_lines_are_stored(
     start_service: StartService, fake_cli: FakeCli, backend_name: str
 ) -> None:
-    """A line of 64 MiB and 100,000 lines are stored completely, and the memory of the worker is bounded.
+    """A line of 64 MiB, the longest possible, and 100,000 lines are stored completely. The memory of the worker is bounded.
 
     The bound is 200 MiB on the local backend. On Google Cloud the upload library holds two more copies of a line.
     """
@@ -223,7 +223,7 @@ out = sys.stdout.buffer
 digest = hashlib.sha256()
 def write(line):
     digest.update(line); out.write(line)
-write(b'{"type":"big","text":"' + b"x" * (64 * 1024 * 1024) + b'"}\\n')
+write(b'{"type":"big","text":"' + b"x" * (64 * 1024 * 1024 - 24) + b'"}\\n')
 for number in range(100_000):
     write(b'{"type":"line","number":%d}\\n' % number)
 out.flush()
