@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,16 +53,19 @@ def sweep() -> int:
 
 
 @app.command
-def check(name: Literal["local", "remote", "remote-async", "auth", "examples"], /, *files: Path) -> int:
-    """Check a service from outside, as its clients see it.
+def check(name: Literal["local", "remote", "remote-async", "auth", "examples", "sandbox"], /, *files: Path) -> int:
+    """Check a service from outside, as its clients see it; or, with `sandbox`, the place where this command runs.
 
     SERVICE_URL names a service that runs; AUTH_TOKEN is its bearer token, and TEST_CALLBACK_URL is where its callbacks go.
 
     Args:
         name: `local` starts a service here. `remote` streams a task of the service at SERVICE_URL. `remote-async` runs one in the
             background. `auth` sends requests without a token and with a wrong one. `examples` sends the requests in the files.
+            `sandbox` prints at which level agents would be isolated here, and fails if that is not a sandbox.
         files: Requests for `examples`.
     """
+    if name == "sandbox":
+        return _check_sandbox()
     from ccrun.cli.check import run_checks
 
     return asyncio.run(run_checks(name, files, config.environment()))
@@ -73,6 +77,20 @@ def demo(*, prompt: Annotated[str | None, cyclopts.Parameter(help="The prompt of
     from ccrun.cli.demo import show
 
     return asyncio.run(show(prompt))
+
+
+def _check_sandbox() -> int:
+    from ccrun.agent_sandbox import isolation_here, sentence_about
+    from ccrun.results import IsolationLevel
+
+    try:
+        environment = config.environment()
+        isolation = isolation_here(config.load(environment), {"PATH": os.defpath, **environment})
+    except CcrunError as error:
+        print(error.message, file=sys.stderr)  # noqa: T201 - the log is for services
+        return exit_status(error)
+    print(sentence_about(isolation))  # noqa: T201
+    return 0 if isolation.level is IsolationLevel.SANDBOX else 1
 
 
 def _run(command: Any, overrides: Mapping[str, str] | None = None) -> int:

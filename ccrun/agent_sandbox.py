@@ -12,7 +12,7 @@ from ccrun.claude_cli import find_cli
 from ccrun.config import Config, SandboxMode
 from ccrun.errors import CcrunError
 from ccrun.process.sandbox import Sandbox, find_sandbox
-from ccrun.process.user import User
+from ccrun.process.user import User, find_user
 from ccrun.results import AgentNetwork, Isolation, IsolationLevel
 
 
@@ -47,3 +47,24 @@ def isolation_of(found: Sandbox | str, *, network: AgentNetwork, has_user: bool)
         return Isolation(level=IsolationLevel.SANDBOX, network=network)
     level = IsolationLevel.USER if has_user else IsolationLevel.PROCESS
     return Isolation(level=level, network=AgentNetwork.HOST, reasons=(found,))
+
+
+def isolation_here(config: Config, inherited: Mapping[str, str]) -> Isolation:
+    """Return the isolation that agents have on this machine. Blocks.
+
+    Args:
+        inherited: The environment of the workers.
+
+    Raises:
+        ConfigError: This process may not start others as `CCRUN_AGENT_USER`.
+    """
+    user = find_user(config.agent_user, os.defpath) if config.agent_user else None
+    found = agent_sandbox(config, inherited, user)
+    return isolation_of(found, network=config.agent_network, has_user=user is not None)
+
+
+def sentence_about(isolation: Isolation) -> str:
+    """Return a sentence about an isolation, with its reasons."""
+    return " ".join(
+        (f"Agents run at level {isolation.level}, with the network {isolation.network}.", *isolation.reasons)
+    )

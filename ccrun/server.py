@@ -16,7 +16,7 @@ import structlog
 from aiohttp import web
 
 from ccrun import __version__
-from ccrun.agent_sandbox import agent_sandbox, isolation_of
+from ccrun.agent_sandbox import isolation_here
 from ccrun.api.app import RUNNER_OPTIONS, make_app
 from ccrun.api.dependencies import ApiDependencies, ApiTimeouts
 from ccrun.api.dispatch import Dispatcher
@@ -164,8 +164,7 @@ async def serving(
 
 async def _isolation(config: Config, worker_environment: Mapping[str, str]) -> Isolation:
     """Return how the agents on this machine are isolated, and log it."""
-    found = await asyncio.to_thread(agent_sandbox, config, worker_environment, None)
-    isolation = isolation_of(found, network=config.agent_network, has_user=config.agent_user is not None)
+    isolation = await asyncio.to_thread(isolation_here, config, worker_environment)
     shown = {"level": isolation.level, "network": isolation.network}
     if isolation.level is IsolationLevel.SANDBOX:
         log.info("agents_isolated", message="Agents run in a sandbox", **shown)

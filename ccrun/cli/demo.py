@@ -50,8 +50,7 @@ NO_MODEL: Final = (
     "real: the service, the Claude Code CLI and the commands it runs, the stream, the callback."
 )
 REAL_MODEL: Final = (
-    "A real model, billed to your credential. The agent may run commands here, with your rights; it starts in a "
-    "temporary directory."
+    "A real model, billed to your credential. The agent may run commands here; it starts in a temporary directory."
 )
 PROMPT_UNREAD: Final = "Your prompt is sent, but a script does not read it: set ANTHROPIC_API_KEY to have it answered."
 
@@ -94,6 +93,7 @@ async def _run_tasks(stack: contextlib.AsyncExitStack, screen: Screen, prompt: s
     screen.row("service", f"ccrun serve listens on {service.url}; its data is in a temporary directory.")
     receiver = await stack.enter_async_context(Receiver(service.callback_secret))
     client = await stack.enter_async_context(aiohttp.ClientSession(service.url))
+    screen.row("agents", await _isolation(client))
     body = {"prompt": prompt or PROMPT, "allowedTools": TOOLS}
     try:
         async with asyncio.timeout(TASK_SECONDS):
@@ -103,6 +103,16 @@ async def _run_tasks(stack: contextlib.AsyncExitStack, screen: Screen, prompt: s
     except (aiohttp.ClientError, TimeoutError) as error:
         reason = str(error) or "it took too long"
         raise DemoFailed(" ".join([f"The service failed: {reason}.", *service.warnings])) from None
+
+
+async def _isolation(client: aiohttp.ClientSession) -> str:
+    """Return a sentence about what the agents of the service can reach."""
+    async with client.get("/health?verbose=true") as response:
+        await check_response(response)
+        isolation = (await response.json())["isolation"]
+    if isolation["level"] == "sandbox":
+        return "run in a sandbox: they see the programs of this machine and their own task."
+    return f"run with the rights of their user. {' '.join(isolation['reasons'])}"
 
 
 # --- the two tasks -----------------------------------------------------------------------------------------------------

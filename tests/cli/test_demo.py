@@ -112,6 +112,7 @@ async def test_demo_runs_without_a_key(start: Start, tmp_path: Path) -> None:
     steps = [
         r"^model +No model: .* a script replies in its place",
         r"^service +ccrun serve listens on http://127\.0\.0\.1:\d+",
+        r"^agents +run (in a sandbox|with the rights of their user)",
         r"^POST /run:",
         r'^request +{"prompt": ',
         r"^task +demo-\w+ is pending",
