@@ -58,7 +58,8 @@ def isolation_here(config: Config, inherited: Mapping[str, str]) -> Isolation:
     Raises:
         ConfigError: This process may not start others as `CCRUN_AGENT_USER`.
     """
-    user = find_user(config.agent_user, os.defpath) if config.agent_user else None
+    name = config.agent_user if config.agent_users is None else str(config.agent_users[0])
+    user = find_user(name, os.defpath) if name else None
     found = agent_sandbox(config, inherited, user)
     return isolation_of(found, network=config.agent_network, has_user=user is not None)
 

@@ -41,6 +41,7 @@ from ccrun.setting import (
     as_tools,
     as_url,
     as_urls,
+    as_user_range,
     as_whole,
     setting,
 )
@@ -160,6 +161,7 @@ class Config:
 
     claude_cli: Path | None = setting("CLAUDE_CLI", as_path)
     agent_user: str | None = setting("CCRUN_AGENT_USER")
+    agent_users: range | None = setting("CCRUN_AGENT_USERS", as_user_range)
     #: The least is what is read from a pipe at once.
     max_line_bytes: int = setting("MAX_LINE_BYTES", as_size(64 * 1024, 1024**3), default=64 * 1024**2)
     max_upload_bytes: int = setting("MAX_UPLOAD_BYTES", as_size(0, 1024**5), default=10 * 1024**3)

@@ -73,6 +73,7 @@ async def serve(config: Config) -> None:
         linux.become_subreaper()
         # Workers have the same settings, and would fail one after the other.
         check_cloud(config, environment())
+        _check_agent_users(config)
     raise_open_files_limit()
     stop = _stop_on_signals()
     async with serving(config, environment()) as address:
@@ -102,6 +103,14 @@ def _check_access(config: Config) -> None:
         raise ConfigError(
             f"HOST is {config.host}, where other machines can run tasks without a token: set CCRUN_API_TOKENS, or "
             "CCRUN_ALLOW_ANYBODY=1 if something else controls access."
+        )
+
+
+def _check_agent_users(config: Config) -> None:
+    if config.agent_users is not None and len(config.agent_users) < config.max_concurrent_tasks:
+        raise ConfigError(
+            f"CCRUN_AGENT_USERS has {len(config.agent_users)} users, fewer than MAX_CONCURRENT_TASKS "
+            f"({config.max_concurrent_tasks}): each concurrent task needs one."
         )
 
 

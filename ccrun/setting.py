@@ -156,6 +156,15 @@ def as_hosts(value: str) -> tuple[str, ...]:
     return hosts
 
 
+def as_user_range(value: str) -> range:
+    """Return numbers of users, from the first to the last."""
+    match = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", value)
+    users = range(int(match[1]), int(match[2]) + 1) if match else range(0)
+    if not users or 0 in users:
+        raise ValueError("the numbers of the first and the last user, such as 41000-41099, without 0")
+    return users
+
+
 def as_oidc_audiences(value: str) -> tuple[tuple[str, str], ...]:
     """Return pairs of an origin and the audience of its tokens: `https://a.example` is both, `https://a.example=b` is not."""
     entries = []

@@ -108,6 +108,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
             "GOOGLE_OIDC_AUDIENCE": "https://Receiver.example/, https://iap.example:8443=1.apps.example",
             "CLAUDE_CLI": "/opt/claude",
             "CCRUN_AGENT_USER": "agent",
+            "CCRUN_AGENT_USERS": "41000-41099",
             "CCRUN_SANDBOX": "required",
             "AGENT_NETWORK": "allowlist",
             "AGENT_ALLOWED_HOSTS": "Index.example, *.modules.example",
@@ -162,6 +163,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         ),
         "claude_cli": Path("/opt/claude"),
         "agent_user": "agent",
+        "agent_users": range(41000, 41100),
         "sandbox": SandboxMode.REQUIRED,
         "agent_network": AgentNetwork.ALLOWLIST,
         "agent_allowed_hosts": ("index.example", "*.modules.example"),
@@ -282,6 +284,17 @@ def test_terminal_is_detected() -> None:
             "TASK_MEMORY",
             "4GB",
             'TASK_MEMORY must be a number of bytes from 67108864 to 1125899906842624, such as 64Mi, not "4GB".',
+        ),
+        *(
+            (
+                "CCRUN_AGENT_USERS",
+                value,
+                (
+                    "CCRUN_AGENT_USERS must be the numbers of the first and the last user, such as 41000-41099, without 0, "
+                    f'not "{value}".'
+                ),
+            )
+            for value in ("41000", "0-9", "9-8", "-1-5", "a-b", "1-2-3")
         ),
         ("TASK_PIDS", "1", 'TASK_PIDS must be a whole number from 16 to 4194304, not "1".'),
         ("FLUSH_SECONDS", "-1", 'FLUSH_SECONDS must be a number from 0.01 to 60, not "-1".'),

@@ -9,7 +9,7 @@ from urllib.parse import quote, quote_plus
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccrun.redaction import MASK, MIN_SECRET_CHARS, Redactor
@@ -132,6 +132,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
+@settings(max_examples=30)
 @given(secret=st.text('abZ9"\\\n/+?é\U0001f600', min_size=9, max_size=16), is_ascii=st.booleans())
 def test_every_spelling_is_masked(spelling: str, secret: str, is_ascii: bool) -> None:
     """In a text, and in a line, which remains JSON."""

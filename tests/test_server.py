@@ -108,6 +108,14 @@ async def test_service_does_not_start_with_an_incomplete_cloud(tmp_path: Path) -
     assert (78, "CLAUDE_CODE_USE_BEDROCK needs AWS_REGION.\n") == (status, stderr)
 
 
+async def test_service_does_not_start_with_fewer_users_than_tasks(tmp_path: Path) -> None:
+    """Its tasks would wait for users in vain."""
+    settings = {"CCRUN_AGENT_USERS": "61300-61301", "MAX_CONCURRENT_TASKS": "3", "CCRUN_DATA_DIR": str(tmp_path)}
+    status, _, stderr = await run_ccrun("serve", PORT="0", **settings)
+    error = "CCRUN_AGENT_USERS has 2 users, fewer than MAX_CONCURRENT_TASKS (3): each concurrent task needs one."
+    assert (78, f"{error}\n") == (status, stderr)
+
+
 async def test_service_does_not_start_without_its_data_directory(tmp_path: Path) -> None:
     """The error says why the directory cannot be created."""
     (tmp_path / "data").touch()

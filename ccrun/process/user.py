@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pwd
 import shutil
 import subprocess
@@ -13,6 +15,8 @@ import attrs
 
 from ccrun.errors import ConfigError
 
+#: Seconds for killing the processes of a user.
+KILL_SECONDS: Final = 10.0
 #: `(uid_t) -1` and above mean "no user".
 MAX_USER_ID: Final = 2**32 - 2
 
@@ -29,6 +33,17 @@ class User:
         """Return the command that runs `argv` as this user, permanently and without the groups and capabilities of the caller."""
         dropped = ("--clear-groups", "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs")
         return [str(self.setpriv), f"--reuid={self.uid}", f"--regid={self.gid}", *dropped, "--", *argv]
+
+    def kill_all(self) -> None:
+        """Kill all processes of this user at once, however fast they fork. Blocks. See kill(2), where the process ID is -1."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(
+                self.argv(["sh", "-c", "kill -KILL -1"]),
+                env={"PATH": os.defpath},
+                capture_output=True,
+                check=False,
+                timeout=KILL_SECONDS,
+            )
 
 
 def find_user(name: str, path: str) -> User:

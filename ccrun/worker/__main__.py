@@ -7,14 +7,16 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import structlog
 
 from ccrun import config, log
 from ccrun.agent_sandbox import agent_sandbox
 from ccrun.backends.local import pidfile
-from ccrun.backends.local.layout import pid_files, process_marker
+from ccrun.backends.local.layout import agent_users, pid_files, process_marker
 from ccrun.backends.local.pidfile import AlreadyHeld
 from ccrun.backends.open import load_modules, open_backend
 from ccrun.claude_cli import find_cli
@@ -36,6 +38,10 @@ from ccrun.worker.run import run_task
 from ccrun.worker.upstream import ModelApi
 
 logger = structlog.get_logger()
+
+#: Seconds in which a user becomes free. Workers of an earlier service may still have some.
+USER_SECONDS: Final = 60.0
+USER_POLL_SECONDS: Final = 0.2
 
 
 def main() -> int:
@@ -60,10 +66,42 @@ def _run(settings: Config) -> int:
         raise ConfigError("TASK_ID must be set: ccrun starts workers with the ID of their task.")
     if settings.encrypted_payload_path not in (None, payload_name(settings.task_id)):
         raise ConfigError("ENCRYPTED_PAYLOAD_PATH must name the payload of the task that TASK_ID names.")
-    agent_user = user.find_user(settings.agent_user, SYSTEM_PATH) if settings.agent_user else None
-    with log.bound(task_id=settings.task_id), _local_worker(settings, settings.task_id):
+    with (
+        log.bound(task_id=settings.task_id),
+        _local_worker(settings, settings.task_id),
+        _agent_user(settings) as agent_user,
+    ):
         asyncio.run(_work(settings, settings.task_id, agent_user))
     return 0
+
+
+@contextlib.contextmanager
+def _agent_user(settings: Config) -> Iterator[User | None]:
+    """Yield the user of the agent: with `CCRUN_AGENT_USERS`, one that no other task has meanwhile.
+
+    Raises:
+        ConfigError: This process may not start others as that user, or all of them are in use.
+    """
+    if settings.agent_users is None:
+        yield user.find_user(settings.agent_user, SYSTEM_PATH) if settings.agent_user else None
+        return
+    until = time.monotonic() + USER_SECONDS
+    while True:
+        for number in settings.agent_users:
+            file = agent_users(settings.data_dir) / str(number)
+            if pidfile.holder_pid(file) is None:
+                with contextlib.suppress(AlreadyHeld), pidfile.hold(file):
+                    agent_user = user.find_user(str(number), SYSTEM_PATH)
+                    # A worker that was killed may have left some.
+                    agent_user.kill_all()
+                    try:
+                        yield agent_user
+                    finally:
+                        agent_user.kill_all()
+                    return
+        if time.monotonic() > until:
+            raise ConfigError("All users of CCRUN_AGENT_USERS are in use: it needs one for each concurrent task.")
+        time.sleep(USER_POLL_SECONDS)
 
 
 @contextlib.contextmanager

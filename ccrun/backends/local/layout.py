@@ -24,6 +24,11 @@ def pid_files(data_dir: Path) -> Path:
     return data_dir / ".workers"
 
 
+def agent_users(data_dir: Path) -> Path:
+    """Return the directory of the files that workers lock for the users that their agents run as, each named by its number."""
+    return data_dir / ".users"
+
+
 def services(data_dir: Path) -> Path:
     """Return the directory in which services record what they have queued."""
     return data_dir / ".services"
