@@ -27,6 +27,7 @@ def test_private_directories_are_hidden(tmp_path: Path) -> None:
     (tmp_path / "opt" / "app" / "data").mkdir()
     cli = tmp_path / "opt" / "app" / "package.json"
     cli.write_text("{}")
+    cli.chmod(0o755)
     settings = config.load({"CCRUN_DATA_DIR": str(tmp_path / "opt" / "app" / "data"), "CLAUDE_CLI": str(cli)})
     found = agent_sandbox(settings, {"PATH": os.environ["PATH"]}, None)
     if not isinstance(found, Sandbox):
