@@ -20,7 +20,7 @@ from ccrun.worker.dependencies import WorkerDependencies, WorkerTimeouts
 from ccrun.worker.lines import text_line
 from ccrun.worker.log_writer import LogWriter
 from ccrun.worker.proxy import CredentialProxy
-from ccrun.worker.stop import StopCause, StopRequest, stopped_outcome
+from ccrun.worker.stop import StopCause, StopRequest, stopped_outcome, with_stop
 from ccrun.worker.transcript import Transcript, line_for_log, outcome_of_run, unfinished_work
 from ccrun.worker.workspace import Workspace
 
@@ -113,10 +113,7 @@ async def _follow(
     stopped = _stopped_outcome(stop, cause, outcome, transcript, timeouts, spec)
     if stopped is None:
         return outcome
-    # The figures are those of the run, the status and its reason are those of the stop.
-    return attrs.evolve(
-        outcome, status=stopped.status, reason=stopped.reason, exit_code=stopped.exit_code, error=stopped.error
-    )
+    return with_stop(outcome, stopped)
 
 
 def _stopped_outcome(

@@ -18,7 +18,7 @@ import attrs
 from ccrun import lifecycle
 from ccrun.process.usage import disk_bytes, usage_of_descendants
 from ccrun.task import EXIT_KILLED, Outcome, Reason
-from ccrun.worker.stop import StopCause, StopRequest
+from ccrun.worker.stop import StopCause, StopRequest, alongside
 
 #: The share of the time that is spent on measuring the disk.
 DISK_SHARE: Final = 0.1
@@ -64,7 +64,7 @@ async def watch(limits: TaskLimits, workspace: Path, stop: StopRequest) -> Async
         while True:
             await asyncio.sleep(limits.seconds)
             usage = await asyncio.to_thread(usage_of_descendants, os.getpid())
-            _check(limits.exceeded(memory=usage.memory_bytes, processes=usage.processes))
+            check(limits.exceeded(memory=usage.memory_bytes, processes=usage.processes))
 
     async def watch_disk() -> None:
         loop = asyncio.get_running_loop()
@@ -72,20 +72,15 @@ async def watch(limits: TaskLimits, workspace: Path, stop: StopRequest) -> Async
         while True:
             await asyncio.sleep(pause)
             started = loop.time()
-            _check(limits.exceeded(disk=await asyncio.to_thread(disk_bytes, workspace, seconds=DISK_SECONDS)))
+            check(limits.exceeded(disk=await asyncio.to_thread(disk_bytes, workspace, seconds=DISK_SECONDS)))
             pause = max(limits.seconds, (loop.time() - started) / DISK_SHARE)
 
-    def _check(outcome: Outcome | None) -> None:
+    def check(outcome: Outcome | None) -> None:
         if outcome is not None:
             stop.request(StopCause.LIMIT, outcome)
 
-    watchers = [asyncio.create_task(watch_processes()), asyncio.create_task(watch_disk())]
-    try:
+    async with alongside(watch_processes(), watch_disk()):
         yield
-    finally:
-        for watcher in watchers:
-            watcher.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
 
 
 def _size(number: int) -> str:

@@ -37,7 +37,7 @@ from ccrun.worker.payload import Payload
 from ccrun.worker.post_run import PostRun
 from ccrun.worker.preparation import check_settings, prepare_dotenv
 from ccrun.worker.proxy import CredentialProxy
-from ccrun.worker.stop import StopCause, StopRequest, StopRequested, stopped_outcome
+from ccrun.worker.stop import StopCause, StopRequest, StopRequested, alongside, stopped_outcome, with_stop
 from ccrun.worker.workspace import CA_FILE, Workspace, chown_to_agent, open_workspace, write_inputs
 
 log = structlog.get_logger()
@@ -134,13 +134,8 @@ async def _watching(
         await shutdown.wait()
         stop.request(StopCause.SHUTDOWN)
 
-    watchers = [asyncio.create_task(watch_record()), asyncio.create_task(watch_shutdown())]
-    try:
+    async with alongside(watch_record(), watch_shutdown()):
         yield
-    finally:
-        for watcher in watchers:
-            watcher.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
 
 
 async def _until_shutdown(work: Coroutine[Any, Any, Outcome], stop: StopRequest, timeouts: WorkerTimeouts) -> Outcome:
@@ -260,6 +255,8 @@ async def _finish_work(post_run: PostRun, outcome: Outcome, stop: StopRequest, t
         except StopRequested:
             if stop.cause is StopCause.CANCEL:
                 outcome = lifecycle.cancelled_outcome(outcome)
+            elif stop.exceeded is not None:
+                outcome = with_stop(outcome, stop.exceeded)
             else:
                 post_run.result.fail("worker", "The worker was shut down before all actions were done.")
     is_pushed = outcome.status is Status.COMPLETED and not post_run.result.is_unpushed

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
+
+import attrs
 
 from ccrun import lifecycle
 from ccrun.task import EXIT_TERMINATED, EXIT_TIMEOUT, Outcome, Reason
@@ -89,6 +92,25 @@ class StopRequest:
             for task in (working, requested):
                 task.cancel()
             await asyncio.gather(working, requested, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def alongside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run coroutines while the context is open."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def with_stop(outcome: Outcome, stopped: Outcome) -> Outcome:
+    """Return the outcome of a run that was stopped, with the figures of the run, and with the status and reason of the stop."""
+    return attrs.evolve(
+        outcome, status=stopped.status, reason=stopped.reason, exit_code=stopped.exit_code, error=stopped.error
+    )
 
 
 def stopped_outcome(stop: StopRequest, timeout_minutes: float) -> Outcome:

@@ -11,6 +11,7 @@ from helpers.worker import PRELUDE, TASK, FakeCli, WorkerSetup, worker_setup
 
 from ccrun.process.sandbox import find_sandbox
 from ccrun.process.tree import lists_children
+from ccrun.spec import PostRunActions, UploadAction
 from ccrun.task import EXIT_KILLED, Reason, Status
 from ccrun.worker.isolation import IsolationPolicy
 from ccrun.worker.limits import TaskLimits
@@ -73,6 +74,19 @@ async def test_limits_also_hold_before_the_agent(worker_setup: WorkerSetup, fake
     )
     record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + "result()"), limits=LIMITS)
     assert Reason.LIMIT_EXCEEDED is record.reason
+
+
+async def test_limits_hold_until_the_actions_are_done(worker_setup: WorkerSetup, fake_cli: FakeCli) -> None:
+    """An agent that exceeds one after its result gets no actions. The record keeps the figures of its run."""
+    script = f"result()\n{EXCESSES['disk'][0]}"
+    await worker_setup.submit(
+        post_execution_actions=PostRunActions(upload_files=UploadAction(glob_patterns=("large",)))
+    )
+    record = await worker_setup.run(cli=lambda: fake_cli(PRELUDE + script), limits=LIMITS)
+    assert (Status.FAILED, Reason.LIMIT_EXCEEDED, EXIT_KILLED) == (record.status, record.reason, record.exit_code)
+    assert ((), ()) == (record.uploaded_files or (), record.action_errors)
+    assert record.summary is not None
+    assert 2 == record.summary.turns
 
 
 def test_what_is_allowed_is_no_excess() -> None:

@@ -178,7 +178,7 @@ async def _check_readable(agent_git: Git, remote: GitUrl) -> None:
         GitError: It may not.
     """
     path = unquote(urlsplit(remote.url).path)
-    # Whoever the owner is: git would refuse another one.
+    # By default, git refuses repositories of other owners.
     ran = await agent_git.at(agent_git.cwd, "safe.directory=*").run("upload-pack", "--advertise-refs", "--", path)
     if not ran.exit.ok:
         raise GitError("The repository in gitRepo does not exist, or the agent's user may not read it.")
