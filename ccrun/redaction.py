@@ -1,7 +1,7 @@
 """Masking the values of secrets in what leaves the process. Pure.
 
 A value is found as it is and in the spellings that programs give it: in JSON, also in JSON inside of JSON; in base64, wherever it
-starts in the encoded text; in hexadecimal; and in URLs. Whoever wants to hide a value from this can.
+starts in the encoded text; in hexadecimal; and in URLs. A value that an agent has encoded in another way is not found.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def _directory(name: str, parent: int) -> Iterator[int]:
         raise NotADirectoryError(error.errno, error.strerror) from None
     with _opened(located):
         if hasattr(os, "O_PATH"):
-            # Leads to what is open, whatever its name is by now.
+            # Leads to the open directory, also if it has been renamed.
             path = f"/proc/self/fd/{located}"
             os.chmod(path, stat.S_IRWXU)  # noqa: PTH101
             with _opened(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:

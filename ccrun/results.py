@@ -28,7 +28,7 @@ class AgentNetwork(enum.StrEnum):
     ALLOWLIST = "allowlist"
     #: All public addresses.
     PUBLIC = "public"
-    #: Whatever the machine can reach, since the agent was in no sandbox.
+    #: All that the machine can reach, since the agent was in no sandbox.
     HOST = "host"
 
 

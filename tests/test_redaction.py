@@ -172,7 +172,7 @@ json_text = st.recursive(
 
 @given(st.text('ab1\\"\n/', min_size=6, max_size=7), json_text, st.booleans())
 def test_any_masked_line_is_json(secret: str, value: Any, is_ascii: bool) -> None:
-    """Whatever secret and line are, the line remains JSON and does not have the secret in its strings."""
+    """For any secret and line, the line remains JSON and does not have the secret in its strings."""
     line = json.dumps({"v": value}, ensure_ascii=is_ascii).encode()
     masked = json.loads(masked_line(secret, line))
     assert [] == [text for text in strings(masked) if secret in text]

@@ -12,12 +12,11 @@ from aiohttp import web
 _CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
-async def read_json_body(request: web.Request, *, seconds: float, max_bytes: int) -> bytes:
+async def read_json_body(request: web.Request, *, seconds: float) -> bytes:
     """Return the body, decompressed in a thread. The server must not decompress it: it would block the event loop.
 
     Args:
-        seconds: For the arrival of the whole body.
-        max_bytes: Of the decompressed body.
+        seconds: For the arrival of the whole body. Its size is limited by the app's `client_max_size`.
 
     Raises:
         web.HTTPException: It is not JSON by its headers, too late, too large, or not encoded as its headers say.
@@ -37,11 +36,11 @@ async def read_json_body(request: web.Request, *, seconds: float, max_bytes: int
     if coding == "identity":
         return body
     try:
-        decompressed = await asyncio.to_thread(decompress, body, _CODINGS[coding], max_bytes=max_bytes)
+        decompressed = await asyncio.to_thread(decompress, body, _CODINGS[coding], max_bytes=request.client_max_size)
     except (EOFError, zlib.error):
         raise web.HTTPBadRequest(reason="The body is not encoded as its headers say") from None
-    if len(decompressed) > max_bytes:
-        raise web.HTTPRequestEntityTooLarge(max_bytes)
+    if len(decompressed) > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size)
     return decompressed
 
 

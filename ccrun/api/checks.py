@@ -38,10 +38,8 @@ MAX_NAME_CHARS: Final = 64
 MAX_PATH_BYTES: Final = 1024
 MAX_LIST_ITEMS: Final = 256
 
-
 #: What keys and tokens look like, which are long and have digits, and names of fields do not.
 _LIKE_TOKEN: Final = re.compile(r"(?=.*[a-z])(?=.*[0-9])[!-~]{16,}", re.DOTALL)
-
 
 # --- errors and their locations --------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class SubmitRoutes:
     async def _submit(self, request: web.Request, task_type: TaskType) -> asyncio.Task[Submitted]:
         """Validate a request and submit its task. The submission continues when the client disconnects."""
         idempotency = self._idempotency(request)
-        body = await read_json_body(request, seconds=self.deps.timeouts.body, max_bytes=self.deps.max_request_bytes)
+        body = await read_json_body(request, seconds=self.deps.timeouts.body)
         # In a thread: 10 MiB of hostile input take seconds.
         spec = await asyncio.to_thread(
             parse_request,

@@ -173,7 +173,7 @@ def test_network_is_at_most_that_of_the_operator(operators: AgentNetwork, allowe
 
 
 def test_allowed_hosts_go_with_an_allowlist() -> None:
-    """Hosts without an allowlist are an error, and so is an allowlist that nobody has written."""
+    """Hosts without an allowlist are an error, and so is an allowlist without hosts."""
     hosts = {"allowedHosts": ["registry.modules.example", "*.example.com", "2001:db8::1"]}
     assert tuple(hosts["allowedHosts"]) == parse({**MINIMAL, **hosts, "network": "allowlist"}).allowed_hosts
     needed = {"allowedHosts": "allowedHosts needs network: allowlist"}

@@ -88,7 +88,7 @@ async def test_tasks_cannot_read_each_other(
 
 
 async def test_users_are_used_again(start_service: StartService, agent: Agent) -> None:
-    """More tasks than users wait for each other, and find no process of an earlier one, whatever its environment and session."""
+    """More tasks than users wait for each other, and find no process of an earlier one, also with a new session."""
     script = """
 printf '{"type":"user","value":"%s","left":%d}\\n' $(id -u) $(pgrep -u $(id -u) -x sleep | wc -l)
 for i in $(seq 50); do (setsid env -i sleep 987 >/dev/null 2>&1 &) ; done

@@ -140,7 +140,7 @@ async def test_program_can_finish_after_sigterm(sandbox: Confinement, room: Path
 
 
 async def test_all_processes_end(sandbox: Confinement, room: Path) -> None:
-    """When the program ends, all that it has started ends, whatever its session, environment and number."""
+    """When the program ends, all that it has started ends, also with sessions of their own and without an environment."""
     script = "for i in $(seq 200); do setsid env -i sleep 987.654 & done; echo ready; exec sleep 987.654"
     async with spawn(
         ["bash", "-c", script], env={"PATH": PATH}, cwd=room, confinement=sandbox, term_grace_seconds=0.1
