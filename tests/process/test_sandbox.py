@@ -7,62 +7,18 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import attrs
 import pytest
-from helpers.service import WAIT_SECONDS
+from helpers.sandbox import PATH, Run, room, run, sandbox
 
-from ccrun.errors import CcrunError, ConfigError
-from ccrun.process.capture import ProcessResult, capture
+from ccrun.errors import ConfigError
 from ccrun.process.child import spawn
 from ccrun.process.confinement import Confinement
 from ccrun.process.sandbox import Sandbox, find_sandbox
 from ccrun.process.user import find_user
 
-PATH = os.environ["PATH"]
-PORT = 61234
-
-#: Runs a shell script.
-Run = Callable[..., Awaitable[ProcessResult]]
-
-
-@pytest.fixture
-def room(tmp_path: Path) -> Path:
-    """The directory of a task, beside one that must not be visible."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "secret").write_text("of another task")
-    room = tmp_path / "room"
-    room.mkdir()
-    return room
-
-
-@pytest.fixture
-async def sandbox(room: Path) -> Confinement:
-    """A sandbox with the directory, where bubblewrap works."""
-    found = await asyncio.to_thread(
-        lambda: find_sandbox(path=PATH, programs=[], hidden=[room.parent / "data"], user=None)
-    )
-    if not isinstance(found, Sandbox):
-        pytest.skip(found)
-    return Confinement(sandbox=found).within(room)
-
-
-@pytest.fixture
-def run(sandbox: Confinement, room: Path) -> Run:
-    """Return a function that runs a shell script in the sandbox."""
-
-    async def run(script: str, confinement: Confinement = sandbox) -> ProcessResult:
-        return await capture(
-            ["bash", "-c", script],
-            env={"PATH": PATH},
-            cwd=room,
-            seconds=WAIT_SECONDS,
-            confinement=confinement,
-        )
-
-    return run
+__all__ = ["room", "run", "sandbox"]
 
 
 async def test_only_the_directory_of_the_task_is_visible(run: Run, room: Path) -> None:
@@ -99,46 +55,6 @@ async def test_network_is_empty(run: Run) -> None:
     assert b"lo" == ran.stdout.strip()
 
 
-async def test_servers_are_reached(run: Run, sandbox: Confinement) -> None:
-    """A server that is given to the sandbox is reached on its port of loopback."""
-
-    @contextlib.asynccontextmanager
-    async def hello(listener: socket.socket) -> AsyncIterator[None]:
-        def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(b"hello")
-            writer.close()
-
-        async with await asyncio.start_server(answer, sock=listener):
-            yield
-
-    served = attrs.evolve(sandbox, servers={PORT: hello, PORT + 1: hello})
-    ran = await run(f"cat < /dev/tcp/127.0.0.1/{PORT}; cat < /dev/tcp/127.0.0.1/{PORT + 1}", served)
-    assert b"hellohello" == ran.stdout, ran.stderr
-
-
-@contextlib.asynccontextmanager
-async def no_server(listener: socket.socket) -> AsyncIterator[None]:
-    """Accept no connection."""
-    with listener:
-        yield
-
-
-async def test_program_can_finish_after_sigterm(sandbox: Confinement, room: Path) -> None:
-    """A program that handles SIGTERM has the grace period, though bubblewrap ends at it."""
-    script = "trap 'echo finished > done; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
-    async with spawn(
-        ["bash", "-c", script],
-        env={"PATH": PATH},
-        cwd=room,
-        confinement=attrs.evolve(sandbox, servers={PORT: no_server}),
-        term_grace_seconds=WAIT_SECONDS,
-    ) as child:
-        async for _ in child.lines():
-            child.terminate()
-        assert (await child.wait()).ok
-    assert (room / "done").exists()
-
-
 async def test_all_processes_end(sandbox: Confinement, room: Path) -> None:
     """When the program ends, all that it has started ends, also with sessions of their own and without an environment."""
     script = "for i in $(seq 200); do setsid env -i sleep 987.654 & done; echo ready; exec sleep 987.654"
@@ -161,19 +77,6 @@ async def test_exit_code_is_that_of_the_program(run: Run) -> None:
     """The exit code passes through; a signal counts as in a shell."""
     assert 7 == (await run("exit 7")).exit.code
     assert 137 == (await run("kill -9 $$")).exit.code
-
-
-async def test_sandbox_that_does_not_start_is_an_error(sandbox: Confinement, room: Path) -> None:
-    """The error has the message of bubblewrap."""
-    assert sandbox.sandbox is not None
-    broken = attrs.evolve(
-        sandbox,
-        sandbox=attrs.evolve(sandbox.sandbox, readable=(room / "missing",)),
-        servers={PORT: no_server},
-    )
-    with pytest.raises(CcrunError, match=r"^The sandbox could not be started\. bwrap: .*missing"):
-        async with spawn(["true"], env={"PATH": PATH}, cwd=room, confinement=broken):
-            pass
 
 
 def test_missing_bubblewrap_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
